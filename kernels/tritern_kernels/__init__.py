@@ -1,0 +1,6 @@
+"""Ternary kernels: two-bit weights, int8 or 16-bit activations. Needs torch and triton, nothing else."""
+
+from .dispatch import linear, quantize_activations, ternarize_weight
+from .formats import ATOM, MAX_K, PackedTernary, pack, padded_k, unpack
+
+__all__ = ["ATOM", "MAX_K", "PackedTernary", "linear", "pack", "padded_k", "quantize_activations", "ternarize_weight", "unpack"]

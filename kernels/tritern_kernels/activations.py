@@ -1,0 +1,90 @@
+"""Per-token int8 quantization, written in the order the int8 GEMM reads (see ``formats``)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .formats import padded_k
+from .reference import ONE_127TH, SMALLEST_ABSMAX
+
+_ABS_BITS = tl.constexpr(0x7FFFFFFF)
+_INF_BITS = tl.constexpr(0x7F800000)
+_ROUND = tl.constexpr(12582912.0)
+_SMALLEST = tl.constexpr(SMALLEST_ABSMAX)
+_ONE_127TH = tl.constexpr(ONE_127TH)
+
+
+@triton.jit
+def _load(x_ptr, rows, cols, stride_x, M, K):
+    mask = (rows[:, None] < M) & (cols[None, :] < K)
+    return tl.load(x_ptr + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _absmax_bits(x):
+    # As integers, magnitudes keep their order and NaN and infinity rank above all numbers: one max finds both.
+    return tl.max(x.to(tl.int32, bitcast=True) & _ABS_BITS, axis=1)
+
+
+@triton.jit
+def _store(q_ptr, x, inverse, finite, rows, cols, stride_q, M, K_padded, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    v = x * inverse[:, None]
+    v = (v + _ROUND) - _ROUND  # round to nearest even: 1.5 * 2**23 leaves no fraction bits
+    q = tl.where(finite[:, None], v, 0.0).to(tl.int8)
+    q = tl.reshape(q, (BLOCK_M, BLOCK_K // 128, 2, 4, 16))
+    q = tl.reshape(tl.permute(q, (0, 1, 3, 4, 2)), (BLOCK_M, BLOCK_K))
+    mask = (rows[:, None] < M) & (cols[None, :] < K_padded)
+    tl.store(q_ptr + rows[:, None] * stride_q + cols[None, :], q, mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def quantize_kernel(
+    x_ptr, q_ptr, scale_ptr, M, K, K_padded, stride_x, stride_q,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ONE_TILE: tl.constexpr,
+):  # fmt: skip
+    """x [M, K] -> q int8 [M, K_padded] in packed order, scale fp32 [M]. ONE_TILE: a row fits BLOCK_K, read it once."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    lanes = tl.arange(0, BLOCK_K)
+    x = _load(x_ptr, rows, lanes, stride_x, M, K)
+    bits = _absmax_bits(x)
+    if not ONE_TILE:
+        for k in range(BLOCK_K, K, BLOCK_K):
+            bits = tl.maximum(bits, _absmax_bits(_load(x_ptr, rows, k + lanes, stride_x, M, K)))
+    finite = bits < _INF_BITS
+    absmax = tl.maximum(tl.where(finite, bits, 0).to(tl.float32, bitcast=True), _SMALLEST)
+    inverse = tl.div_rn(tl.full((BLOCK_M,), 127.0, tl.float32), absmax)
+    scale = tl.where(finite, absmax * _ONE_127TH, float("nan"))
+    tl.store(scale_ptr + rows, scale, mask=rows < M)
+    _store(q_ptr, x, inverse, finite, rows, lanes, stride_q, M, K_padded, BLOCK_M, BLOCK_K)
+    if not ONE_TILE:
+        for k in range(BLOCK_K, K_padded, BLOCK_K):
+            x = _load(x_ptr, rows, k + lanes, stride_x, M, K)
+            _store(q_ptr, x, inverse, finite, rows, k + lanes, stride_q, M, K_padded, BLOCK_M, BLOCK_K)
+
+
+def quantize_blocks(K: int) -> dict[str, int | bool]:
+    """Block sizes for rows of K: about 4,096 elements a program; rows above 8,192 are read twice, in pieces."""
+    width = triton.next_power_of_2(padded_k(K))
+    block_k = min(width, 8192 if width <= 8192 else 4096)
+    block_m = max(1, 4096 // block_k)
+    return {"BLOCK_M": block_m, "BLOCK_K": block_k, "ONE_TILE": width == block_k}
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize x [M, K] (fp32, fp16 or bf16, rows contiguous) per token.
+
+    Returns:
+        q int8 [M, padded_k(K)] in packed order, zeros beyond K; scale float32 [M].
+    """
+    M, K = x.shape
+    q = torch.empty((M, padded_k(K)), dtype=torch.int8, device=x.device)
+    scale = torch.empty((M,), dtype=torch.float32, device=x.device)
+    if M == 0:
+        return q, scale
+    blocks = quantize_blocks(K)
+    grid = (triton.cdiv(M, blocks["BLOCK_M"]),)
+    quantize_kernel[grid](x, q, scale, M, K, q.shape[1], x.stride(0), q.stride(0), **blocks, num_warps=4)
+    return q, scale

@@ -1,0 +1,274 @@
+"""Check, choose, launch: the public operations and their ``torch.library`` registration.
+
+``tritern::linear`` and ``tritern::quantize_activations`` run on CUDA (the Triton kernels) and on the CPU (``torch._int_mm``,
+equal int32 sums), have fake implementations for ``torch.compile`` and, for ``linear``, a gradient with respect to x and
+bias that treats the activations' rounding as the identity (straight-through).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import reference
+from .formats import PackedTernary, check_packed, check_shape, pack, padded_k, to_packed_order, unpack
+from .reference import RULES, Rule
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+ACTIVATION_BITS = (8, 16)
+
+
+# ---------------------------------------------------------------- public, checked
+
+
+def linear(
+    x: Tensor,
+    weight: PackedTernary,
+    bias: Tensor | None = None,
+    *,
+    activation_bits: int = 8,
+    gelu: bool = False,
+) -> Tensor:
+    """y = gelu(x W^T + bias) for a packed ternary W.
+
+    Args:
+        x: [..., K] fp32, fp16 or bf16.
+        weight: shape (N, K), on x's device.
+        bias: [N] or None.
+        activation_bits: 8 quantizes each token to int8 (int32 sums, exact). 16 multiplies fp16 or bf16 as they are; fp32
+            is rounded to bf16 on CUDA and kept on the CPU.
+        gelu: apply the exact (erf) GELU in the epilogue.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument's dtype, shape or device does not fit.
+    """
+    return torch.ops.tritern.linear(x, weight.packed, weight.scale, bias, weight.shape[1], activation_bits, gelu)
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-token absmax int8 of x [M, K]: int8 [M, padded_k(K)] in packed order and float32 scale [M].
+
+    A token with NaN or infinity gets zeros and scale NaN.
+    """
+    return torch.ops.tritern.quantize_activations(x)
+
+
+def ternarize_weight(weight: Tensor, rule: Rule = "mse") -> PackedTernary:
+    """Ternarize and pack a weight [N, K]; rules as in ``reference.ternarize``.
+
+    Raises:
+        TypeError: not fp32, fp16, bf16. ValueError: not a matrix, unknown rule, NaN or infinity, K beyond the bound.
+    """
+    if weight.dtype not in FLOATS:
+        raise TypeError(f"weight must be float32, float16 or bfloat16; received {weight.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be a matrix [N, K]; received shape {list(weight.shape)}")
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}; received {rule!r}")
+    N, K = weight.shape
+    check_shape(N, K)
+    weight = weight.detach()
+    if not torch.isfinite(weight).all():
+        row = int((~torch.isfinite(weight)).any(1).nonzero()[0])
+        raise ValueError(f"weight holds NaN or infinity (first in row {row}); repair the checkpoint before ternarizing")
+    if weight.is_cuda:
+        from .ternarize import ternarize
+
+        return ternarize(weight, rule)
+    codes, scale = reference.ternarize(weight, rule)
+    return PackedTernary(pack(codes), scale, (N, K))
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, in_features: int, activation_bits: int
+) -> None:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x must be float32, float16 or bfloat16; received {x.dtype}. Cast it, for example x.float().")
+    if x.dim() < 1 or x.shape[-1] != in_features:
+        raise ValueError(f"x must have shape [..., {in_features}]; received {list(x.shape)}")
+    if activation_bits not in ACTIVATION_BITS:
+        raise ValueError(f"activation_bits must be 8 or 16; received {activation_bits}")
+    check_packed(packed, scale, packed.shape[0], in_features)
+    if x.device != packed.device:
+        raise ValueError(f"x is on {x.device} and the weight on {packed.device}; move one with .to()")
+    if bias is not None:
+        if bias.dtype not in FLOATS or tuple(bias.shape) != (packed.shape[0],) or bias.device != x.device:
+            raise ValueError(
+                f"bias must be floating point, shape [{packed.shape[0]}], on {x.device}; "
+                f"received {bias.dtype}, {list(bias.shape)}, {bias.device}"
+            )
+
+
+def _check_matrix(x: Tensor) -> None:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x must be float32, float16 or bfloat16; received {x.dtype}")
+    if x.dim() != 2 or x.shape[1] < 1:
+        raise ValueError(f"x must be a matrix [M, K]; received shape {list(x.shape)}")
+
+
+# ---------------------------------------------------------------- CUDA
+
+
+@lru_cache(maxsize=None)
+def _device(index: int) -> tuple[str, int, int]:
+    p = torch.cuda.get_device_properties(index)
+    return p.name, 10 * p.major + p.minor, p.multi_processor_count
+
+
+def _linear_cuda(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, in_features: int, activation_bits: int, gelu: bool
+) -> Tensor:
+    from . import activations, gemm, tuning
+
+    _check_linear(x, packed, scale, bias, in_features, activation_bits)
+    N, K = packed.shape[0], in_features
+    rows = x.reshape(-1, K)
+    M = rows.shape[0]
+    if M == 0:
+        return x.new_empty((*x.shape[:-1], N))
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    mode: tuning.Mode = "int8" if activation_bits == 8 else "16bit"
+    with torch.cuda.device(x.device):
+        config = tuning.choose(mode, M, N, K, gelu, *_device(x.device.index))
+        if activation_bits == 8:
+            x_q, scale_x = activations.quantize(rows)
+            y = gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, x.dtype, gelu)
+        else:
+            rows = rows.to(torch.bfloat16) if rows.dtype == torch.float32 else rows
+            y = gemm.gemm_16bit(rows, packed, scale, bias, config, x.dtype, gelu)
+    return y.view(*x.shape[:-1], N)
+
+
+def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
+    from . import activations
+
+    _check_matrix(x)
+    with torch.cuda.device(x.device):
+        return activations.quantize(x if x.stride(1) == 1 else x.contiguous())
+
+
+# ---------------------------------------------------------------- CPU
+
+_unpacked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _cpu_codes(packed: Tensor, K: int) -> Tensor:
+    """Codes int8 [N, K] of a packed weight, kept as long as it lives: one byte a weight while serving from a CPU."""
+    if packed.is_inference():  # no version counter: a change in place could not be noticed
+        return unpack(packed, K)
+    kept = _unpacked.get(packed)
+    if kept is None or kept[0] != packed._version or kept[1].shape[1] != K:
+        with torch.inference_mode(False):
+            kept = (packed._version, unpack(packed, K))
+        _unpacked[packed] = kept
+    return kept[1]
+
+
+def _linear_cpu(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, in_features: int, activation_bits: int, gelu: bool
+) -> Tensor:
+    _check_linear(x, packed, scale, bias, in_features, activation_bits)
+    N = packed.shape[0]
+    rows = x.reshape(-1, in_features)
+    if rows.shape[0] == 0:
+        return x.new_empty((*x.shape[:-1], N))
+    codes = _cpu_codes(packed, in_features)
+    if activation_bits == 8:
+        x_q, scale_x = _quantize_rows(rows)
+        y = torch._int_mm(x_q, codes.t()).to(torch.float32).mul_(scale_x[:, None])
+    else:
+        y = torch.mm(rows.float(), codes.float().t())
+    y = y.mul_(scale) if bias is None else torch.addcmul(bias.float(), y, scale, out=y)
+    y = torch.nn.functional.gelu(y) if gelu else y
+    return y.to(x.dtype).view(*x.shape[:-1], N)
+
+
+def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``reference.quantize_activations`` in fewer passes: [M, K] in natural order."""
+    values = x.float()
+    low, high = torch.aminmax(values, dim=1)
+    absmax = torch.maximum(high, -low)
+    inverse = 127.0 / absmax.clamp(min=reference.SMALLEST_ABSMAX)
+    scale = absmax.clamp(min=reference.SMALLEST_ABSMAX) * reference.ONE_127TH
+    finite = torch.isfinite(absmax)
+    if not finite.all():
+        scale = torch.where(finite, scale, torch.nan)
+        values = torch.where(finite[:, None], values, 0.0)
+        inverse = torch.where(finite, inverse, 0.0)
+    return (values * inverse[:, None]).round_().to(torch.int8), scale
+
+
+def _quantize_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
+    _check_matrix(x)
+    q, scale = _quantize_rows(x)
+    return to_packed_order(torch.nn.functional.pad(q, (0, padded_k(x.shape[1]) - x.shape[1]))), scale
+
+
+# ---------------------------------------------------------------- fake and autograd
+
+
+def _linear_fake(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, in_features: int, activation_bits: int, gelu: bool
+) -> Tensor:
+    _check_linear(x, packed, scale, bias, in_features, activation_bits)
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    _check_matrix(x)
+    M, K = x.shape
+    return x.new_empty((M, padded_k(K)), dtype=torch.int8), x.new_empty((M,), dtype=torch.float32)
+
+
+def _dequantize_impl(packed: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    return PackedTernary(packed, scale, (packed.shape[0], in_features)).dequantize(dtype)
+
+
+def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
+    x, packed, scale, bias, in_features, activation_bits, gelu = inputs
+    ctx.save_for_backward(packed, scale, bias, x if gelu else None)
+    ctx.in_features, ctx.activation_bits, ctx.x_dtype = in_features, activation_bits, x.dtype
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+    packed, scale, bias, x = ctx.saved_tensors
+    if x is not None:
+        y = torch.ops.tritern.linear(x, packed, scale, bias, ctx.in_features, ctx.activation_bits, False)
+        grad = torch.ops.aten.gelu_backward(grad, y)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ torch.ops.tritern.dequantize(packed, scale, ctx.in_features, grad.dtype)
+    if bias is not None and ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)
+    return grad_x, None, None, grad_bias, None, None, None
+
+
+_library = torch.library.Library("tritern", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int in_features, int activation_bits, bool gelu) -> Tensor"
+)
+_library.define("quantize_activations(Tensor x) -> (Tensor, Tensor)")
+_library.define("dequantize(Tensor packed, Tensor scale, int in_features, ScalarType dtype) -> Tensor")
+_library.impl("linear", _linear_cpu, "CPU")
+_library.impl("linear", _linear_cuda, "CUDA")
+_library.impl("quantize_activations", _quantize_cpu, "CPU")
+_library.impl("quantize_activations", _quantize_cuda, "CUDA")
+_library.impl("dequantize", _dequantize_impl, "CPU")
+_library.impl("dequantize", _dequantize_impl, "CUDA")
+torch.library.register_fake("tritern::linear", _linear_fake, lib=_library)
+torch.library.register_fake("tritern::quantize_activations", _quantize_fake, lib=_library)
+torch.library.register_fake(
+    "tritern::dequantize",
+    lambda packed, scale, in_features, dtype: packed.new_empty((packed.shape[0], in_features), dtype=dtype),
+    lib=_library,
+)
+torch.library.register_autograd("tritern::linear", _backward, setup_context=_setup_context, lib=_library)

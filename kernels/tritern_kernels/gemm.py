@@ -1,0 +1,225 @@
+"""The GEMM kernels: packed ternary weights times int8 or 16-bit activations.
+
+    y[m, n] = gelu( scale_x[m] * scale[n] * sum_k x[m, k] * codes[n, k] + bias[n] )
+
+Both compute the transpose, [BLOCK_N, BLOCK_M] = W x^T: with the weights on the left, the unpacked codes feed the tensor
+cores as the register operand and never pass through shared memory. int32 sums are exact, and the epilogue is one
+function with an explicit fused multiply-add, so a token's outputs do not depend on the tile, the split or the batch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .tuning import KernelConfig
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # inline assembly does not run in the interpreter
+
+
+@triton.jit
+def _unpack8(w, ASM: tl.constexpr):
+    """uint8 [BN, BYTES] -> int8 [BN, 4 * BYTES] of 64 * code: atom by atom, slab by slab."""
+    if ASM:
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            """{ .reg .b32 t0, t1, t2;
+            shl.b32 t0, $4, 6; shl.b32 t1, $4, 4; shl.b32 t2, $4, 2;
+            and.b32 $0, t0, 0xC0C0C0C0; and.b32 $1, t1, 0xC0C0C0C0;
+            and.b32 $2, t2, 0xC0C0C0C0; and.b32 $3, $4, 0xC0C0C0C0; }""",
+            "=&r,=&r,=&r,=&r,r",
+            [w],
+            dtype=(tl.int8, tl.int8, tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        w0 = ((w << 6) & 0xC0).to(tl.uint8).to(tl.int8, bitcast=True)
+        w1 = ((w << 4) & 0xC0).to(tl.uint8).to(tl.int8, bitcast=True)
+        w2 = ((w << 2) & 0xC0).to(tl.uint8).to(tl.int8, bitcast=True)
+        w3 = (w & 0xC0).to(tl.uint8).to(tl.int8, bitcast=True)
+    c = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BN, BYTES, high, low], slab = 2 * high + low
+    c = tl.reshape(c, (c.shape[0], c.shape[1] // 32, 32, 2, 2))
+    return tl.reshape(tl.permute(c, (0, 1, 3, 4, 2)), (c.shape[0], c.shape[1] * 128))
+
+
+@triton.jit
+def _unpack16(w, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """uint16 [BN, WORDS] -> fp16 or bf16 [BN, 8 * WORDS] of 2.0 * code: 0x4000 is 2.0 and 0xC000 is -2.0 in both."""
+    if ASM:
+        w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
+            """{ .reg .b32 t0, t1, t2, t3, t4, t5, t6;
+            shl.b32 t0, $8, 14; shl.b32 t1, $8, 12; shl.b32 t2, $8, 10; shl.b32 t3, $8, 8;
+            shl.b32 t4, $8, 6; shl.b32 t5, $8, 4; shl.b32 t6, $8, 2;
+            and.b32 $0, t0, 0xC000C000; and.b32 $1, t1, 0xC000C000; and.b32 $2, t2, 0xC000C000;
+            and.b32 $3, t3, 0xC000C000; and.b32 $4, t4, 0xC000C000; and.b32 $5, t5, 0xC000C000;
+            and.b32 $6, t6, 0xC000C000; and.b32 $7, $8, 0xC000C000; }""",
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
+            [w],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        w0 = ((w << 14) & 0xC000).to(tl.uint16).to(tl.int16, bitcast=True)
+        w1 = ((w << 12) & 0xC000).to(tl.uint16).to(tl.int16, bitcast=True)
+        w2 = ((w << 10) & 0xC000).to(tl.uint16).to(tl.int16, bitcast=True)
+        w3 = ((w << 8) & 0xC000).to(tl.uint16).to(tl.int16, bitcast=True)
+        w4 = ((w << 6) & 0xC000).to(tl.uint16).to(tl.int16, bitcast=True)
+        w5 = ((w << 4) & 0xC000).to(tl.uint16).to(tl.int16, bitcast=True)
+        w6 = ((w << 2) & 0xC000).to(tl.uint16).to(tl.int16, bitcast=True)
+        w7 = (w & 0xC000).to(tl.uint16).to(tl.int16, bitcast=True)
+    c = tl.join(tl.join(tl.join(w0, w4), tl.join(w2, w6)), tl.join(tl.join(w1, w5), tl.join(w3, w7)))
+    c = tl.reshape(c, (c.shape[0], c.shape[1] // 16, 16, 2, 2, 2))  # [BN, atom, word, slab bits 2, 1, 0]
+    c = tl.reshape(tl.permute(c, (0, 1, 3, 4, 5, 2)), (c.shape[0], c.shape[1] * 128))
+    return c.to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Grouped order: GROUP token tiles share their activations while the program ids walk along N."""
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    in_group = GROUP * tl.cdiv(N, BLOCK_N)
+    first = pid // in_group * GROUP
+    size = tl.minimum(tiles_m - first, GROUP)
+    return first + pid % in_group % size, pid % in_group // size
+
+
+@triton.jit
+def _store(
+    y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y,
+    UNIT: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
+):  # fmt: skip
+    """Scale, add the bias, apply GELU and store v fp32 [BLOCK_N, BLOCK_M] as y [BLOCK_M, BLOCK_N]."""
+    scale = tl.load(scale_ptr + n, mask=n < N, other=0.0) * UNIT
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        v = tl.math.fma(v, tl.broadcast_to(scale[:, None], v.shape), tl.broadcast_to(bias[:, None], v.shape))
+    else:
+        v = v * scale[:, None]
+    if GELU:
+        v = 0.5 * v * (1.0 + tl.math.erf(v * 0.7071067811865476))
+    mask = (m[:, None] < M) & (n[None, :] < N)
+    out = tl.trans(v).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + m[:, None].to(tl.int64) * stride_y + n[None, :], out, mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_int8_kernel(
+    x_ptr, packed_ptr, scale_x_ptr, scale_ptr, bias_ptr, y_ptr, sums_ptr, tickets_ptr,
+    M, N, K_padded, stride_p, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """x int8 [M, K_padded] in packed order. With SPLIT, program_id(1) takes a share of K, int32 atomics add the shares
+    (in any order: integers), and the last program to finish a tile stores it."""
+    pm, pn = _tile(M, N, BLOCK_M, BLOCK_N, GROUP)
+    m = pm * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = pn * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = 0
+    last = K_padded // BLOCK_K
+    if SPLIT:
+        share = tl.cdiv(last, tl.num_programs(1))
+        first = tl.program_id(1) * share
+        last = tl.minimum(first + share, last)
+    rows_m = tl.minimum(m, M - 1).to(tl.int64)  # reading a valid row twice is cheaper than masking the loads
+    rows_n = tl.minimum(n, N - 1).to(tl.int64)
+    x = x_ptr + rows_m[None, :] * K_padded + (first * BLOCK_K + tl.arange(0, BLOCK_K))[:, None]
+    w = packed_ptr + rows_n[:, None] * stride_p + (first * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4))[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+    for _ in tl.range(first, last):
+        acc = tl.dot(_unpack8(tl.load(w), ASM), tl.load(x), acc, out_dtype=tl.int32)
+        x += BLOCK_K
+        w += BLOCK_K // 4
+    if SPLIT:
+        mask = (n[:, None] < N) & (m[None, :] < M)
+        sums = sums_ptr + m[None, :].to(tl.int64) * N + n[:, None]
+        tl.atomic_add(sums, acc, mask=mask, sem="relaxed")
+        tl.debug_barrier()  # every thread's additions are done before the ticket is drawn
+        ticket = tl.atomic_add(tickets_ptr + tl.program_id(0), 1, sem="acq_rel")
+        if ticket == tl.num_programs(1) - 1:
+            acc = tl.load(sums, mask=mask, other=0, cache_modifier=".cg")
+            scale_x = tl.load(scale_x_ptr + m, mask=m < M, other=0.0)
+            v = acc.to(tl.float32) * scale_x[None, :]
+            _store(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 1.0 / 64.0, HAS_BIAS, GELU)
+    else:
+        scale_x = tl.load(scale_x_ptr + m, mask=m < M, other=0.0)
+        v = acc.to(tl.float32) * scale_x[None, :]
+        _store(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 1.0 / 64.0, HAS_BIAS, GELU)
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_16bit_kernel(
+    x_ptr, packed_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, K_padded, stride_x, stride_p, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """x fp16 or bf16 [M, K] in natural order; packed as uint16 words, stride_p words a row."""
+    pm, pn = _tile(M, N, BLOCK_M, BLOCK_N, GROUP)
+    m = pm * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = pn * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    rows_m = tl.minimum(m, M - 1).to(tl.int64)
+    rows_n = tl.minimum(n, N - 1).to(tl.int64)
+    x = x_ptr + rows_m[None, :] * stride_x + k[:, None]
+    w = packed_ptr + rows_n[:, None] * stride_p + tl.arange(0, BLOCK_K // 8)[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for step in tl.range(0, K_padded // BLOCK_K):
+        if EVEN_K:
+            x_tile = tl.load(x)
+        else:
+            x_tile = tl.load(x, mask=k[:, None] < K - step * BLOCK_K, other=0.0)
+        acc = tl.dot(_unpack16(tl.load(w), x_ptr.dtype.element_ty, ASM), x_tile, acc)
+        if ASM:  # without this no-op ptxas serializes the register-operand wgmma (warning C7515)
+            acc = tl.inline_asm_elementwise("// $0 $1", "=f,0", [acc], dtype=tl.float32, is_pure=False, pack=1)
+        x += BLOCK_K
+        w += BLOCK_K // 8
+    _store(y_ptr, acc, scale_ptr, bias_ptr, m, n, M, N, stride_y, 0.5, HAS_BIAS, GELU)
+
+
+def gemm_int8(
+    x_q: Tensor, scale_x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
+    config: KernelConfig, out_dtype: torch.dtype, gelu: bool = False,
+) -> Tensor:  # fmt: skip
+    """y [M, N] in ``out_dtype`` from ``activations.quantize``'s output and a packed weight; arguments are not checked."""
+    M, K_padded = x_q.shape
+    N = packed.shape[0]
+    y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
+    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    sums = tickets = scale_x  # unused without a split
+    if config.split_k > 1:
+        workspace = torch.zeros(M * N + tiles, dtype=torch.int32, device=x_q.device)
+        sums, tickets = workspace[: M * N], workspace[M * N :]
+    gemm_int8_kernel[(tiles, config.split_k)](
+        x_q, packed, scale_x, scale, scale if bias is None else bias, y, sums, tickets,
+        M, N, K_padded, packed.stride(0), y.stride(0),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP=config.group_m,
+        SPLIT=config.split_k > 1, HAS_BIAS=bias is not None, GELU=gelu, ASM=not INTERPRETED,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return y
+
+
+def gemm_16bit(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
+    config: KernelConfig, out_dtype: torch.dtype, gelu: bool = False,
+) -> Tensor:  # fmt: skip
+    """y [M, N] in ``out_dtype`` from x fp16 or bf16 [M, K], rows contiguous; arguments are not checked."""
+    M, K = x.shape
+    N = packed.shape[0]
+    words = packed.view(torch.uint16)
+    y = torch.empty((M, N), dtype=out_dtype, device=x.device)
+    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
+    gemm_16bit_kernel[grid](
+        x, words, scale, scale if bias is None else bias, y,
+        M, N, K, words.shape[1] * 8, x.stride(0), words.stride(0), y.stride(0),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP=config.group_m,
+        EVEN_K=K % config.block_k == 0, HAS_BIAS=bias is not None, GELU=gelu, ASM=not INTERPRETED,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return y

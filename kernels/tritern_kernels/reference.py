@@ -1,0 +1,89 @@
+"""What every operation computes, in plain torch: the oracle the kernels are tested against.
+
+Written to be read, not to be fast. All functions work in natural (unpacked) order.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Rule = Literal["mse", "absmean", "twn"]
+RULES: tuple[str, ...] = get_args(Rule)
+
+SMALLEST_ABSMAX = 1e-30
+"""Rows with a smaller absolute maximum are quantized as if they had this one, so that 127 / absmax stays finite."""
+ONE_127TH = 1.0 / 127.0
+
+
+def ternarize(weight: Tensor, rule: Rule = "mse") -> tuple[Tensor, Tensor]:
+    """Weight [N, K] -> codes int8 [N, K] and scale float32 [N], with ``scale * codes`` close to the weight.
+
+    ``mse``: per row, the threshold and scale that minimise the squared error: of the row sorted by |w|, the k that
+    maximises (sum of the k largest)^2 / k. ``absmean``: one scale for the matrix, mean|W|, codes rounded and clamped
+    (BitNet b1.58, arXiv:2402.17764). ``twn``: per row, threshold 0.7 * mean|w| and the mean magnitude above it
+    (Ternary Weight Networks, arXiv:1605.04711).
+    """
+    w = weight.float()
+    magnitude = w.abs()
+    if rule == "absmean":
+        scale = magnitude.mean(dtype=torch.float64).float().expand(w.shape[0]).clone()
+        threshold = 0.5 * scale
+    elif rule == "twn":
+        threshold = 0.7 * magnitude.mean(1)
+        kept = magnitude > threshold[:, None]
+        scale = (magnitude * kept).sum(1) / kept.sum(1).clamp(min=1)
+    elif rule == "mse":
+        ordered = magnitude.sort(dim=1, descending=True).values
+        sums = ordered.cumsum(1, dtype=torch.float64)
+        count = torch.arange(1, w.shape[1] + 1, device=w.device)
+        best = (sums * sums / count).argmax(1, keepdim=True)
+        scale = (sums.gather(1, best) / count[best]).squeeze(1).float()
+        threshold = 0.5 * scale  # at the optimum the k-th magnitude is above scale / 2 and the next one below
+    else:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}; received {rule!r}")
+    codes = (torch.sign(w) * (magnitude > threshold[:, None])).to(torch.int8)
+    return codes, scale
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-token absmax int8: x [M, K] -> int8 [M, K] and scale float32 [M], with ``scale * q`` close to x.
+
+    A token that holds NaN or infinity gets q = 0 and scale = NaN: its outputs are NaN, nobody else's are.
+    """
+    values = x.float()
+    absmax = values.abs().amax(1)
+    finite = torch.isfinite(absmax)
+    scale = absmax.clamp(min=SMALLEST_ABSMAX) * ONE_127TH
+    inverse = 127.0 / absmax.clamp(min=SMALLEST_ABSMAX)
+    q = torch.round(values * inverse[:, None])
+    q = torch.where(finite[:, None], q, 0.0).to(torch.int8)
+    return q, torch.where(finite, scale, torch.nan)
+
+
+def int8_sums(x_q: Tensor, codes: Tensor) -> Tensor:
+    """int32 [M, N] = x_q int8 [M, K] times codes int8 [N, K] transposed; exact."""
+    return (x_q.double() @ codes.double().T).to(torch.int32)
+
+
+def epilogue(sums: Tensor, scale_x: Tensor | None, scale: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    """float64 [M, N] = gelu(scale_x[m] * scale[n] * sums[m, n] + bias[n])."""
+    y = sums.double()
+    if scale_x is not None:
+        y = y * scale_x.double()[:, None]
+    y = y * scale.double()
+    if bias is not None:
+        y = y + bias.double()
+    return torch.nn.functional.gelu(y) if gelu else y
+
+
+def linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int = 8, gelu: bool = False
+) -> Tensor:
+    """float64 [M, N] for x [M, K]: with int8 activations (8), or with x as it is (16)."""
+    if activation_bits == 16:
+        return epilogue(x.double() @ codes.double().T, None, scale, bias, gelu)
+    x_q, scale_x = quantize_activations(x)
+    return epilogue(int8_sums(x_q, codes), scale_x, scale, bias, gelu)

@@ -1,0 +1,173 @@
+"""Kernel configurations: what is valid, which one to use.
+
+``choose`` looks in the table of the GPU (``configs/<gpu>.json``, nearest measured size) and otherwise applies a formula.
+Nothing is measured or compiled to choose: a new number of tokens never stalls a call.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from .formats import ATOM, padded_k
+
+Mode = Literal["int8", "16bit"]
+CONFIG_DIR = Path(__file__).parent / "configs"
+SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+"""KiB of shared memory one program may use, by compute capability (CUDA programming guide, technical specifications)."""
+
+MOST_ACCUMULATORS = {"plain": 128, "gelu": 64, "split": 32}
+"""Accumulators a thread can hold without spills, by what follows the loop; read off compiled code (compile_check)."""
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """One way to launch a GEMM kernel: tile of ``block_m`` tokens x ``block_n`` weight rows x ``block_k`` along K."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int = 1
+    group_m: int = 8
+    num_warps: int = 4
+    num_stages: int = 4
+
+    def shared_bytes(self, mode: Mode) -> int:
+        """Shared memory of the pipelined operands, in bytes."""
+        x = self.block_m * self.block_k * (1 if mode == "int8" else 2)
+        return self.num_stages * (x + self.block_n * self.block_k // 4)
+
+    @property
+    def accumulators(self) -> int:
+        """32-bit accumulator registers a thread holds."""
+        return self.block_m * self.block_n // (32 * self.num_warps)
+
+    def invalid(self, mode: Mode, K: int, capability: int, gelu: bool = False) -> str | None:
+        """Why this configuration cannot run well, or None. The one statement of the constraints."""
+        for name, low in (("block_m", 16), ("block_n", 16), ("block_k", ATOM)):
+            value = getattr(self, name)
+            if value < low or value & (value - 1):
+                return f"{name} must be a power of two of at least {low}; received {value}"
+        if padded_k(K) % self.block_k:
+            return f"block_k must divide K padded to {padded_k(K)}; received {self.block_k}"
+        if self.num_warps not in (1, 2, 4, 8, 16):
+            return f"num_warps must be a power of two up to 16; received {self.num_warps}"
+        if self.split_k != 1 and mode == "16bit":
+            return f"split_k is for int8 sums, which add up exactly in any order; received {self.split_k}"
+        if not 1 <= self.split_k <= padded_k(K) // self.block_k:
+            return f"split_k must be from 1 to K / block_k = {padded_k(K) // self.block_k}; received {self.split_k}"
+        most = MOST_ACCUMULATORS["split" if self.split_k > 1 else "gelu" if gelu else "plain"]
+        if self.accumulators > most:
+            return f"{self.accumulators} accumulators a thread spill to memory; at most {most} here: use more warps"
+        if self.group_m < 1 or self.num_stages < 1:
+            return f"group_m and num_stages must be at least 1; received {self.group_m} and {self.num_stages}"
+        limit = shared_memory_limit(capability)
+        if self.shared_bytes(mode) > limit:
+            return f"operands take {self.shared_bytes(mode)} bytes of shared memory; sm_{capability} has {limit}"
+        return None
+
+
+def shared_memory_limit(capability: int) -> int:
+    """Bytes of shared memory a program may use on sm_``capability``; 99 KiB where unknown."""
+    return SHARED_MEMORY.get(capability, 99) * 1024
+
+
+def formula_tiles(mode: Mode, capability: int) -> list[KernelConfig]:
+    """The tiles ``formula`` chooses from, smallest number of tokens first; block_k is halved where K asks for it."""
+    wide = shared_memory_limit(capability) >= 160 * 1024
+    if mode == "int8":
+        return [
+            KernelConfig(16, 128, 256, num_warps=4, num_stages=4),
+            KernelConfig(32, 64, 256, num_warps=4, num_stages=4),
+            KernelConfig(64, 64, 256, num_warps=4, num_stages=3),
+            KernelConfig(64, 128, 128, num_warps=4, num_stages=4),
+            KernelConfig(128, 128, 128, num_warps=8, num_stages=4),
+            KernelConfig(128, 256, 128, num_warps=8, num_stages=3),
+        ]
+    return [
+        KernelConfig(16, 128, 128, num_warps=4, num_stages=4),
+        KernelConfig(32, 128, 128, num_warps=4, num_stages=4),
+        KernelConfig(64, 128, 128, num_warps=4, num_stages=3),
+        KernelConfig(128, 128, 128, num_warps=8, num_stages=3 if wide else 2),
+    ]
+
+
+def formula(
+    mode: Mode, M: int, N: int, K: int, capability: int, processors: int, gelu: bool = False
+) -> KernelConfig:
+    """Up to 64 tokens: the smallest tile that holds them all, int8 splitting K until every multiprocessor has work.
+    Above: the largest tile that leaves no multiprocessor idle."""
+    tiles = [replace(c, block_k=min(c.block_k, padded_k(K) & -padded_k(K))) for c in formula_tiles(mode, capability)]
+    tiles = [c for c in tiles if c.invalid(mode, K, capability, gelu) is None]
+    if M <= 64:
+        config = next(c for c in tiles if c.block_m >= M)
+        programs = math.ceil(N / config.block_n)
+        split = min(processors // programs, padded_k(K) // config.block_k // 2, 8)
+        return replace(config, split_k=split) if mode == "int8" and split > 1 else config
+    for config in reversed(tiles):
+        if config.block_m <= M and math.ceil(M / config.block_m) * math.ceil(N / config.block_n) >= processors:
+            return config
+    return next(c for c in tiles if c.block_m == 64)
+
+
+@dataclass(frozen=True)
+class TableEntry:
+    """A measured choice for one shape."""
+
+    mode: Mode
+    M: int
+    N: int
+    K: int
+    config: KernelConfig
+
+
+def load_table(path: Path) -> tuple[TableEntry, ...]:
+    """Read a table: ``{"gpu", "triton", "date", "entries": [{"mode", "M", "N", "K", "config": {...}}]}``.
+
+    Raises:
+        ValueError: the file is not a table, or an entry's configuration is unknown.
+    """
+    try:
+        entries = json.loads(path.read_text())["entries"]
+        return tuple(TableEntry(e["mode"], e["M"], e["N"], e["K"], KernelConfig(**e["config"])) for e in entries)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a table of kernel configurations: {error!r}. Remove it to use the formula.") from None
+
+
+def nearest(
+    table: tuple[TableEntry, ...], mode: Mode, M: int, N: int, K: int, capability: int, gelu: bool = False
+) -> KernelConfig | None:
+    """The table's entry of the closest shape (sum of distances in log2) whose configuration is valid for K."""
+
+    def distance(e: TableEntry) -> float:
+        return abs(math.log2(e.M / M)) + abs(math.log2(e.N / N)) + abs(math.log2(e.K / K))
+
+    usable = [e for e in table if e.mode == mode and e.config.invalid(mode, K, capability, gelu) is None]
+    best = min(usable, key=distance, default=None)
+    return best.config if best is not None and distance(best) <= 2.0 else None
+
+
+def gpu_slug(name: str) -> str:
+    """File name of a GPU's table: 'NVIDIA H200' -> 'h200'."""
+    return name.lower().removeprefix("nvidia").strip().replace(" ", "-")
+
+
+@lru_cache(maxsize=None)
+def _table(gpu: str) -> tuple[TableEntry, ...]:
+    path = CONFIG_DIR / f"{gpu_slug(gpu)}.json"
+    return load_table(path) if path.exists() else ()
+
+
+@lru_cache(maxsize=4096)
+def _choose(mode: Mode, M: int, N: int, K: int, gelu: bool, gpu: str, capability: int, processors: int) -> KernelConfig:
+    found = nearest(_table(gpu), mode, M, N, K, capability, gelu)
+    return found or formula(mode, M, N, K, capability, processors, gelu)
+
+
+def choose(mode: Mode, M: int, N: int, K: int, gelu: bool, gpu: str, capability: int, processors: int) -> KernelConfig:
+    """Configuration for M tokens; M counts as the next power of two, so that few distinct kernels are ever needed."""
+    return _choose(mode, 1 << (M - 1).bit_length(), N, K, gelu, gpu, capability, processors)
