@@ -1,0 +1,40 @@
+"""How a model is ternarized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tritern_kernels.dispatch import ACTIVATION_BITS
+from tritern_kernels.reference import RULES, Rule
+
+from .errors import TriternError
+
+
+@dataclass(frozen=True)
+class TernaryConfig:
+    """Settings of ``tritern.patch``.
+
+    Args:
+        rule: how codes and scales come from a weight matrix. ``"mse"``: per row, the smallest squared error.
+            ``"absmean"``: one scale for the matrix, mean|W| (BitNet b1.58). ``"twn"``: per row, threshold 0.7 mean|w|
+            (Ternary Weight Networks).
+        activation_bits: 8 quantizes activations per token to int8 (fastest, exact sums); 16 leaves them as they are.
+        skip: layers to leave in full precision: qualified module names or shell patterns, such as
+            ``"*.layer.0.*"``. A name also covers everything below it.
+
+    Raises:
+        TriternError: an unknown value.
+    """
+
+    rule: Rule = "mse"
+    activation_bits: int = 8
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise TriternError(f"rule must be one of {', '.join(map(repr, RULES))}; received {self.rule!r}")
+        if self.activation_bits not in ACTIVATION_BITS:
+            raise TriternError(f"activation_bits must be 8 or 16; received {self.activation_bits!r}")
+        if isinstance(self.skip, str) or not all(isinstance(s, str) for s in self.skip):
+            raise TriternError(f"skip must be a sequence of module names or patterns; received {self.skip!r}")
+        object.__setattr__(self, "skip", tuple(self.skip))

@@ -1,0 +1,183 @@
+"""Ternary models in transformers' own save and load: a quantizer plug-in named "tritern"."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .checkpoint import DIGEST_KEY, digest, verify
+from .config import TernaryConfig
+from .errors import CheckpointError, TriternError
+from .linear import TernaryLinear
+
+METHOD = "tritern"
+FORMAT_VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class TernaryQuantizationConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` entry of a saved model's config.json.
+
+    Args:
+        modules: names of the ternary layers, relative to the transformers model.
+        activation_bits, rule, skip: as in ``TernaryConfig``.
+        format_version: of the packed layout; a newer one is refused.
+
+    Raises:
+        CheckpointError: unknown version or field.
+    """
+
+    def __init__(
+        self,
+        modules: list[str] | None = None,
+        activation_bits: int = 8,
+        rule: str = "mse",
+        skip: Iterable[str] = (),
+        format_version: int = FORMAT_VERSION,
+        **unknown: Any,
+    ) -> None:
+        unknown.pop("quant_method", None)
+        if format_version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"the model was saved in tritern format {format_version!r}; this version reads {FORMAT_VERSION}: upgrade tritern"
+            )
+        if unknown:
+            raise CheckpointError(f"unknown fields in the tritern quantization_config: {', '.join(sorted(unknown))}")
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers takes registered names as str
+        self.modules = list(modules or [])
+        self.activation_bits = activation_bits
+        self.rule = rule
+        self.skip = list(skip)
+        self.format_version = format_version
+
+
+@register_quantizer(METHOD)
+class TernaryHfQuantizer(HfQuantizer):
+    """Builds ternary layers before a checkpoint is loaded and writes its digest when it is saved."""
+
+    quantization_config: TernaryQuantizationConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to quantize while loading."""
+        if not self.pre_quantized:
+            raise TriternError(
+                "tritern does not quantize inside from_pretrained: load the model without quantization_config and call tritern.patch(model)"
+            )
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        files = kwargs.get("checkpoint_files")
+        if files:
+            verify(files)
+        settings = self.quantization_config
+        for name in settings.modules:
+            try:
+                old = model.get_submodule(name)
+            except AttributeError:
+                old = None
+            if not isinstance(old, nn.Linear):
+                raise CheckpointError(f"config.json names the ternary layer {name!r}, but the model has no linear layer there")
+            new = TernaryLinear(
+                old.in_features, old.out_features, old.bias is not None,
+                activation_bits=settings.activation_bits, device="meta", dtype=old.weight.dtype,
+            )  # fmt: skip
+            model.set_submodule(name, new)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # transformers forbids .half() and .float() on quantized models; ternary layers keep their own dtypes through both.
+        model.is_quantized = False  # type: ignore[assignment]
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Metadata for the safetensors files: the digest of what save_pretrained is about to write."""
+        from transformers.core_model_loading import revert_weight_conversion
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+        state = {k: v for k, v in model.state_dict().items() if k not in (model._keys_to_ignore_on_save or ())}
+        state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+        return None, {DIGEST_KEY: digest(state.items())}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Ternary models are saved as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes are constants."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """torch.compile traces the ternary operators."""
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, TernaryLinear):
+                model.set_submodule(name, module.to_linear(dtype or torch.float32))
+        return model
+
+
+def foreign_quantization(model: nn.Module) -> str | None:
+    """Name of another quantization method that a transformers model inside carries, or None."""
+    for module in model.modules():
+        config = getattr(getattr(module, "config", None), "quantization_config", None)
+        if config is not None and isinstance(module, PreTrainedModel):
+            method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+            if method != METHOD:
+                return str(getattr(method, "value", method))
+    return None
+
+
+def attach(model: nn.Module, config: TernaryConfig, names: list[str]) -> None:
+    """Tell the transformers models inside ``model`` which of their layers are ternary, so that they save and load."""
+    outermost: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(name.startswith(f"{o}." if o else "") for o in outermost):
+            outermost.append(name)
+            prefix = f"{name}." if name else ""
+            inside = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+            if inside:
+                settings = TernaryQuantizationConfig(inside, config.activation_bits, config.rule, config.skip)
+                module.config.quantization_config = settings
+                module.hf_quantizer = TernaryHfQuantizer(settings)  # type: ignore[assignment]
+    if hasattr(model, "_get_model_config"):  # a sentence-transformers model
+        model._get_model_config = partial(_model_config, model)
+        model._model_card_text = _model_card(model, config, len(names))
+
+
+def _model_config(model: Any) -> dict[str, Any]:
+    """config_sentence_transformers.json with a requirement: without tritern, loading says what to install."""
+    return {**type(model)._get_model_config(model), "requirements": {"tritern": ">=0.1"}}
+
+
+def _model_card(model: Any, config: TernaryConfig, layers: int) -> str:
+    data = model.model_card_data
+    base = data.base_model or data.model_id or "a sentence-transformers model"
+    return f"""---
+library_name: sentence-transformers
+tags: [sentence-transformers, tritern, ternary]
+---
+
+# Ternary version of {base}
+
+{layers} linear layers hold weights in {{-1, 0, +1}}, two bits each, one scale per output row (rule `{config.rule}`);
+activations are {"int8 per token" if config.activation_bits == 8 else "16-bit"}. Made by `tritern.patch` without training: expect lower quality than the original's.
+Scores published for the original do not hold for this model.
+
+```python
+import tritern  # registers the format
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("path/to/this/folder")
+```
+"""

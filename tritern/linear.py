@@ -1,0 +1,155 @@
+"""``TernaryLinear``: a drop-in for ``nn.Linear`` with two-bit weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tritern_kernels import PackedTernary, padded_k, ternarize_weight
+from tritern_kernels.dispatch import ACTIVATION_BITS
+from tritern_kernels.formats import check_shape
+from tritern_kernels.reference import Rule
+
+from .errors import TriternError
+
+
+class TernaryLinear(nn.Module):
+    """y = x W^T + bias with ``W[n] = weight_scale[n] * codes[n]``, codes in {-1, 0, +1}.
+
+    Takes x [..., in_features] in float32, float16 or bfloat16 and returns [..., out_features] in x's dtype (autocast's
+    dtype where autocast is on). With ``activation_bits=8`` each token is quantized to int8 on the way in and the sums are
+    exact int32; with 16 the activations are used as they are (``tritern_kernels.linear`` has the details).
+
+    Attributes:
+        weight: buffer, uint8 [out_features, padded_k(in_features) / 4], the packed codes.
+        weight_scale: buffer, float32 [out_features]; stays float32 when the module is cast.
+        bias: parameter [out_features] or None.
+
+    Args:
+        in_features: K, from 1 to ``tritern_kernels.MAX_K``.
+        out_features: N.
+        bias: whether there is a bias.
+        activation_bits: 8 or 16.
+        device: where the buffers live.
+        dtype: of the bias.
+
+    Raises:
+        TriternError: an argument out of its range.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        activation_bits: int = 8,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation_bits not in ACTIVATION_BITS:
+            raise TriternError(f"activation_bits must be 8 or 16; received {activation_bits!r}")
+        try:
+            check_shape(out_features, in_features)
+        except ValueError as error:
+            raise TriternError(str(error)) from None
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation_bits = activation_bits
+        packed_shape = (out_features, padded_k(in_features) // 4)
+        self.register_buffer("weight", torch.zeros(packed_shape, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float32, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, rule: Rule = "mse", activation_bits: int = 8) -> TernaryLinear:
+        """Ternarize a linear layer; ``rule`` as in ``TernaryConfig``. The bias parameter is shared, not copied.
+
+        Raises:
+            TriternError: weights on the meta device, of another dtype, or holding NaN or infinity; unknown rule.
+        """
+        if linear.weight.is_meta:
+            raise TriternError("the layer's weights are on the meta device; load them before ternarizing")
+        try:
+            packed = ternarize_weight(linear.weight, rule)
+        except (TypeError, ValueError) as error:
+            raise TriternError(str(error)) from None
+        return cls.from_packed(packed, linear.bias, activation_bits=activation_bits).train(linear.training)
+
+    @classmethod
+    def from_packed(
+        cls, packed: PackedTernary, bias: nn.Parameter | None = None, *, activation_bits: int = 8
+    ) -> TernaryLinear:
+        """A layer around packed weights; tensors are shared, not copied."""
+        N, K = packed.shape
+        layer = cls(K, N, bias=False, activation_bits=activation_bits, device="meta")
+        layer.weight, layer.weight_scale, layer.bias = packed.packed, packed.scale, bias
+        return layer
+
+    def packed(self) -> PackedTernary:
+        """The weights with their shape; shares this layer's tensors."""
+        return PackedTernary(self.weight, self.weight_scale, (self.out_features, self.in_features))
+
+    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """The ``nn.Linear`` with the same ternary weights in ``dtype``; its parameters can be trained."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.packed().dequantize(dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
+        return linear.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return torch.ops.tritern.linear(
+            x, self.weight, self.weight_scale, self.bias, self.in_features, self.activation_bits, False
+        )
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(module)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"activation_bits={self.activation_bits}"
+        )
+
+    def requires_grad_(self, requires_grad: bool = True) -> TernaryLinear:
+        """Refused when True: packed codes have no gradient."""
+        if requires_grad:
+            raise TriternError(
+                "the codes of a TernaryLinear are constants and cannot be trained. Train `layer.to_linear()` and ternarize "
+                "it again with TernaryLinear.from_linear(); the bias alone trains with `layer.bias.requires_grad_()`."
+            )
+        return super().requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TernaryLinear:
+        """Move both buffers with the module, but never change their dtype: .half() leaves scales float32."""
+        weight, scale = self.weight, self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight.dtype != torch.uint8:
+            self.weight = weight.to(self.weight.device)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        for name, dtype in (("weight", torch.uint8), ("weight_scale", torch.float32)):
+            value = state_dict.get(prefix + name)
+            if value is not None and value.dtype != dtype:  # copy_ would convert it without a word
+                error_msgs.append(
+                    f"{prefix}{name} must be {dtype}, packed by tritern; the state dict holds {value.dtype}. "
+                    "Load full-precision weights before patching the model."
+                )
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
