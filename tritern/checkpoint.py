@@ -21,7 +21,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -36,13 +36,17 @@ def verify(files: Iterable[str | Path]) -> None:
     tensors: dict[str, Tensor] = {}
     for file in files:
         if file.suffix != ".safetensors":
-            raise CheckpointError(f"{file}: ternary models are read from safetensors files only; save the model again")
+            raise CheckpointError(
+                f"{file}: ternary models are read from safetensors files only; save the model again"
+            )
         try:
             with safe_open(file, framework="pt") as content:
                 expected.add((content.metadata() or {}).get(DIGEST_KEY))
                 tensors.update((name, content.get_tensor(name)) for name in content.keys())
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read ({error}): it is truncated or damaged. Copy it again.") from None
+            raise CheckpointError(
+                f"{file} cannot be read ({error}): it is truncated or damaged. Copy it again."
+            ) from None
     where = files[0].parent if files else "the checkpoint"
     if expected == {None} or len(expected) != 1:
         raise CheckpointError(
@@ -50,4 +54,6 @@ def verify(files: Iterable[str | Path]) -> None:
             "after saving. Save the model again with model.save_pretrained()."
         )
     if digest(tensors.items()) != expected.pop():
-        raise CheckpointError(f"{where}: the weights are not those that were saved (sha256 differs). Copy them again.")
+        raise CheckpointError(
+            f"{where}: the weights are not those that were saved (sha256 differs). Copy them again."
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -51,7 +50,9 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
                 f"the model was saved in tritern format {format_version!r}; this version reads {FORMAT_VERSION}: upgrade tritern"
             )
         if unknown:
-            raise CheckpointError(f"unknown fields in the tritern quantization_config: {', '.join(sorted(unknown))}")
+            raise CheckpointError(
+                f"unknown fields in the tritern quantization_config: {', '.join(sorted(unknown))}"
+            )
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers takes registered names as str
         self.modules = list(modules or [])
         self.activation_bits = activation_bits
@@ -63,8 +64,6 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
 @register_quantizer(METHOD)
 class TernaryHfQuantizer(HfQuantizer):
     """Builds ternary layers before a checkpoint is loaded and writes its digest when it is saved."""
-
-    quantization_config: TernaryQuantizationConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to quantize while loading."""
@@ -78,13 +77,16 @@ class TernaryHfQuantizer(HfQuantizer):
         if files:
             verify(files)
         settings = self.quantization_config
+        assert isinstance(settings, TernaryQuantizationConfig)
         for name in settings.modules:
             try:
                 old = model.get_submodule(name)
             except AttributeError:
                 old = None
             if not isinstance(old, nn.Linear):
-                raise CheckpointError(f"config.json names the ternary layer {name!r}, but the model has no linear layer there")
+                raise CheckpointError(
+                    f"config.json names the ternary layer {name!r}, but the model has no linear layer there"
+                )
             new = TernaryLinear(
                 old.in_features, old.out_features, old.bias is not None,
                 activation_bits=settings.activation_bits, device="meta", dtype=old.weight.dtype,
@@ -102,8 +104,10 @@ class TernaryHfQuantizer(HfQuantizer):
         from transformers.core_model_loading import revert_weight_conversion
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-        state = {k: v for k, v in model.state_dict().items() if k not in (model._keys_to_ignore_on_save or ())}
-        state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+        state = {
+            k: v for k, v in model.state_dict().items() if k not in (model._keys_to_ignore_on_save or ())
+        }
+        state: dict[str, torch.Tensor] = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
         return None, {DIGEST_KEY: digest(state.items())}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -142,7 +146,9 @@ def attach(model: nn.Module, config: TernaryConfig, names: list[str]) -> None:
     """Tell the transformers models inside ``model`` which of their layers are ternary, so that they save and load."""
     outermost: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and not any(name.startswith(f"{o}." if o else "") for o in outermost):
+        if isinstance(module, PreTrainedModel) and not any(
+            name.startswith(f"{o}." if o else "") for o in outermost
+        ):
             outermost.append(name)
             prefix = f"{name}." if name else ""
             inside = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
@@ -151,8 +157,8 @@ def attach(model: nn.Module, config: TernaryConfig, names: list[str]) -> None:
                 module.config.quantization_config = settings
                 module.hf_quantizer = TernaryHfQuantizer(settings)  # type: ignore[assignment]
     if hasattr(model, "_get_model_config"):  # a sentence-transformers model
-        model._get_model_config = partial(_model_config, model)
-        model._model_card_text = _model_card(model, config, len(names))
+        vars(model)["_get_model_config"] = partial(_model_config, model)
+        vars(model)["_model_card_text"] = _model_card(model, config, len(names))
 
 
 def _model_config(model: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from tritern_kernels import PackedTernary, padded_k, ternarize_weight
 from tritern_kernels.dispatch import ACTIVATION_BITS
 from tritern_kernels.formats import check_shape
@@ -105,7 +106,7 @@ class TernaryLinear(nn.Module):
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]."""
+        """X [..., in_features] -> [..., out_features]."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return torch.ops.tritern.linear(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+
 from tritern_kernels.dispatch import FLOATS
 from tritern_kernels.formats import check_shape
 
@@ -77,9 +78,13 @@ def patch(
     changes["skip"] = None if skip is None else tuple([skip] if isinstance(skip, str) else skip)
     config = replace(config or TernaryConfig(), **{k: v for k, v in changes.items() if v is not None})
     if not isinstance(model, nn.Module):
-        raise TriternError(f"model must be a torch.nn.Module or a SentenceTransformer; received {type(model).__name__}")
+        raise TriternError(
+            f"model must be a torch.nn.Module or a SentenceTransformer; received {type(model).__name__}"
+        )
     if isinstance(model, nn.Linear):
-        raise TriternError("a bare nn.Linear cannot be replaced in place; use tritern.TernaryLinear.from_linear(layer)")
+        raise TriternError(
+            "a bare nn.Linear cannot be replaced in place; use tritern.TernaryLinear.from_linear(layer)"
+        )
     choices = list(choose(model, config.skip))
     chosen = [c for c in choices if not c.reason]
     _check(model, config, choices, chosen)
@@ -123,7 +128,11 @@ def choose(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[Choice]:
 
 
 def _reason(
-    names: list[str], module: nn.Linear, modules: dict[str, nn.Module], tied: dict[int, set[str]], skip: tuple[str, ...]
+    names: list[str],
+    module: nn.Linear,
+    modules: dict[str, nn.Module],
+    tied: dict[int, set[str]],
+    skip: tuple[str, ...],
 ) -> str:
     for name in names:
         for pattern in skip:
@@ -150,10 +159,14 @@ def _check(model: nn.Module, config: TernaryConfig, choices: list[Choice], chose
     """Everything that can be wrong, before anything is changed."""
     method = hf.foreign_quantization(model)
     if method:
-        raise TriternError(f"the model is already quantized ({method}); load it in full precision and patch that")
+        raise TriternError(
+            f"the model is already quantized ({method}); load it in full precision and patch that"
+        )
     ternary = sum(isinstance(m, TernaryLinear) for m in model.modules())
     if ternary:
-        raise TriternError(f"the model is already ternary ({ternary} TernaryLinear layers); patch a full-precision one")
+        raise TriternError(
+            f"the model is already ternary ({ternary} TernaryLinear layers); patch a full-precision one"
+        )
     for pattern in config.skip:
         if not any(c.reason == f"skip={pattern!r}" for c in choices):
             raise TriternError(
@@ -170,9 +183,13 @@ def _check(model: nn.Module, config: TernaryConfig, choices: list[Choice], chose
         if weight.is_meta:
             raise TriternError(f"{c.name}.weight is on the meta device: load the weights before patching")
         if weight.dtype not in FLOATS:
-            raise TriternError(f"{c.name}.weight is {weight.dtype}; float32, float16 or bfloat16 are supported: cast it")
+            raise TriternError(
+                f"{c.name}.weight is {weight.dtype}; float32, float16 or bfloat16 are supported: cast it"
+            )
         if not torch.isfinite(weight).all():
-            raise TriternError(f"{c.name}.weight holds NaN or infinity; repair the checkpoint or name it in skip=")
+            raise TriternError(
+                f"{c.name}.weight holds NaN or infinity; repair the checkpoint or name it in skip="
+            )
         try:
             check_shape(*weight.shape)
         except ValueError as error:

@@ -35,7 +35,8 @@ class SkippedLayer:
 @dataclass(frozen=True)
 class Summary:
     """Layers and sizes of a model; ``print`` shows it as a table. Sizes are of parameters and buffers, without biases for
-    the linears, in bytes; ``before`` assumes the dtype of the model's remaining parameters."""
+    the linears, in bytes; ``before`` assumes the dtype of the model's remaining parameters.
+    """
 
     layers: tuple[LayerSummary, ...]
     skipped: tuple[SkippedLayer, ...]
@@ -56,13 +57,34 @@ class Summary:
             before, after = sum(g.bytes_before for g in group), sum(g.bytes_after for g in group)
             zeros = sum(g.zero_fraction for g in group) / len(group)
             rows.append(
-                (name, str(len(group)), f"{shape[0]} x {shape[1]}", _size(before), _size(after), f"{zeros:.1%}")
+                (
+                    name,
+                    str(len(group)),
+                    f"{shape[0]} x {shape[1]}",
+                    _size(before),
+                    _size(after),
+                    f"{zeros:.1%}",
+                )
             )
         before, after = self.linear_bytes_before, self.linear_bytes_after
-        rows.append(("all ternary layers", str(len(self.layers)), "", _size(before), _size(after), f"{self.zero_fraction:.1%}"))
-        rows.append(("whole model", "", "", _size(self.model_bytes_before), _size(self.model_bytes_after), ""))
+        rows.append(
+            (
+                "all ternary layers",
+                str(len(self.layers)),
+                "",
+                _size(before),
+                _size(after),
+                f"{self.zero_fraction:.1%}",
+            )
+        )
+        rows.append(
+            ("whole model", "", "", _size(self.model_bytes_before), _size(self.model_bytes_after), "")
+        )
         widths = [max(len(r[i]) for r in rows) for i in range(6)]
-        lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
+        lines = [
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths)))
+            for r in rows
+        ]
         lines.insert(1, "-" * len(lines[0]))
         lines.insert(-2, "-" * len(lines[0]))
         dtype = str(self.dtype).removeprefix("torch.")
@@ -95,7 +117,9 @@ def summary(model: nn.Module) -> Summary:
             layers.append(LayerSummary(name, shape, codes.numel() * dtype.itemsize, after, fraction))
     ternary = bool(layers)
     skipped = [
-        SkippedLayer(c.name, c.reason or ("named in skip" if ternary else "not patched"), _bytes([c.module.weight]))
+        SkippedLayer(
+            c.name, c.reason or ("named in skip" if ternary else "not patched"), _bytes([c.module.weight])
+        )
         for c in choose(model)
     ]
     before, after = sum(la.bytes_before for la in layers), sum(la.bytes_after for la in layers)

@@ -3,4 +3,14 @@
 from .dispatch import linear, quantize_activations, ternarize_weight
 from .formats import ATOM, MAX_K, PackedTernary, pack, padded_k, unpack
 
-__all__ = ["ATOM", "MAX_K", "PackedTernary", "linear", "pack", "padded_k", "quantize_activations", "ternarize_weight", "unpack"]
+__all__ = [
+    "ATOM",
+    "MAX_K",
+    "PackedTernary",
+    "linear",
+    "pack",
+    "padded_k",
+    "quantize_activations",
+    "ternarize_weight",
+    "unpack",
+]

@@ -30,7 +30,9 @@ def _absmax_bits(x):
 
 
 @triton.jit
-def _store(q_ptr, x, inverse, finite, rows, cols, stride_q, M, K_padded, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def _store(
+    q_ptr, x, inverse, finite, rows, cols, stride_q, M, K_padded, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
     v = x * inverse[:, None]
     v = (v + _ROUND) - _ROUND  # round to nearest even: 1.5 * 2**23 leaves no fraction bits
     q = tl.where(finite[:, None], v, 0.0).to(tl.int8)
@@ -45,7 +47,7 @@ def quantize_kernel(
     x_ptr, q_ptr, scale_ptr, M, K, K_padded, stride_x, stride_q,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K] -> q int8 [M, K_padded] in packed order, scale fp32 [M]. ONE_TILE: a row fits BLOCK_K, read it once."""
+    """X [M, K] -> q int8 [M, K_padded] in packed order, scale fp32 [M]. ONE_TILE: a row fits BLOCK_K, read it once."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     lanes = tl.arange(0, BLOCK_K)
     x = _load(x_ptr, rows, lanes, stride_x, M, K)

@@ -85,15 +85,19 @@ def jobs(capability: int) -> Iterator[Job]:
         yield Job(f"ternarize {rule}", "ternarize", types, {"RULE": rule}, {"num_warps": 4}, capability)
 
 
-
-
 def _gemm_jobs(mode: tuning.Mode, c: tuning.KernelConfig, capability: int) -> Iterator[Job]:
     tile = f"{c.block_m}t x {c.block_n}w x {c.block_k}k"
     constants = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "GROUP": c.group_m}
     constants |= {"HAS_BIAS": True, "ASM": True}
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
     if mode == "int8":
-        types = {"x_ptr": "*i8", "packed_ptr": "*u8", "scale_x_ptr": "*fp32", "scale_ptr": "*fp32", "bias_ptr": "*fp16"}
+        types = {
+            "x_ptr": "*i8",
+            "packed_ptr": "*u8",
+            "scale_x_ptr": "*fp32",
+            "scale_ptr": "*fp32",
+            "bias_ptr": "*fp16",
+        }
         types |= {"y_ptr": "*fp16", "sums_ptr": "*i32", "tickets_ptr": "*i32"}
         types |= dict.fromkeys(("M", "N", "K_padded", "stride_p", "stride_y"), "i32")
         for suffix, gelu, split in (("", False, False), (" gelu", True, False), (" split", False, True)):
@@ -117,6 +121,8 @@ _KERNELS = {
     "quantize": activations.quantize_kernel,
     "ternarize": ternarize.ternarize_kernel,
 }
+
+
 def check(job: Job) -> Row:
     """Compile one job and read its registers, memory and main loop."""
     from triton.backends.compiler import GPUTarget
@@ -161,7 +167,10 @@ def _main_loop(sass: str) -> list[str]:
         if (m := re.search(r"BRA.*`\(\.(L_x_\d+)\)", line)) and m.group(1) in labels:
             body = [_opcode(s) for s in lines[labels[m.group(1)] : i + 1]]
             ops = [op for op in body if op]
-            if len(ops) > 1 and (any("MMA" in o for o in ops), len(ops)) > (any("MMA" in o for o in best), len(best)):
+            if len(ops) > 1 and (any("MMA" in o for o in ops), len(ops)) > (
+                any("MMA" in o for o in best),
+                len(best),
+            ):
                 best = ops
     return best
 
@@ -216,17 +225,25 @@ def table(rows: list[Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``python -m tritern_kernels.compile_check``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, action="append", help="compile for this one only (repeatable)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--capability", type=int, action="append", help="compile for this one only (repeatable)"
+    )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)
     if gemm.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: the interpreter does not compile. Unset it.")
     rows = check_all(tuple(options.capability or CAPABILITIES))
     bad = [r for r in rows if r.problem]
-    sys.stdout.write(f"{table(rows)}\n{len(rows)} kernels compiled, {len(bad)} with a problem (triton {triton.__version__})\n")
+    sys.stdout.write(
+        f"{table(rows)}\n{len(rows)} kernels compiled, {len(bad)} with a problem (triton {triton.__version__})\n"
+    )
     if options.json:
-        options.json.write_text(json.dumps({"triton": triton.__version__, "rows": [asdict(r) for r in rows]}, indent=1))
+        options.json.write_text(
+            json.dumps({"triton": triton.__version__, "rows": [asdict(r) for r in rows]}, indent=1)
+        )
     return 1 if bad else 0
 
 

@@ -7,7 +7,8 @@ bias that treats the activations' rounding as the identity (straight-through).
 
 from __future__ import annotations
 
-from functools import lru_cache
+import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def linear(
     activation_bits: int = 8,
     gelu: bool = False,
 ) -> Tensor:
-    """y = gelu(x W^T + bias) for a packed ternary W.
+    """Y = gelu(x W^T + bias) for a packed ternary W.
 
     Args:
         x: [..., K] fp32, fp16 or bf16.
@@ -48,7 +49,9 @@ def linear(
     Raises:
         TypeError, ValueError: an argument's dtype, shape or device does not fit.
     """
-    return torch.ops.tritern.linear(x, weight.packed, weight.scale, bias, weight.shape[1], activation_bits, gelu)
+    return torch.ops.tritern.linear(
+        x, weight.packed, weight.scale, bias, weight.shape[1], activation_bits, gelu
+    )
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +79,9 @@ def ternarize_weight(weight: Tensor, rule: Rule = "mse") -> PackedTernary:
     weight = weight.detach()
     if not torch.isfinite(weight).all():
         row = int((~torch.isfinite(weight)).any(1).nonzero()[0])
-        raise ValueError(f"weight holds NaN or infinity (first in row {row}); repair the checkpoint before ternarizing")
+        raise ValueError(
+            f"weight holds NaN or infinity (first in row {row}); repair the checkpoint before ternarizing"
+        )
     if weight.is_cuda:
         from .ternarize import ternarize
 
@@ -92,7 +97,9 @@ def _check_linear(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, in_features: int, activation_bits: int
 ) -> None:
     if x.dtype not in FLOATS:
-        raise TypeError(f"x must be float32, float16 or bfloat16; received {x.dtype}. Cast it, for example x.float().")
+        raise TypeError(
+            f"x must be float32, float16 or bfloat16; received {x.dtype}. Cast it, for example x.float()."
+        )
     if x.dim() < 1 or x.shape[-1] != in_features:
         raise ValueError(f"x must have shape [..., {in_features}]; received {list(x.shape)}")
     if activation_bits not in ACTIVATION_BITS:
@@ -118,14 +125,20 @@ def _check_matrix(x: Tensor) -> None:
 # ---------------------------------------------------------------- CUDA
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device(index: int) -> tuple[str, int, int]:
     p = torch.cuda.get_device_properties(index)
     return p.name, 10 * p.major + p.minor, p.multi_processor_count
 
 
 def _linear_cuda(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, in_features: int, activation_bits: int, gelu: bool
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    activation_bits: int,
+    gelu: bool,
 ) -> Tensor:
     from . import activations, gemm, tuning
 
@@ -174,7 +187,13 @@ def _cpu_codes(packed: Tensor, K: int) -> Tensor:
 
 
 def _linear_cpu(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, in_features: int, activation_bits: int, gelu: bool
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    activation_bits: int,
+    gelu: bool,
 ) -> Tensor:
     _check_linear(x, packed, scale, bias, in_features, activation_bits)
     N = packed.shape[0]
@@ -195,12 +214,12 @@ def _linear_cpu(
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """``reference.quantize_activations`` in fewer passes: [M, K] in natural order."""
     values = x.float()
-    low, high = torch.aminmax(values, dim=1)
-    absmax = torch.maximum(high, -low)
-    inverse = 127.0 / absmax.clamp(min=reference.SMALLEST_ABSMAX)
-    scale = absmax.clamp(min=reference.SMALLEST_ABSMAX) * reference.ONE_127TH
-    finite = torch.isfinite(absmax)
-    if not finite.all():
+    # amax and amin are ten times as fast as torch.aminmax(dim=1)
+    absmax = torch.maximum(values.amax(1), values.amin(1).neg_()).clamp_(min=reference.SMALLEST_ABSMAX)
+    scale = absmax * reference.ONE_127TH
+    inverse = 127.0 / absmax
+    if not math.isfinite(float(absmax.sum())):
+        finite = torch.isfinite(absmax)
         scale = torch.where(finite, scale, torch.nan)
         values = torch.where(finite[:, None], values, 0.0)
         inverse = torch.where(finite, inverse, 0.0)
@@ -217,7 +236,13 @@ def _quantize_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _linear_fake(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, in_features: int, activation_bits: int, gelu: bool
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    activation_bits: int,
+    gelu: bool,
 ) -> Tensor:
     _check_linear(x, packed, scale, bias, in_features, activation_bits)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))

@@ -73,15 +73,21 @@ def check_packed(packed: Tensor, scale: Tensor, N: int, K: int) -> None:
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed must be uint8 (made by pack()); received {packed.dtype}")
     if scale.dtype != torch.float32:
-        raise TypeError(f"scale must be float32; received {scale.dtype}. Keep scales in float32 when casting a model.")
+        raise TypeError(
+            f"scale must be float32; received {scale.dtype}. Keep scales in float32 when casting a model."
+        )
     if tuple(packed.shape) != (N, padded_k(K) // 4):
         raise ValueError(
             f"packed must have shape [{N}, {padded_k(K) // 4}] for a [{N}, {K}] matrix; received {list(packed.shape)}"
         )
     if tuple(scale.shape) != (N,):
-        raise ValueError(f"scale must hold one value per output row, shape [{N}]; received {list(scale.shape)}")
+        raise ValueError(
+            f"scale must hold one value per output row, shape [{N}]; received {list(scale.shape)}"
+        )
     if packed.device != scale.device:
-        raise ValueError(f"packed and scale must be on one device; received {packed.device} and {scale.device}")
+        raise ValueError(
+            f"packed and scale must be on one device; received {packed.device} and {scale.device}"
+        )
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -97,7 +103,9 @@ def pack(codes: Tensor) -> Tensor:
     N, K = codes.shape
     check_shape(N, K)
     if codes.abs().amax() > 1 or codes.amin() < -1:
-        raise ValueError(f"codes must lie in {{-1, 0, +1}}; received values from {codes.min()} to {codes.max()}")
+        raise ValueError(
+            f"codes must lie in {{-1, 0, +1}}; received values from {codes.min()} to {codes.max()}"
+        )
     padded = torch.nn.functional.pad(codes, (0, padded_k(K) - K))
     bits = (padded & 3).to(torch.uint8).view(N, -1, 2, 4, 16)  # [N, atom, h, j, w]
     byte = bits[:, :, :, 0] | bits[:, :, :, 1] << 2 | bits[:, :, :, 2] << 4 | bits[:, :, :, 3] << 6
@@ -116,7 +124,9 @@ def unpack(packed: Tensor, K: int) -> Tensor:
     if packed.device.type != "meta" and invalid.any():
         raise ValueError("packed holds the bit pattern 10, which is no ternary code: the data is damaged")
     byte = packed.view(N, -1, 16, 2).transpose(2, 3)  # [N, atom, h, w]
-    lanes = torch.stack([byte << 6, byte << 4, byte << 2, byte], dim=3)  # [N, atom, h, j, w], code in the top bits
+    lanes = torch.stack(
+        [byte << 6, byte << 4, byte << 2, byte], dim=3
+    )  # [N, atom, h, j, w], code in the top bits
     return (lanes.view(torch.int8) >> 6).reshape(N, padded_k(K))[:, :K].contiguous()
 
 

@@ -116,8 +116,9 @@ def gemm_int8_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """x int8 [M, K_padded] in packed order. With SPLIT, program_id(1) takes a share of K, int32 atomics add the shares
-    (in any order: integers), and the last program to finish a tile stores it."""
+    """X int8 [M, K_padded] in packed order. With SPLIT, program_id(1) takes a share of K, int32 atomics add the shares
+    (in any order: integers), and the last program to finish a tile stores it.
+    """
     pm, pn = _tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     m = pm * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pn * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -130,7 +131,11 @@ def gemm_int8_kernel(
     rows_m = tl.minimum(m, M - 1).to(tl.int64)  # reading a valid row twice is cheaper than masking the loads
     rows_n = tl.minimum(n, N - 1).to(tl.int64)
     x = x_ptr + rows_m[None, :] * K_padded + (first * BLOCK_K + tl.arange(0, BLOCK_K))[:, None]
-    w = packed_ptr + rows_n[:, None] * stride_p + (first * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4))[None, :]
+    w = (
+        packed_ptr
+        + rows_n[:, None] * stride_p
+        + (first * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4))[None, :]
+    )
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
     for _ in tl.range(first, last):
         acc = tl.dot(_unpack8(tl.load(w), ASM), tl.load(x), acc, out_dtype=tl.int32)
@@ -159,7 +164,7 @@ def gemm_16bit_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """x fp16 or bf16 [M, K] in natural order; packed as uint16 words, stride_p words a row."""
+    """X fp16 or bf16 [M, K] in natural order; packed as uint16 words, stride_p words a row."""
     pm, pn = _tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     m = pm * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pn * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -176,7 +181,9 @@ def gemm_16bit_kernel(
             x_tile = tl.load(x, mask=k[:, None] < K - step * BLOCK_K, other=0.0)
         acc = tl.dot(_unpack16(tl.load(w), x_ptr.dtype.element_ty, ASM), x_tile, acc)
         if ASM:  # without this no-op ptxas serializes the register-operand wgmma (warning C7515)
-            acc = tl.inline_asm_elementwise("// $0 $1", "=f,0", [acc], dtype=tl.float32, is_pure=False, pack=1)
+            acc = tl.inline_asm_elementwise(
+                "// $0 $1", "=f,0", [acc], dtype=tl.float32, is_pure=False, pack=1
+            )
         x += BLOCK_K
         w += BLOCK_K // 8
     _store(y_ptr, acc, scale_ptr, bias_ptr, m, n, M, N, stride_y, 0.5, HAS_BIAS, GELU)
@@ -186,7 +193,7 @@ def gemm_int8(
     x_q: Tensor, scale_x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
     config: KernelConfig, out_dtype: torch.dtype, gelu: bool = False,
 ) -> Tensor:  # fmt: skip
-    """y [M, N] in ``out_dtype`` from ``activations.quantize``'s output and a packed weight; arguments are not checked."""
+    """Y [M, N] in ``out_dtype`` from ``activations.quantize``'s output and a packed weight; arguments are not checked."""
     M, K_padded = x_q.shape
     N = packed.shape[0]
     y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
@@ -209,7 +216,7 @@ def gemm_16bit(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
     config: KernelConfig, out_dtype: torch.dtype, gelu: bool = False,
 ) -> Tensor:  # fmt: skip
-    """y [M, N] in ``out_dtype`` from x fp16 or bf16 [M, K], rows contiguous; arguments are not checked."""
+    """Y [M, N] in ``out_dtype`` from x fp16 or bf16 [M, K], rows contiguous; arguments are not checked."""
     M, K = x.shape
     N = packed.shape[0]
     words = packed.view(torch.uint16)

@@ -44,7 +44,9 @@ def _best_threshold(w_ptr, low, high, K):
 
 
 @triton.jit
-def ternarize_kernel(w_ptr, packed_ptr, scale_ptr, tensor_scale_ptr, K, stride_w, stride_p, RULE: tl.constexpr):
+def ternarize_kernel(
+    w_ptr, packed_ptr, scale_ptr, tensor_scale_ptr, K, stride_w, stride_p, RULE: tl.constexpr
+):
     """One program a row. A row is read a few times over, from cache."""
     row = tl.program_id(0).to(tl.int64)
     w_ptr += row * stride_w
@@ -98,5 +100,7 @@ def ternarize(weight: Tensor, rule: Rule = "mse") -> PackedTernary:
     packed = torch.empty((N, padded_k(K) // ATOM * BYTES_PER_ATOM), dtype=torch.uint8, device=weight.device)
     scale = torch.empty((N,), dtype=torch.float32, device=weight.device)
     tensor_scale = weight.abs().mean(dtype=torch.float64).float() if rule == "absmean" else scale
-    ternarize_kernel[(N,)](weight, packed, scale, tensor_scale, K, weight.stride(0), packed.stride(0), RULE=rule)
+    ternarize_kernel[(N,)](
+        weight, packed, scale, tensor_scale, K, weight.stride(0), packed.stride(0), RULE=rule
+    )
     return PackedTernary(packed, scale, (N, K))

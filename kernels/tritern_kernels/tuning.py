@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -67,7 +67,9 @@ class KernelConfig:
             return f"group_m and num_stages must be at least 1; received {self.group_m} and {self.num_stages}"
         limit = shared_memory_limit(capability)
         if self.shared_bytes(mode) > limit:
-            return f"operands take {self.shared_bytes(mode)} bytes of shared memory; sm_{capability} has {limit}"
+            return (
+                f"operands take {self.shared_bytes(mode)} bytes of shared memory; sm_{capability} has {limit}"
+            )
         return None
 
 
@@ -100,8 +102,12 @@ def formula(
     mode: Mode, M: int, N: int, K: int, capability: int, processors: int, gelu: bool = False
 ) -> KernelConfig:
     """Up to 64 tokens: the smallest tile that holds them all, int8 splitting K until every multiprocessor has work.
-    Above: the largest tile that leaves no multiprocessor idle."""
-    tiles = [replace(c, block_k=min(c.block_k, padded_k(K) & -padded_k(K))) for c in formula_tiles(mode, capability)]
+    Above: the largest tile that leaves no multiprocessor idle.
+    """
+    tiles = [
+        replace(c, block_k=min(c.block_k, padded_k(K) & -padded_k(K)))
+        for c in formula_tiles(mode, capability)
+    ]
     tiles = [c for c in tiles if c.invalid(mode, K, capability, gelu) is None]
     if M <= 64:
         config = next(c for c in tiles if c.block_m >= M)
@@ -109,7 +115,10 @@ def formula(
         split = min(processors // programs, padded_k(K) // config.block_k // 2, 8)
         return replace(config, split_k=split) if mode == "int8" and split > 1 else config
     for config in reversed(tiles):
-        if config.block_m <= M and math.ceil(M / config.block_m) * math.ceil(N / config.block_n) >= processors:
+        if (
+            config.block_m <= M
+            and math.ceil(M / config.block_m) * math.ceil(N / config.block_n) >= processors
+        ):
             return config
     return next(c for c in tiles if c.block_m == 64)
 
@@ -133,9 +142,13 @@ def load_table(path: Path) -> tuple[TableEntry, ...]:
     """
     try:
         entries = json.loads(path.read_text())["entries"]
-        return tuple(TableEntry(e["mode"], e["M"], e["N"], e["K"], KernelConfig(**e["config"])) for e in entries)
+        return tuple(
+            TableEntry(e["mode"], e["M"], e["N"], e["K"], KernelConfig(**e["config"])) for e in entries
+        )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a table of kernel configurations: {error!r}. Remove it to use the formula.") from None
+        raise ValueError(
+            f"{path} is not a table of kernel configurations: {error!r}. Remove it to use the formula."
+        ) from None
 
 
 def nearest(
@@ -156,18 +169,22 @@ def gpu_slug(name: str) -> str:
     return name.lower().removeprefix("nvidia").strip().replace(" ", "-")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _table(gpu: str) -> tuple[TableEntry, ...]:
     path = CONFIG_DIR / f"{gpu_slug(gpu)}.json"
     return load_table(path) if path.exists() else ()
 
 
 @lru_cache(maxsize=4096)
-def _choose(mode: Mode, M: int, N: int, K: int, gelu: bool, gpu: str, capability: int, processors: int) -> KernelConfig:
+def _choose(
+    mode: Mode, M: int, N: int, K: int, gelu: bool, gpu: str, capability: int, processors: int
+) -> KernelConfig:
     found = nearest(_table(gpu), mode, M, N, K, capability, gelu)
     return found or formula(mode, M, N, K, capability, processors, gelu)
 
 
-def choose(mode: Mode, M: int, N: int, K: int, gelu: bool, gpu: str, capability: int, processors: int) -> KernelConfig:
+def choose(
+    mode: Mode, M: int, N: int, K: int, gelu: bool, gpu: str, capability: int, processors: int
+) -> KernelConfig:
     """Configuration for M tokens; M counts as the next power of two, so that few distinct kernels are ever needed."""
     return _choose(mode, 1 << (M - 1).bit_length(), N, K, gelu, gpu, capability, processors)
