@@ -22,7 +22,6 @@ METHOD = "tritern"
 FORMAT_VERSION = 1
 
 
-@register_quantization_config(METHOD)
 class TernaryQuantizationConfig(QuantizationConfigMixin):
     """The ``quantization_config`` entry of a saved model's config.json.
 
@@ -61,7 +60,6 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         self.format_version = format_version
 
 
-@register_quantizer(METHOD)
 class TernaryHfQuantizer(HfQuantizer):
     """Builds ternary layers before a checkpoint is loaded and writes its digest when it is saved."""
 
@@ -77,6 +75,7 @@ class TernaryHfQuantizer(HfQuantizer):
         if files:
             verify(files)
         settings = self.quantization_config
+        assert isinstance(settings, TernaryQuantizationConfig)
         assert isinstance(settings, TernaryQuantizationConfig)
         for name in settings.modules:
             try:
@@ -129,6 +128,11 @@ class TernaryHfQuantizer(HfQuantizer):
             if isinstance(module, TernaryLinear):
                 model.set_submodule(name, module.to_linear(dtype or torch.float32))
         return model
+
+
+# Called rather than used as decorators, which would hide the classes' own types.
+register_quantization_config(METHOD)(TernaryQuantizationConfig)
+register_quantizer(METHOD)(TernaryHfQuantizer)
 
 
 def foreign_quantization(model: nn.Module) -> str | None:

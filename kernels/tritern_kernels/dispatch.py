@@ -203,7 +203,7 @@ def _linear_cpu(
     codes = _cpu_codes(packed, in_features)
     if activation_bits == 8:
         x_q, scale_x = _quantize_rows(rows)
-        y = torch._int_mm(x_q, codes.t()).to(torch.float32).mul_(scale_x[:, None])
+        y = torch.ops.aten._int_mm(x_q, codes.t()).to(torch.float32).mul_(scale_x[:, None])
     else:
         y = torch.mm(rows.float(), codes.float().t())
     y = y.mul_(scale) if bias is None else torch.addcmul(bias.float(), y, scale, out=y)
@@ -217,7 +217,7 @@ def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     # amax and amin are ten times as fast as torch.aminmax(dim=1)
     absmax = torch.maximum(values.amax(1), values.amin(1).neg_()).clamp_(min=reference.SMALLEST_ABSMAX)
     scale = absmax * reference.ONE_127TH
-    inverse = 127.0 / absmax
+    inverse = torch.full_like(absmax, 127.0).div_(absmax)
     if not math.isfinite(float(absmax.sum())):
         finite = torch.isfinite(absmax)
         scale = torch.where(finite, scale, torch.nan)

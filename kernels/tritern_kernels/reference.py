@@ -54,10 +54,10 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     A token that holds NaN or infinity gets q = 0 and scale = NaN: its outputs are NaN, nobody else's are.
     """
     values = x.float()
-    absmax = values.abs().amax(1)
+    absmax = values.abs().amax(1).clamp(min=SMALLEST_ABSMAX)
     finite = torch.isfinite(absmax)
-    scale = absmax.clamp(min=SMALLEST_ABSMAX) * ONE_127TH
-    inverse = 127.0 / absmax.clamp(min=SMALLEST_ABSMAX)
+    scale = absmax * ONE_127TH
+    inverse = torch.full_like(absmax, 127.0) / absmax  # 127.0 / absmax would multiply a rounded reciprocal
     q = torch.round(values * inverse[:, None])
     q = torch.where(finite[:, None], q, 0.0).to(torch.int8)
     return q, torch.where(finite, scale, torch.nan)

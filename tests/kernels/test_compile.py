@@ -1,0 +1,45 @@
+"""Compile-only checks, in subprocesses: this process may have the kernels in interpreter form."""
+
+import json
+import os
+import subprocess
+import sys
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=900)
+
+
+def test_all_configurations_compile_without_spills_from_registers(tmp_path):
+    result = run("-m", "tritern_kernels.compile_check", "--json", str(tmp_path / "rows.json"))
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {r["capability"] for r in rows} == {80, 89, 90}
+    gemms = [r for r in rows if r["name"].startswith(("int8", "fp16", "bf16"))]
+    assert len(gemms) >= 60 and all(r["spills"] == 0 and "MMA" in r["tensor_core"] for r in gemms)
+    assert all("GMMA" in r["tensor_core"] for r in gemms if r["capability"] == 90)
+
+
+def test_the_check_finds_spills_and_byte_wise_unpacking():
+    code = """
+from dataclasses import replace
+from tritern_kernels import compile_check as cc
+tile = next(j for j in cc.jobs(90) if j.name == "int8 128t x 256w x 128k")
+assert cc.check(tile).problem == ""
+spilling = replace(tile, constants=tile.constants | {"GELU": True})
+assert cc.check(spilling).problem.startswith("spills"), cc.check(spilling)
+plain = next(j for j in cc.jobs(90) if j.name == "int8 16t x 128w x 128k")
+slow = replace(plain, constants=plain.constants | {"ASM": False})
+assert cc.check(slow).loop > 2 * cc.check(plain).loop
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_the_interpreter_is_refused():
+    environment = {**ENVIRONMENT, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tritern_kernels.compile_check"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 2 and "TRITON_INTERPRET is set" in result.stderr

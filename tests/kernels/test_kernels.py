@@ -1,0 +1,194 @@
+"""Every kernel against its reference: on the GPU when there is one, else in Triton's interpreter."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tritern_kernels import activations, gemm, pack, padded_k, reference, tuning
+from tritern_kernels.formats import to_packed_order
+from tritern_kernels.ternarize import ternarize
+
+pytestmark = [pytest.mark.usefixtures("poisoned")]
+
+SHAPES = [(130, 300), (70, 63), (257, 513), (64, 128), (33, 1)]
+TOKENS = [1, 17, 63, 130]
+SMALL = tuning.KernelConfig(16, 32, 128, num_warps=4, num_stages=2)
+# The interpreter multiplies bf16 wrongly, so bf16 runs on a GPU only.
+FLOATS = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+def operands(M, N, K, device):
+    x_q = torch.randint(-127, 128, (M, K), dtype=torch.int8)
+    codes = torch.randint(-1, 2, (N, K), dtype=torch.int8)
+    padded = torch.nn.functional.pad(x_q, (0, padded_k(K) - K))
+    return x_q, codes, to_packed_order(padded).to(device), pack(codes).to(device)
+
+
+def sums(x_packed, packed, config):
+    """The kernel's int32 sums: all scales 1, float32 output, exact below 2**24."""
+    M, N = x_packed.shape[0], packed.shape[0]
+    ones_m, ones_n = torch.ones(M, device=packed.device), torch.ones(N, device=packed.device)
+    return gemm.gemm_int8(x_packed, ones_m, packed, ones_n, None, config, torch.float32).cpu()
+
+
+@pytest.mark.parametrize("M", TOKENS)
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_int8_sums_are_exact(M, N, K, device):
+    x_q, codes, x_packed, packed = operands(M, N, K, device)
+    config = replace(SMALL, block_m=64, block_n=64) if M > 64 else SMALL
+    assert torch.equal(sums(x_packed, packed, config).to(torch.int32), reference.int8_sums(x_q, codes))
+
+
+@pytest.mark.parametrize("split", [2, 3, 5])
+@pytest.mark.parametrize("M", [1, 17, 63])
+def test_split_k_is_exact(M, split, device):
+    x_q, codes, x_packed, packed = operands(M, 130, 5 * 128 - 7, device)
+    got = sums(x_packed, packed, replace(SMALL, split_k=split))
+    assert torch.equal(got.to(torch.int32), reference.int8_sums(x_q, codes))
+
+
+def test_sums_at_the_extremes(device):
+    K = 1024
+    x_q, codes = torch.full((2, K), 127, dtype=torch.int8), torch.ones(2, K, dtype=torch.int8)
+    x_q[1], codes[1] = -127, -1
+    got = sums(to_packed_order(x_q).to(device), pack(codes).to(device), SMALL)
+    assert got.tolist() == [[127.0 * K, -127.0 * K], [-127.0 * K, 127.0 * K]]
+
+
+def test_one_hot_tokens_read_out_columns(device):
+    K = 200
+    codes = torch.randint(-1, 2, (37, K), dtype=torch.int8)
+    x_q = torch.nn.functional.pad(torch.eye(K, dtype=torch.int8), (0, padded_k(K) - K))
+    got = sums(to_packed_order(x_q).to(device), pack(codes).to(device), SMALL)
+    assert torch.equal(got.to(torch.int8), codes.T)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("out", [torch.float32, torch.float16])
+def test_int8_epilogue(gelu, split, out, device):
+    M, N, K = 17, 70, 384
+    x_q, codes, x_packed, packed = operands(M, N, K, device)
+    scale_x, scale, bias = torch.rand(M) / 100, torch.rand(N), torch.randn(N)
+    config = replace(SMALL, split_k=split)
+    got = gemm.gemm_int8(
+        x_packed, scale_x.to(device), packed, scale.to(device), bias.to(device), config, out, gelu
+    ).cpu()
+    exact = reference.epilogue(reference.int8_sums(x_q, codes), scale_x, scale, bias, gelu)
+    bound = 4 * torch.finfo(out).eps * exact.abs().amax()  # float32 arithmetic, then one rounding to out
+    assert got.dtype == out and (got.double() - exact).abs().amax() <= bound
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("M", TOKENS)
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_16bit_is_within_torchs_own_error(dtype, M, N, K, device):
+    x, codes = torch.randn(M, K).to(dtype), torch.randint(-1, 2, (N, K), dtype=torch.int8)
+    scale, bias = torch.rand(N), torch.randn(N).to(dtype)
+    got = gemm.gemm_16bit(
+        x.to(device), pack(codes).to(device), scale.to(device), bias.to(device), SMALL, dtype
+    ).cpu()
+    exact = reference.epilogue(x.double() @ codes.double().T, None, scale, bias, False)
+    torchs = torch.nn.functional.linear(x, (codes * scale[:, None]).to(dtype), bias)
+    assert (got.double() - exact).abs().amax() <= (torchs.double() - exact).abs().amax() * 1.01 + 1e-6
+    assert (got.double() - exact).square().mean() <= (torchs.double() - exact).square().mean() * 1.01 + 1e-12
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_outputs_do_not_depend_on_tile_or_batch(group, device):
+    K = 512
+    x_q, codes, x_packed, packed = operands(40, 96, K, device)
+    scale_x, scale, bias = torch.rand(40).to(device), torch.rand(96).to(device), torch.randn(96).to(device)
+
+    def run(rows, config):
+        return gemm.gemm_int8(
+            x_packed[rows].contiguous(), scale_x[rows], packed, scale, bias, config, torch.float16
+        )
+
+    whole = run(slice(None), replace(SMALL, group_m=group))
+    for config in (SMALL, replace(SMALL, block_m=64, block_n=64, block_k=256), replace(SMALL, split_k=4)):
+        assert torch.equal(run(slice(None), config), whole)
+        assert torch.equal(run(slice(7, 8), config), whole[7:8])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("K", [1, 63, 128, 300, 1000, 8192 + 130])
+@pytest.mark.parametrize("M", [1, 5])
+def test_quantize(M, K, dtype, device):
+    x = (torch.randn(M, K) * 10).to(dtype)
+    x[0, 0] = 0.0
+    q, scale = activations.quantize(x.to(device))
+    expected_q, expected_scale = reference.quantize_activations(x)
+    expected_q = to_packed_order(torch.nn.functional.pad(expected_q, (0, padded_k(K) - K)))
+    assert torch.equal(q.cpu(), expected_q) and torch.equal(scale.cpu(), expected_scale)
+
+
+@pytest.mark.parametrize("K", [64, 8192 + 130])
+def test_quantize_isolates_bad_tokens(K, device):
+    x = torch.randn(6, K)
+    x[1, 3], x[2, K - 1], x[3, 5], x[4] = float("nan"), float("inf"), -float("inf"), 1e-38
+    q, scale = activations.quantize(x.to(device))
+    expected_q, expected_scale = reference.quantize_activations(x)
+    assert q[1:5].count_nonzero() == 0 and scale[1:4].isnan().all()
+    assert torch.equal(scale.cpu()[[0, 4, 5]], expected_scale[[0, 4, 5]])
+    assert torch.equal(q.cpu()[0], to_packed_order(torch.nn.functional.pad(expected_q, (0, padded_k(K) - K)))[0])
+
+
+@pytest.mark.parametrize("rule", reference.RULES)
+@pytest.mark.parametrize(("N", "K"), [(9, 300), (5, 1), (3, 128), (17, 777)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_ternarize(rule, N, K, dtype, device):
+    weight = (torch.randn(N, K) * 0.02).to(dtype)
+    weight[0] = 0.0
+    if N > 4 and K > 2:
+        weight[1, :] = 1e-3
+        weight[1, 2] = 3.0  # one outlier: the best threshold is far above the mean
+        weight[2] = torch.randn(K).sign() * 0.1  # no zeros at all
+    got = ternarize(weight.to(device), rule)
+    codes, scale = reference.ternarize(weight, rule)
+    got_codes, got_scale = got.codes().cpu(), got.scale.cpu()
+    if rule == "mse":
+        exact = weight.double()
+
+        def error(c, s):
+            return ((s.double()[:, None] * c - exact) ** 2).sum(1)
+
+        assert (error(got_codes, got_scale) <= error(codes, scale) * (1 + 1e-4) + 1e-12).all()
+    else:
+        assert torch.allclose(got_scale, scale, rtol=1e-6, atol=0)
+        assert torch.equal(got_codes, codes)
+
+
+def test_ternarize_takes_strided_weights(device):
+    weight = torch.randn(300, 40).to(device)
+    assert torch.equal(ternarize(weight.T, "twn").packed, ternarize(weight.T.contiguous(), "twn").packed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["int8", "16bit"])
+@pytest.mark.parametrize("M", [1, 33, 64, 100, 700, 3000])
+def test_dispatch_on_the_gpu(mode, M):
+    from tritern_kernels import linear, ternarize_weight
+
+    bits = 8 if mode == "int8" else 16
+    for N, K in [(384, 384), (1536, 384), (384, 1536), (1000, 130), (4096, 1024)]:
+        weight = ternarize_weight(torch.randn(N, K, device="cuda"))
+        x, bias = torch.randn(M, K, device="cuda", dtype=torch.float16), torch.randn(N, device="cuda").half()
+        for gelu in (False, True):
+            exact = reference.linear(x, weight.codes(), weight.scale, bias, bits, gelu)
+            got = linear(x, weight, bias, activation_bits=bits, gelu=gelu).double()
+            assert (got - exact).abs().max() <= 2e-3 * exact.abs().max(), (M, N, K, gelu)
+            assert torch.equal(linear(x[:1], weight, bias, activation_bits=8), linear(x, weight, bias)[:1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 128, 4096])
+def test_every_tile_on_the_gpu(M):
+    capability = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    x_q, codes, x_packed, packed = operands(M, 520, 1024, "cuda")
+    exact = reference.int8_sums(x_q, codes)
+    for tile in tuning.formula_tiles("int8", capability):
+        for split in (1, 2, 4):
+            config = replace(tile, split_k=split)
+            if config.invalid("int8", 1024, capability) is None:
+                assert torch.equal(sums(x_packed, packed, config).to(torch.int32), exact), config
