@@ -89,23 +89,25 @@ def patch(
     chosen = [c for c in choices if not c.reason]
     _check(model, config, choices, chosen)
 
-    packed: dict[int, TernaryLinear] = {}
-    names: list[str] = []
-    for choice in tqdm(chosen, desc="Ternarizing", unit="layer", delay=2, leave=False):
-        old = choice.module
+    first: dict[int, str] = {}  # of several layers with the very same weight, the first is packed and the others share it
+    plan = [(c.names, first.setdefault(id(c.module.weight), c.name)) for c in chosen]
+    del choices, chosen  # so that each full-precision weight is freed as soon as its layer is replaced
+
+    for names, source in tqdm(plan, desc="Ternarizing", unit="layer", delay=2, leave=False):
+        old = model.get_submodule(names[0])
         assert isinstance(old, nn.Linear)
-        twin = packed.get(id(old.weight))  # another layer with the very same weights
-        if twin is None:
+        if source == names[0]:
             new = TernaryLinear.from_linear(old, rule=config.rule, activation_bits=config.activation_bits)
-            packed[id(old.weight)] = new
         else:
+            twin = model.get_submodule(source)
+            assert isinstance(twin, TernaryLinear)
             new = TernaryLinear.from_packed(twin.packed(), old.bias, activation_bits=config.activation_bits)
             new.train(old.training)
         new._forward_hooks, new._forward_pre_hooks = old._forward_hooks, old._forward_pre_hooks
-        for name in choice.names:
+        for name in names:
             model.set_submodule(name, new)
-        names += choice.names
-    hf.attach(model, config, names)
+        del old
+    hf.attach(model, config, [name for names, _ in plan for name in names])
     return model
 
 

@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+ENVIRONMENT["PYTHONPATH"] = str(Path(__file__).parents[2] / "kernels")
 
 
 def run(*arguments):

@@ -1,0 +1,182 @@
+"""The public operations on this machine's device: numbers, gradients, torch.compile, errors."""
+
+import pytest
+import torch
+from tritern_kernels import MAX_K, PackedTernary, dispatch, linear, pack, quantize_activations, reference, ternarize_weight
+from tritern_kernels.formats import from_packed_order
+
+
+def weight(N, K, device="cpu"):
+    codes = torch.randint(-1, 2, (N, K), dtype=torch.int8)
+    return PackedTernary(pack(codes).to(device), (torch.rand(N) + 0.1).to(device), (N, K))
+
+
+def fake_quantized(x, w, bias, gelu=False):
+    """Plain torch with straight-through rounding: what linear's value and gradients must be."""
+    q, scale = reference.quantize_activations(x.detach().reshape(-1, x.shape[-1]))
+    rounded = (q.float() * scale[:, None]).view_as(x)
+    y = torch.nn.functional.linear(x + (rounded - x).detach(), w.dequantize(), bias)
+    return torch.nn.functional.gelu(y) if gelu else y
+
+
+@pytest.mark.parametrize("M", [1, 17, 130])
+@pytest.mark.parametrize(("N", "K"), [(130, 300), (1, 1), (64, 128), (7, 2050)])
+def test_cpu_sums_equal_the_reference(M, N, K):
+    w = weight(N, K)
+    x = torch.randint(-127, 128, (M, K)).float()
+    x[:, 0] = 127.0  # the scale of every token is 1
+    w = PackedTernary(w.packed, torch.ones(N), (N, K))
+    expected = reference.int8_sums(x.to(torch.int8), w.codes())
+    assert torch.allclose(linear(x, w), expected.float(), rtol=1e-6, atol=0)
+    q, _ = quantize_activations(x)
+    assert torch.equal(from_packed_order(q)[:, :K], x.to(torch.int8))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_linear_equals_the_reference(bits, dtype, gelu, device):
+    w, bias = weight(70, 300, device), torch.randn(70, device=device)
+    x = torch.randn(2, 9, 300, device=device).to(dtype)
+    exact = reference.linear(x.view(18, 300), w.codes(), w.scale, bias, bits, gelu).view(2, 9, 70)
+    y = linear(x, w, bias, activation_bits=bits, gelu=gelu)
+    assert y.dtype == dtype and y.shape == (2, 9, 70)
+    assert (y.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_any_rank_any_strides_any_batch(device):
+    w = weight(33, 130, device)
+    x = torch.randn(6, 260, device=device)
+    y = linear(x[:, ::2], w)
+    assert torch.equal(y, linear(x[:, ::2].contiguous(), w))
+    assert torch.equal(linear(x[0, :130], w), linear(x[:1, :130], w)[0])
+    assert torch.equal(linear(x[3:4, ::2], w), y[3:4])  # alone or in a batch: the same bits
+    assert linear(x[:0, :130], w).shape == (0, 33)
+    assert linear(torch.zeros(2, 0, 130, device=device), w).shape == (2, 0, 33)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_bad_token_spoils_only_itself(bad, bits, device):
+    w = weight(20, 150, device)
+    x = torch.randn(5, 150, device=device)
+    clean = linear(x, w, activation_bits=bits)
+    x[2, 7] = bad
+    y = linear(x, w, activation_bits=bits)
+    assert not y[2].isfinite().any() if bits == 8 else not y[2].isfinite().all()
+    keep = [0, 1, 3, 4]
+    assert torch.equal(y[keep], clean[keep])
+
+
+def test_zero_tokens_give_the_bias(device):
+    w, bias = weight(20, 150, device), torch.randn(20, device=device)
+    assert torch.equal(linear(torch.zeros(3, 150, device=device), w, bias), bias.expand(3, 20))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gradients_are_straight_through(gelu):
+    w, bias = weight(30, 100), torch.randn(30, requires_grad=True)
+    x = torch.randn(2, 5, 100, requires_grad=True)
+    out = torch.randn(2, 5, 30)
+    fake_quantized(x, w, bias, gelu).backward(out)
+    expected = x.grad, bias.grad
+    x.grad = bias.grad = None
+    linear(x, w, bias, gelu=gelu).backward(out)
+    assert torch.allclose(x.grad, expected[0], atol=2e-5)
+    assert torch.allclose(bias.grad, expected[1], atol=2e-5)
+
+
+def test_backward_after_inference_mode():
+    w, x = weight(8, 40), torch.randn(3, 40)
+    with torch.inference_mode():
+        inside = linear(x, w)
+    x.requires_grad_()
+    y = linear(x, w)
+    y.sum().backward()
+    assert torch.equal(y.detach(), inside) and x.grad is not None
+
+
+def test_opcheck(device):
+    w, bias = weight(16, 130, device), torch.randn(16, device=device)
+    for x in (torch.randn(3, 130, device=device), torch.randn(2, 3, 130, device=device, requires_grad=True)):
+        for bits in (8, 16):
+            torch.library.opcheck(
+                torch.ops.tritern.linear.default, (x, w.packed, w.scale, bias, 130, bits, bits == 16)
+            )
+    torch.library.opcheck(torch.ops.tritern.quantize_activations.default, (torch.randn(4, 130, device=device),))
+    torch.library.opcheck(torch.ops.tritern.dequantize.default, (w.packed, w.scale, 130, torch.float16))
+
+
+def test_compile_in_one_graph(device):
+    w, bias = weight(16, 130, device), torch.randn(16, device=device)
+
+    def function(x):
+        return torch.relu(linear(x * 2, w, bias)) + 1
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for M in (1, 2, 9):
+        x = torch.randn(M, 130, device=device)
+        assert torch.equal(compiled(x), function(x))
+
+
+def test_a_change_in_place_is_noticed():
+    w, x = weight(8, 128), torch.randn(3, 128)
+    before = linear(x, w)
+    w.packed.copy_(pack(torch.zeros(8, 128, dtype=torch.int8)))
+    assert linear(x, w).count_nonzero() == 0 and before.count_nonzero() > 0
+    with torch.inference_mode():
+        made_inside = pack(torch.ones(8, 128, dtype=torch.int8))
+        twin = PackedTernary(made_inside, w.scale.clone(), (8, 128))
+        assert linear(x, twin).count_nonzero() > 0
+        made_inside.zero_()
+        assert linear(x, twin).count_nonzero() == 0
+
+
+def test_the_unpacked_copy_goes_with_its_weight():
+    w = weight(8, 128)
+    before = len(dispatch._unpacked)
+    linear(torch.randn(1, 128), w)
+    assert len(dispatch._unpacked) == before + 1
+    del w
+    assert len(dispatch._unpacked) == before
+
+
+def test_refusals():
+    w, x = weight(8, 100), torch.randn(2, 100)
+    with pytest.raises(TypeError, match="x must be float32, float16 or bfloat16; received torch.float64"):
+        linear(x.double(), w)
+    with pytest.raises(ValueError, match=r"x must have shape \[..., 100\]; received \[2, 99\]"):
+        linear(x[:, :99], w)
+    with pytest.raises(ValueError, match="activation_bits must be 8 or 16; received 4"):
+        linear(x, w, activation_bits=4)
+    with pytest.raises(ValueError, match=r"bias must be floating point, shape \[8\].*received torch.float32, \[9\]"):
+        linear(x, w, torch.zeros(9))
+    with pytest.raises(ValueError, match="x is on meta and the weight on cpu; move one"):
+        linear(x.to("meta"), w)
+    with pytest.raises(TypeError, match="x must be float32"):
+        quantize_activations(x.int())
+    with pytest.raises(ValueError, match=r"x must be a matrix \[M, K\]; received shape \[100\]"):
+        quantize_activations(x[0])
+
+
+def test_ternarize_refusals():
+    with pytest.raises(ValueError, match=r"NaN or infinity \(first in row 1\)"):
+        ternarize_weight(torch.tensor([[1.0, 2.0], [float("inf"), 1.0]]))
+    with pytest.raises(TypeError, match="weight must be float32.*received torch.float64"):
+        ternarize_weight(torch.ones(2, 2).double())
+    with pytest.raises(ValueError, match=r"matrix \[N, K\]; received shape \[2\]"):
+        ternarize_weight(torch.ones(2))
+    with pytest.raises(ValueError, match="rule must be one of mse, absmean, twn; received 'best'"):
+        ternarize_weight(torch.ones(2, 2), "best")
+    with pytest.raises(ValueError, match="in_features must be at most 264,192"):
+        ternarize_weight(torch.ones(1, MAX_K + 1))
+
+
+def test_ternarize_equals_the_reference():
+    matrix = torch.randn(12, 130)
+    for rule in reference.RULES:
+        codes, scale = reference.ternarize(matrix, rule)
+        got = ternarize_weight(matrix.requires_grad_(), rule)
+        assert torch.equal(got.codes(), codes) and torch.equal(got.scale, scale)
+        assert not got.scale.requires_grad
+        matrix = matrix.detach()

@@ -1,0 +1,209 @@
+import copy
+
+import pytest
+import torch
+import tritern
+from torch import nn
+from tritern import TernaryConfig, TernaryLinear, TriternError
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(32, 64)
+        self.down = nn.Linear(64, 32)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 32)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.blocks.append(self.blocks[0])  # a shared layer
+        self.pooler = nn.Linear(32, 32)
+        self.classifier = nn.Sequential(nn.Linear(32, 3))
+        self.tied = nn.Linear(32, 10, bias=False)
+        self.tied.weight = self.embed.weight
+        self.attention = nn.MultiheadAttention(32, 2)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.tied(self.pooler(x))
+
+
+def ternary_names(model):
+    return [n for n, m in model.named_modules() if isinstance(m, TernaryLinear)]
+
+
+def test_what_is_chosen_and_why():
+    model = Net()
+    assert tritern.patch(model) is model
+    assert ternary_names(model) == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
+    assert model.blocks[2].up is model.blocks[0].up
+    reasons = {s.name: s.reason for s in tritern.summary(model).skipped}
+    assert reasons == {
+        "pooler": "pooler",
+        "classifier.0": "head",
+        "tied": "weight shared with Embedding",
+        "attention.out_proj": "subclass of nn.Linear: NonDynamicallyQuantizableLinear",
+    }
+    assert model(torch.tensor([1, 2])).shape == (2, 10)
+
+
+def test_a_module_under_two_names_stays_one():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(16, 16)
+            self.b = self.a
+
+    model = tritern.patch(Twice())
+    assert isinstance(model.a, TernaryLinear) and model.a is model.b
+
+
+def test_two_layers_with_one_weight_share_the_packed_one():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = model[0].weight
+    tritern.patch(model)
+    assert model[0].weight.data_ptr() == model[1].weight.data_ptr() and model[0].bias is not model[1].bias
+    assert len(tritern.summary(model).layers) == 1
+
+
+@pytest.mark.parametrize("skip", ["blocks.0", "blocks.0.*", ["blocks.0.up", "*.0.down"]])
+def test_skip(skip):
+    model = tritern.patch(Net(), skip=skip)
+    assert ternary_names(model) == ["blocks.1.up", "blocks.1.down"]
+    assert "named in skip" in str(tritern.summary(model))
+
+
+def test_keywords_replace_the_configs_fields():
+    config = TernaryConfig(rule="twn", activation_bits=8, skip=("blocks.0",))
+    model = tritern.patch(Net(), config, activation_bits=16)
+    layer = model.blocks[1].up
+    expected = TernaryLinear.from_linear(layer.to_linear(), rule="twn")
+    assert layer.activation_bits == 16 and type(model.blocks[0].up) is nn.Linear
+    assert torch.equal(layer.weight, expected.weight)
+
+
+def test_mode_hooks_and_devices_survive():
+    model = Net().eval()
+    calls = []
+    model.blocks[1].up.register_forward_hook(lambda *_: calls.append(1))
+    tritern.patch(model)
+    model(torch.tensor([1]))
+    assert calls == [1] and not model.blocks[1].up.training
+
+
+def test_state_dict_of_a_plain_module():
+    model, other = tritern.patch(Net()), Net()
+    tritern.patch(other)
+    other.load_state_dict(model.state_dict())
+    ids = torch.arange(5)
+    assert torch.equal(other(ids), model(ids))
+
+
+def unchanged_after(model, match, error=TriternError, **options):
+    before = {n: id(m) for n, m in model.named_modules()}
+    with pytest.raises(error, match=match):
+        tritern.patch(model, **options)
+    assert {n: id(m) for n, m in model.named_modules()} == before
+
+
+def test_refusals_leave_the_model_as_it_was():
+    unchanged_after(nn.Sequential(nn.ReLU()), "no linear layer to make ternary in Sequential .*no nn.Linear at all")
+    only_head = nn.Sequential()
+    only_head.add_module("classifier", nn.Linear(4, 2))
+    unchanged_after(only_head, "no linear layer to make ternary.*classifier: head")
+    unchanged_after(nn.Linear(4, 4), "bare nn.Linear.*from_linear")
+    unchanged_after(nn.Sequential(nn.Linear(4, 4, device="meta")), "0.weight is on the meta device: load the weights")
+    unchanged_after(nn.Sequential(nn.Linear(4, 4).double()), "0.weight is torch.float64; float32, float16 or bfloat16")
+    unchanged_after(Net(), r"skip='layers.0' matches no linear layer. Names look like 'blocks.0.up'", skip="layers.0")
+    unchanged_after(tritern.patch(Net()), r"already ternary \(4 TernaryLinear layers\)")
+    late = Net()
+    late.blocks[1].down.weight.data[3, 3] = float("inf")
+    unchanged_after(late, "blocks.1.down.weight holds NaN or infinity")
+    with pytest.raises(TriternError, match="must be a torch.nn.Module or a SentenceTransformer; received str"):
+        tritern.patch("all-MiniLM-L6-v2")
+
+
+def test_config_refusals():
+    with pytest.raises(TriternError, match="rule must be one of 'mse', 'absmean', 'twn'; received 'best'"):
+        TernaryConfig(rule="best")
+    with pytest.raises(TriternError, match="activation_bits must be 8 or 16; received 2"):
+        TernaryConfig(activation_bits=2)
+    with pytest.raises(TriternError, match="skip must be a sequence"):
+        TernaryConfig(skip="pooler")
+
+
+def test_a_model_quantized_by_another_method_is_refused():
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    model.config.quantization_config = {"quant_method": "gptq"}
+    unchanged_after(model, r"already quantized \(gptq\)")
+
+
+def test_t5_and_dense_stay_in_full_precision():
+    from sentence_transformers.sentence_transformer.modules import Dense
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(d_model=32, d_ff=64, d_kv=16, num_layers=1, num_heads=2, vocab_size=20)
+    model = nn.Sequential(T5EncoderModel(config), Dense(32, 16))
+    tritern.patch(model)
+    reasons = {s.name: s.reason for s in tritern.summary(model).skipped}
+    assert reasons["1.linear"] == "sentence-transformers Dense"
+    assert [n for n in reasons if n.endswith(".wo")] and len(ternary_names(model)) == 5
+
+
+def test_minilm_summary(minilm):
+    full = sum(p.numel() * 4 for p in minilm.parameters())
+    before = tritern.summary(minilm)
+    assert before.layers == () and before.model_bytes_before == before.model_bytes_after
+    assert "not patched" in str(before)
+    summary = tritern.summary(tritern.patch(minilm))
+    assert len(summary.layers) == 36 and [s.reason for s in summary.skipped] == ["pooler"]
+    weights = 6 * (4 * 384 * 384 + 2 * 384 * 1536)
+    scales = 6 * (4 * 384 + 1536 + 384)
+    assert summary.linear_bytes_before == 4 * weights
+    assert summary.linear_bytes_after == weights // 4 + 4 * scales
+    assert 0.3 < summary.zero_fraction < 0.6 and 2.0 < summary.bits_per_weight < 2.1
+    assert summary.model_bytes_before == pytest.approx(full, rel=1e-3)
+    text = str(summary)
+    assert "attention.self.query" in text and "whole model" in text and "pooler" in text
+    assert summary.linear_bytes_before / (2 * summary.linear_bytes_after) > 7.7  # against 16-bit weights
+
+
+def test_peak_memory_stays_near_the_models_own(minilm):
+    """Every full-precision weight is freed as soon as its layer is packed."""
+    import weakref
+
+    alive = [weakref.ref(m.weight) for n, m in minilm.named_modules() if type(m) is nn.Linear and "pooler" not in n]
+    most = 0
+    original = TernaryLinear.from_linear.__func__
+
+    def counting(cls, linear, **options):
+        nonlocal most
+        layer = original(cls, linear, **options)
+        packed = sum(isinstance(m, TernaryLinear) for m in minilm.modules())
+        most = max(most, packed + sum(r() is not None for r in alive))
+        return layer
+
+    TernaryLinear.from_linear = classmethod(counting)
+    try:
+        tritern.patch(minilm)
+    finally:
+        TernaryLinear.from_linear = classmethod(original)
+    assert len(alive) == 36 and most <= 37
+    assert sum(r() is not None for r in alive) == 0
+
+
+def test_deepcopy_of_a_patched_model_is_independent(minilm, texts):
+    twin = copy.deepcopy(tritern.patch(minilm))
+    vectors = minilm.encode(texts)
+    next(m for m in minilm.modules() if isinstance(m, TernaryLinear)).weight.zero_()
+    assert (twin.encode(texts) == vectors).all() and not (minilm.encode(texts) == vectors).all()
