@@ -1,0 +1,187 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tritern
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel
+from tritern import CheckpointError, TernaryLinear, TriternError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, minilm_path):
+    """A patched and saved MiniLM (folder) with the vectors it gave."""
+    from tests.conftest import TEXTS
+
+    model = tritern.patch(SentenceTransformer(minilm_path, device="cpu"))
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    model.save_pretrained(str(folder))
+    return folder, model.encode(TEXTS)
+
+
+def copy_of(folder, tmp_path):
+    import shutil
+
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def in_new_process(code, *arguments, **environment):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": paths, **environment}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=300)
+
+
+def test_identical_vectors_in_a_new_process(saved, tmp_path):
+    folder, vectors = saved
+    code = """
+import sys, numpy, tritern
+from sentence_transformers import SentenceTransformer
+from tests.conftest import TEXTS
+numpy.save(sys.argv[2], SentenceTransformer(sys.argv[1], device="cpu").encode(TEXTS))
+"""
+    result = in_new_process(code, folder, tmp_path / "vectors.npy")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert np.array_equal(np.load(tmp_path / "vectors.npy"), vectors)
+
+
+def test_loading_without_the_import_fails(saved):
+    code = """
+import sys
+from sentence_transformers import SentenceTransformer
+SentenceTransformer(sys.argv[1], device="cpu")
+"""
+    result = in_new_process(code, saved[0])
+    assert result.returncode != 0
+    assert "tritern" in result.stderr
+
+
+def test_saved_files(saved):
+    folder, _ = saved
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert settings["quant_method"] == "tritern" and settings["format_version"] == 1
+    assert len(settings["modules"]) == 36 and settings["rule"] == "mse"
+    requirements = json.loads((folder / "config_sentence_transformers.json").read_text())["requirements"]
+    assert list(requirements) == ["tritern"]
+    card = (folder / "README.md").read_text()
+    assert "import tritern" in card and "Scores published for the original do not hold" in card
+    state = load_file(folder / "model.safetensors")
+    assert sum(t.dtype == torch.uint8 for t in state.values()) == 36
+
+
+def test_half_precision_checkpoint(minilm, texts, tmp_path):
+    model = tritern.patch(minilm).half()
+    model.save_pretrained(str(tmp_path))
+    size = sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
+    assert size <= 31_000_000
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    layer = next(m for m in loaded.modules() if isinstance(m, TernaryLinear))
+    assert layer.weight_scale.dtype == torch.float32 and layer.bias.dtype == torch.float16
+    assert np.array_equal(loaded.encode(texts), model.encode(texts))
+
+
+def test_save_again_and_sharded(saved, texts, tmp_path):
+    folder, vectors = saved
+    SentenceTransformer(str(folder), device="cpu").save_pretrained(str(tmp_path / "again"))
+    assert np.array_equal(SentenceTransformer(str(tmp_path / "again"), device="cpu").encode(texts), vectors)
+    auto = AutoModel.from_pretrained(folder)
+    auto.save_pretrained(tmp_path / "shards", max_shard_size="5MB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    again = AutoModel.from_pretrained(tmp_path / "shards").state_dict()
+    assert all(torch.equal(t, again[k]) for k, t in auto.state_dict().items())
+
+
+def test_auto_model_loads_ternary_layers_and_casts(saved):
+    model = AutoModel.from_pretrained(saved[0])
+    assert sum(isinstance(m, TernaryLinear) for m in model.modules()) == 36
+    model.half()
+    assert next(m for m in model.modules() if isinstance(m, TernaryLinear)).weight_scale.dtype == torch.float32
+    as_bf16 = AutoModel.from_pretrained(saved[0], dtype=torch.bfloat16)
+    layer = next(m for m in as_bf16.modules() if isinstance(m, TernaryLinear))
+    assert layer.weight.dtype == torch.uint8 and layer.weight_scale.dtype == torch.float32
+    assert as_bf16.embeddings.word_embeddings.weight.dtype == torch.bfloat16
+
+
+def test_dequantize_gives_plain_linears(saved):
+    model = AutoModel.from_pretrained(saved[0])
+    expected = model.encoder.layer[0].output.dense.packed().dequantize()
+    model.dequantize()
+    assert not any(isinstance(m, TernaryLinear) for m in model.modules())
+    assert torch.equal(model.encoder.layer[0].output.dense.weight, expected)
+
+
+def refused(folder, match, error=CheckpointError):
+    with pytest.raises(error, match=match):
+        SentenceTransformer(str(folder), device="cpu")
+
+
+def test_an_altered_byte_is_refused(saved, tmp_path):
+    folder = copy_of(saved[0], tmp_path)
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 1
+    file.write_bytes(data)
+    refused(folder, "not those that were saved")
+
+
+def test_a_truncated_file_is_refused(saved, tmp_path):
+    folder = copy_of(saved[0], tmp_path)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4096])
+    with pytest.raises(Exception, match="(?i)truncated|incomplete|deserializ"):
+        SentenceTransformer(str(folder), device="cpu")
+
+
+def test_verify_names_a_truncated_file(saved, tmp_path):
+    from tritern.checkpoint import verify
+
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((saved[0] / "model.safetensors").read_bytes()[:-4096])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read.*truncated or damaged"):
+        verify([file])
+    with pytest.raises(CheckpointError, match="safetensors files only"):
+        verify([tmp_path / "pytorch_model.bin"])
+
+
+def test_a_rewritten_file_is_refused(saved, tmp_path):
+    folder = copy_of(saved[0], tmp_path)
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, "carry no single digest")
+
+
+def change_settings(folder, **changes):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"].update(changes)
+    file.write_text(json.dumps(config))
+
+
+def test_settings_that_do_not_fit_are_refused(saved, tmp_path):
+    folder = copy_of(saved[0], tmp_path)
+    change_settings(folder, format_version=2)
+    refused(folder, "format 2; this version reads 1: upgrade tritern")
+    change_settings(folder, format_version=1, modules=["encoder.layer.9.output.dense"])
+    refused(folder, "names the ternary layer 'encoder.layer.9.output.dense'")
+    change_settings(folder, group_size=64)
+    refused(folder, "unknown fields in the tritern quantization_config: group_size")
+
+
+def test_quantizing_while_loading_is_refused(minilm_path):
+    from tritern.hf import TernaryQuantizationConfig
+
+    with pytest.raises(TriternError, match=r"call tritern\.patch\(model\)"):
+        AutoModel.from_pretrained(minilm_path, quantization_config=TernaryQuantizationConfig())
+
+
+def test_an_unwritable_path(minilm, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        tritern.patch(minilm).save_pretrained(str(tmp_path / "file" / "model"))
