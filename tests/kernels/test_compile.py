@@ -11,7 +11,9 @@ ENVIRONMENT["PYTHONPATH"] = str(Path(__file__).parents[2] / "kernels")
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=900)
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=900
+    )
 
 
 def test_all_configurations_compile_without_spills_from_registers(tmp_path):

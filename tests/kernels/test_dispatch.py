@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from tritern_kernels import MAX_K, PackedTernary, dispatch, linear, pack, quantize_activations, reference, ternarize_weight
+from tritern_kernels import (
+    MAX_K,
+    PackedTernary,
+    dispatch,
+    linear,
+    pack,
+    quantize_activations,
+    reference,
+    ternarize_weight,
+)
 from tritern_kernels.formats import from_packed_order
 
 
@@ -103,7 +112,9 @@ def test_opcheck(device):
             torch.library.opcheck(
                 torch.ops.tritern.linear.default, (x, w.packed, w.scale, bias, 130, bits, bits == 16)
             )
-    torch.library.opcheck(torch.ops.tritern.quantize_activations.default, (torch.randn(4, 130, device=device),))
+    torch.library.opcheck(
+        torch.ops.tritern.quantize_activations.default, (torch.randn(4, 130, device=device),)
+    )
     torch.library.opcheck(torch.ops.tritern.dequantize.default, (w.packed, w.scale, 130, torch.float16))
 
 
@@ -149,7 +160,9 @@ def test_refusals():
         linear(x[:, :99], w)
     with pytest.raises(ValueError, match="activation_bits must be 8 or 16; received 4"):
         linear(x, w, activation_bits=4)
-    with pytest.raises(ValueError, match=r"bias must be floating point, shape \[8\].*received torch.float32, \[9\]"):
+    with pytest.raises(
+        ValueError, match=r"bias must be floating point, shape \[8\].*received torch.float32, \[9\]"
+    ):
         linear(x, w, torch.zeros(9))
     with pytest.raises(ValueError, match="x is on meta and the weight on cpu; move one"):
         linear(x.to("meta"), w)

@@ -47,7 +47,9 @@ def test_activation_order(M, atoms):
     assert torch.equal(from_packed_order(permuted), x)
     codes = random_codes(7, atoms * 128)
     byte = pack(codes).view(7, atoms, 32)
-    lanes = torch.stack([(byte >> (2 * j)) & 3 for j in range(4)], dim=2)  # slab by slab, as the kernel unpacks
+    lanes = torch.stack(
+        [(byte >> (2 * j)) & 3 for j in range(4)], dim=2
+    )  # slab by slab, as the kernel unpacks
     lanes = torch.where(lanes == 3, -1, lanes.int()).view(7, -1)
     assert torch.equal(permuted.int() @ lanes.T, x.int() @ codes.int().T)
 

@@ -131,7 +131,9 @@ def test_quantize_isolates_bad_tokens(K, device):
     expected_q, expected_scale = reference.quantize_activations(x)
     assert q[1:5].count_nonzero() == 0 and scale[1:4].isnan().all()
     assert torch.equal(scale.cpu()[[0, 4, 5]], expected_scale[[0, 4, 5]])
-    assert torch.equal(q.cpu()[0], to_packed_order(torch.nn.functional.pad(expected_q, (0, padded_k(K) - K)))[0])
+    assert torch.equal(
+        q.cpu()[0], to_packed_order(torch.nn.functional.pad(expected_q, (0, padded_k(K) - K)))[0]
+    )
 
 
 @pytest.mark.parametrize("rule", reference.RULES)

@@ -18,7 +18,10 @@ GOOD = KernelConfig(64, 64, 128)
         ({"block_k": 256}, "block_k must divide K padded to 384; received 256"),
         ({"num_warps": 3}, "num_warps must be a power of two up to 16; received 3"),
         ({"split_k": 4}, "split_k must be from 1 to K / block_k = 3; received 4"),
-        ({"block_m": 256, "block_n": 256, "split_k": 1}, "512 accumulators a thread spill to memory; at most 128"),
+        (
+            {"block_m": 256, "block_n": 256, "split_k": 1},
+            "512 accumulators a thread spill to memory; at most 128",
+        ),
         ({"num_stages": 0}, "num_stages must be at least 1"),
         ({"num_stages": 40}, "bytes of shared memory; sm_90 has"),
     ],
@@ -62,7 +65,8 @@ def table(tmp_path, monkeypatch):
 
     def write(*entries):
         rows = [
-            {"mode": mode, "M": M, "N": N, "K": K, "config": asdict(config)} for mode, M, N, K, config in entries
+            {"mode": mode, "M": M, "N": N, "K": K, "config": asdict(config)}
+            for mode, M, N, K, config in entries
         ]
         (tmp_path / "test-1.json").write_text(json.dumps({"gpu": "NVIDIA Test 1", "entries": rows}))
 

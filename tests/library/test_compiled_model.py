@@ -17,8 +17,19 @@ def test_compiled_minilm_equals_eager(minilm, inputs, backend):
     with torch.no_grad():
         expected = model(**inputs).last_hidden_state
         got = compiled(**inputs).last_hidden_state
-    if backend == "aot_eager":
-        assert torch.equal(got, expected)
-    else:  # inductor fuses LayerNorm and GELU: last-bit differences that int8 rounding can turn into one step
-        cosine = torch.nn.functional.cosine_similarity(got, expected, dim=-1)
-        assert cosine.min() > 0.999
+        if backend == "aot_eager":
+            assert torch.equal(got, expected)
+            return
+        # inductor orders LayerNorm's and GELU's sums otherwise; int8 rounding turns a last-bit difference into a step.
+        # A last-bit change of the embeddings does the same to the eager model: that is the scale to measure with.
+        distance = [1 - worst_cosine(got, expected)]
+        weight = model.embeddings.word_embeddings.weight
+        original = weight.clone()
+        for _ in range(4):
+            weight.copy_(original * (1 + torch.finfo(torch.float32).eps * torch.randint(-1, 2, weight.shape)))
+            distance.append(1 - worst_cosine(model(**inputs).last_hidden_state, expected))
+    assert distance[0] <= 3 * max(distance[1:]) < 0.03
+
+
+def worst_cosine(a, b):
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=-1).min())

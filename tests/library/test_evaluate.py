@@ -24,7 +24,11 @@ def test_by_hand():
     texts = list("abcd")
     teacher, student = circle([0, 10, 30, 90]), circle([0, 10, 30, 90])
     same = tritern.evaluate(Vectors(student), Vectors(teacher), texts, k=1)
-    assert same.cosine == pytest.approx(1.0) and same.overlap == 1.0 and same.rank_correlation == pytest.approx(1.0)
+    assert (
+        same.cosine == pytest.approx(1.0)
+        and same.overlap == 1.0
+        and same.rank_correlation == pytest.approx(1.0)
+    )
     # The last text moves to the first: nearest of 0 is now 3, of 1 and 2 still 0 and 1, of 3 now 0 instead of 2.
     moved = tritern.evaluate(Vectors(circle([0, 10, 30, 1])), teacher * 5, texts, k=1)
     assert moved.overlap == 0.25
@@ -39,7 +43,9 @@ def test_other_width_compares_neighbours_only():
 
 def test_patched_minilm_is_close_but_not_equal(minilm, minilm_path, texts):
     texts = texts + [t + " And then some more happened." for t in texts]
-    result = tritern.evaluate(tritern.patch(minilm), SentenceTransformer(minilm_path, device="cpu"), texts, k=3)
+    result = tritern.evaluate(
+        tritern.patch(minilm), SentenceTransformer(minilm_path, device="cpu"), texts, k=3
+    )
     assert 0.3 < result.cosine < 0.95 and 0.3 < result.overlap < 1 and 0.3 < result.rank_correlation < 0.99
     assert f"cosine {result.cosine:.4f}" in str(result) and "16 texts" in str(result)
 

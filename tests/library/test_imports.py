@@ -101,5 +101,7 @@ assert not torch.cuda.is_initialized()
 assert seconds < 1.0, seconds
 """
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    result = subprocess.run([sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr

@@ -55,7 +55,8 @@ def test_without_bias_and_16_bit_activations():
 
 
 @pytest.mark.parametrize(
-    "cast", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.float16), lambda m: m.type(torch.half)]
+    "cast",
+    [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.float16), lambda m: m.type(torch.half)],
 )
 def test_casting_keeps_codes_and_scales(pair, cast):
     layer = pair[1]
@@ -93,7 +94,9 @@ def test_state_dict_names(pair):
 def test_full_precision_weights_are_not_loaded_by_mistake():
     dense = nn.Linear(32, 8)  # padded to 128, its packed weight has the shape [8, 32] too
     layer = TernaryLinear.from_linear(dense)
-    with pytest.raises(RuntimeError, match="weight must be torch.uint8.*Load full-precision weights before patching"):
+    with pytest.raises(
+        RuntimeError, match="weight must be torch.uint8.*Load full-precision weights before patching"
+    ):
         layer.load_state_dict(dense.state_dict())
     with pytest.raises(RuntimeError, match="weight_scale must be torch.float32"):
         layer.load_state_dict({**layer.state_dict(), "weight_scale": layer.weight_scale.half()})

@@ -115,19 +115,29 @@ def unchanged_after(model, match, error=TriternError, **options):
 
 
 def test_refusals_leave_the_model_as_it_was():
-    unchanged_after(nn.Sequential(nn.ReLU()), "no linear layer to make ternary in Sequential .*no nn.Linear at all")
+    unchanged_after(
+        nn.Sequential(nn.ReLU()), "no linear layer to make ternary in Sequential .*no nn.Linear at all"
+    )
     only_head = nn.Sequential()
     only_head.add_module("classifier", nn.Linear(4, 2))
     unchanged_after(only_head, "no linear layer to make ternary.*classifier: head")
     unchanged_after(nn.Linear(4, 4), "bare nn.Linear.*from_linear")
-    unchanged_after(nn.Sequential(nn.Linear(4, 4, device="meta")), "0.weight is on the meta device: load the weights")
-    unchanged_after(nn.Sequential(nn.Linear(4, 4).double()), "0.weight is torch.float64; float32, float16 or bfloat16")
-    unchanged_after(Net(), r"skip='layers.0' matches no linear layer. Names look like 'blocks.0.up'", skip="layers.0")
+    unchanged_after(
+        nn.Sequential(nn.Linear(4, 4, device="meta")), "0.weight is on the meta device: load the weights"
+    )
+    unchanged_after(
+        nn.Sequential(nn.Linear(4, 4).double()), "0.weight is torch.float64; float32, float16 or bfloat16"
+    )
+    unchanged_after(
+        Net(), r"skip='layers.0' matches no linear layer. Names look like 'blocks.0.up'", skip="layers.0"
+    )
     unchanged_after(tritern.patch(Net()), r"already ternary \(4 TernaryLinear layers\)")
     late = Net()
     late.blocks[1].down.weight.data[3, 3] = float("inf")
     unchanged_after(late, "blocks.1.down.weight holds NaN or infinity")
-    with pytest.raises(TriternError, match="must be a torch.nn.Module or a SentenceTransformer; received str"):
+    with pytest.raises(
+        TriternError, match="must be a torch.nn.Module or a SentenceTransformer; received str"
+    ):
         tritern.patch("all-MiniLM-L6-v2")
 
 
@@ -143,7 +153,9 @@ def test_config_refusals():
 def test_a_model_quantized_by_another_method_is_refused():
     from transformers import BertConfig, BertModel
 
-    model = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    model = BertModel(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    )
     model.config.quantization_config = {"quant_method": "gptq"}
     unchanged_after(model, r"already quantized \(gptq\)")
 
@@ -182,7 +194,9 @@ def test_peak_memory_stays_near_the_models_own(minilm):
     """Every full-precision weight is freed as soon as its layer is packed."""
     import weakref
 
-    alive = [weakref.ref(m.weight) for n, m in minilm.named_modules() if type(m) is nn.Linear and "pooler" not in n]
+    alive = [
+        weakref.ref(m.weight) for n, m in minilm.named_modules() if type(m) is nn.Linear and "pooler" not in n
+    ]
     most = 0
     original = TernaryLinear.from_linear.__func__
 

@@ -103,7 +103,9 @@ def test_auto_model_loads_ternary_layers_and_casts(saved):
     model = AutoModel.from_pretrained(saved[0])
     assert sum(isinstance(m, TernaryLinear) for m in model.modules()) == 36
     model.half()
-    assert next(m for m in model.modules() if isinstance(m, TernaryLinear)).weight_scale.dtype == torch.float32
+    assert (
+        next(m for m in model.modules() if isinstance(m, TernaryLinear)).weight_scale.dtype == torch.float32
+    )
     as_bf16 = AutoModel.from_pretrained(saved[0], dtype=torch.bfloat16)
     layer = next(m for m in as_bf16.modules() if isinstance(m, TernaryLinear))
     assert layer.weight.dtype == torch.uint8 and layer.weight_scale.dtype == torch.float32
@@ -153,7 +155,9 @@ def test_verify_names_a_truncated_file(saved, tmp_path):
 
 def test_a_rewritten_file_is_refused(saved, tmp_path):
     folder = copy_of(saved[0], tmp_path)
-    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"format": "pt"}
+    )
     refused(folder, "carry no single digest")
 
 
