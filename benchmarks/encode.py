@@ -5,9 +5,9 @@
 
 Every arm runs in a process of its own, several rounds in turn, so that drift of the machine meets all arms
 alike; the table shows medians over the rounds. Text: paragraphs of Python's own language reference
-(pydoc_data), or --texts FILE. Memory is what the process alone holds beyond what it held just before the model
-was loaded: after loading and one batch (loaded), and its highest resident size (peak); on a GPU also the most
-that torch held.
+(pydoc_data), or --texts FILE. Memory is the growth of the process's resident size from just before the model
+is loaded, when all libraries are: after loading and a few batches (held), and at its highest (peak); on a GPU
+also the most that torch held there.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import report
 
 CPU_ARMS = ("fp32", "ternary int8", "ternary 16-bit", "onnx int8")
 GPU_ARMS = (
@@ -103,7 +104,8 @@ def load(arm: str, path: str, ternary_path: str, device: str) -> Any:
     else:
         model = SentenceTransformer(path, device=device, model_kwargs={"dtype": dtype})
     if "compiled" in arm:
-        model[0].auto_model = torch.compile(model[0].auto_model, dynamic=True)
+        transformer: Any = model[0]
+        transformer.auto_model.compile(dynamic=True)
     return model
 
 
@@ -121,11 +123,11 @@ def load_onnx(path: str) -> Any:
     return SentenceTransformer(folder, device="cpu", backend="onnx", model_kwargs={"file_name": file})
 
 
-def held() -> float:
-    """MB of memory that only this process holds: pages of files shared with the page cache do not count."""
+def resident() -> float:
+    """MB of physical memory this process occupies."""
     import psutil
 
-    return psutil.Process().memory_full_info().uss / 1e6
+    return psutil.Process().memory_info().rss / 1e6
 
 
 def measure(options: argparse.Namespace, arm: str, path: str, device: str) -> dict[str, float]:
@@ -138,13 +140,12 @@ def measure(options: argparse.Namespace, arm: str, path: str, device: str) -> di
     count = options.sentences
     texts = texts_for(options, count)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
-    before = held()
+    before = resident()
     model = load(arm, path, options.ternary_path, device)
     batch: dict[str, Any] = {"batch_size": options.batch_size, "show_progress_bar": False}
-    model.encode(texts[: options.batch_size], **batch)
-    loaded = held() - before
     for _ in range(3 if "compiled" in arm else 1):
         model.encode(texts[: 4 * options.batch_size], **batch)
+    held = resident() - before
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
@@ -165,7 +166,7 @@ def measure(options: argparse.Namespace, arm: str, path: str, device: str) -> di
         "query_p50_ms": statistics.median(latencies),
         "query_p99_ms": sorted(latencies)[min(len(latencies) - 1, int(0.99 * len(latencies)))],
         "tokenizing_share": tokenizing / seconds,
-        "loaded_mb": loaded,
+        "held_mb": held,
         "peak_mb": peak - before,
     }
     if device == "cuda":
@@ -204,16 +205,12 @@ def environment(device: str) -> dict[str, Any]:
     import torch
     import transformers
 
-    info: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    return report.environment() | {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "transformers": transformers.__version__,
         "sentence_transformers": sentence_transformers.__version__,
     }
-    return info
 
 
 def processor() -> str:
@@ -230,20 +227,18 @@ def processor() -> str:
 def table(rows: dict[str, dict[str, Any]], baseline: str) -> str:
     """The medians as text; speeds and memory also relative to the baseline arm."""
     base = rows.get(baseline, {})
-    lines = [f"{'arm':22s} {'sentences/s':>16s} {'query p50':>10s} {'p99':>9s} {'loaded':>16s} {'peak':>9s}"]
+    lines = [f"{'arm':22s} {'sentences/s':>16s} {'query p50':>10s} {'p99':>9s} {'held':>16s} {'peak':>9s}"]
     for arm, r in rows.items():
         if "reason" in r:
             lines.append(f"{arm:22s} not measured: {r['reason']}")
             continue
         ratio = (
-            f"({r['sentences_per_second'] / base['sentences_per_second']:.2f}x)"
-            if "loaded_mb" in base
-            else ""
+            f"({r['sentences_per_second'] / base['sentences_per_second']:.2f}x)" if "held_mb" in base else ""
         )
-        memory = f"({r['loaded_mb'] / base['loaded_mb']:.2f}x)" if "loaded_mb" in base else ""
+        memory = f"({r['held_mb'] / base['held_mb']:.2f}x)" if "held_mb" in base else ""
         lines.append(
             f"{arm:22s} {r['sentences_per_second']:8.1f} {ratio:>7s} {r['query_p50_ms']:7.2f} ms "
-            f"{r['query_p99_ms']:6.1f} ms {r['loaded_mb']:6.0f} MB {memory:>6s} {r['peak_mb']:6.0f} MB"
+            f"{r['query_p99_ms']:6.1f} ms {r['held_mb']:6.0f} MB {memory:>6s} {r['peak_mb']:6.0f} MB"
             + (f"   GPU {r['gpu_peak_mb']:.0f} MB" if "gpu_peak_mb" in r else "")
         )
     return "\n".join(lines)
@@ -282,7 +277,7 @@ def main() -> None:
     info = environment(device)
     info |= {"model": options.model or "all-MiniLM-L6-v2", "sentences": options.sentences}
     info |= {"batch_size": options.batch_size, "rounds": options.rounds}
-    print(", ".join(f"{k} {v}" for k, v in info.items()))
+    print(", ".join(f"{k} {v}" for k, v in info.items() if v is not None))
     print(table(rows, "fp16" if device == "cuda" else "fp32"))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

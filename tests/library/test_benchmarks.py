@@ -1,0 +1,103 @@
+"""The parts of the benchmarks that need no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import cases  # noqa: E402
+import encode  # noqa: E402
+import gemm as race  # noqa: E402
+import report  # noqa: E402
+import timing  # noqa: E402
+
+CPU_CONTESTANTS = ["tritern int8", "F.linear bf16", "F.linear fp16", "torch._int_mm int8"]
+
+
+def test_shapes():
+    assert cases.parse_shapes(["1x2x3"], [5]) == [(1, 2, 3)]
+    minilm = cases.parse_shapes(["minilm", "bge-small"], [1, 16])
+    assert len(minilm) == 6 and minilm[0] == (1, 384, 384)  # the two models share their shapes
+    with pytest.raises(ValueError, match="one of minilm.*received 'bert'"):
+        cases.parse_shapes(["bert"], [1])
+    with pytest.raises(ValueError, match="at least 1"):
+        cases.parse_shapes(["0x2x3"], [1])
+
+
+@pytest.fixture(scope="module")
+def case():
+    return cases.make_case(cases.Shape(17, 40, 300), seed=0, quick=True, device="cpu")
+
+
+@pytest.mark.parametrize("name", CPU_CONTESTANTS)
+def test_the_check_passes_the_right_result_and_no_other(name, case, monkeypatch):
+    monkeypatch.setattr(race, "_config", lambda mode, case: race.tuning.formula(mode, 17, 40, 300, 90, 132))
+    entry = race.CONTESTANTS[name](case)
+    out = entry.call(entry.weights)
+    assert cases.check("first call", out, entry)[1] == ""
+    wrong = out.clone()
+    wrong[3, 7] += wrong.abs().max() + 1
+    assert "failed the check against float64" in cases.check("first call", wrong, entry)[1]
+    if out.is_floating_point():
+        wrong[3, 7] = float("nan")
+        assert "failed" in cases.check("first call", wrong, entry)[1]
+    with pytest.raises(ValueError, match="must have shape"):
+        cases.check("first call", out[:5], entry)
+
+
+def test_speeds_and_losing_rows_are_shown():
+    base = cases.Row("F.linear bf16", 1, 2, 3, cold=cases.Times(10, 9, 11, 5, 5), hot=cases.Times(8, 7, 9, 5, 5))
+    slow = replace(base, contestant="tritern int8", cold=cases.Times(20, 19, 21, 5, 5), note="16t")
+    broken = cases.Row("gemlite A8W158", 1, 2, 3, reason="gemlite is not installed")
+    rows = timing.with_speeds([base, slow, broken], ("F.linear bf16", "F.linear fp16"))
+    assert rows[1].cold_speed == 0.5 and rows[1].hot_speed == 1.0
+    text = report.case_table(rows)
+    assert "0.50" in text and "no time: gemlite is not installed" in text
+
+
+def test_json_is_whole_and_has_no_nan(tmp_path):
+    report.write_json(tmp_path / "deep" / "a.json", {"x": float("nan"), "y": [1.5, float("inf")]})
+    assert json.loads((tmp_path / "deep" / "a.json").read_text()) == {"x": None, "y": [1.5, None]}
+
+
+def test_percentiles_and_roofs():
+    found = timing.times([1e-6 * v for v in (1, 2, 3, 4, 5)], 1)
+    assert found.median == pytest.approx(3) and found.p20 < 3 < found.p80
+    roofs = cases.Roofs(copy_tb_s=4.0, bf16_tflops=800.0)
+    assert roofs.at(100) == 400.0 and roofs.at(1000) == 800.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it races instead")
+def test_without_a_gpu_the_compiled_configurations_are_shown(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    command = [sys.executable, "benchmarks/gemm.py", "--quick", "--json", str(tmp_path / "rows.json")]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "No CUDA GPU, so no timings" in result.stdout and "0 with a problem" in result.stdout
+    assert all(r["spills"] == 0 for r in json.loads((tmp_path / "rows.json").read_text())["rows"])
+
+
+def test_encode_table_relates_to_the_baseline():
+    row = {"sentences_per_second": 100.0, "query_p50_ms": 1.0, "query_p99_ms": 2.0, "held_mb": 50.0, "peak_mb": 60.0}
+    rows = {
+        "fp32": row,
+        "ternary int8": row | {"sentences_per_second": 150.0, "held_mb": 25.0},
+        "onnx int8": {"reason": "no optimum"},
+    }
+    text = encode.table(rows, "fp32")
+    assert "(1.50x)" in text and "(0.50x)" in text and "not measured: no optimum" in text
+
+
+def test_encode_texts_are_real_and_enough():
+    options = encode.arguments().parse_args([])
+    texts = encode.texts_for(options, 3000)
+    assert len(texts) == 3000 and len(set(texts)) > 500 and all(40 <= len(t) <= 600 for t in texts)
