@@ -50,8 +50,8 @@ def verify(files: Iterable[str | Path]) -> None:
     where = files[0].parent if files else "the checkpoint"
     if expected == {None} or len(expected) != 1:
         raise CheckpointError(
-            f"{where}: the weights carry no single digest ({DIGEST_KEY} in the safetensors metadata), so they were rewritten "
-            "after saving. Save the model again with model.save_pretrained()."
+            f"{where}: the weights carry no single digest ({DIGEST_KEY} in the safetensors metadata), so "
+            "they were rewritten after saving. Save the model again with model.save_pretrained()."
         )
     if digest(tensors.items()) != expected.pop():
         raise CheckpointError(

@@ -16,9 +16,10 @@ class TernaryConfig:
 
     Args:
         rule: how codes and scales come from a weight matrix. ``"mse"``: per row, the smallest squared error.
-            ``"absmean"``: one scale for the matrix, mean|W| (BitNet b1.58). ``"twn"``: per row, threshold 0.7 mean|w|
-            (Ternary Weight Networks).
-        activation_bits: 8 quantizes activations per token to int8 (fastest, exact sums); 16 leaves them as they are.
+            ``"absmean"``: one scale for the matrix, mean|W| (BitNet b1.58). ``"twn"``: per row, threshold 0.7
+            mean|w| (Ternary Weight Networks).
+        activation_bits: 8 quantizes activations per token to int8 (fastest, exact sums); 16 leaves them as
+            they are.
         skip: layers to leave in full precision: qualified module names or shell patterns, such as
             ``"*.layer.0.*"``. A name also covers everything below it.
 

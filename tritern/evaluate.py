@@ -23,7 +23,8 @@ class Fidelity:
         cosine: mean cosine between the two vectors of a text.
         cosine_p5: its 5th percentile.
         overlap: mean share of a text's k nearest other texts that both models find.
-        rank_correlation: mean over texts of Spearman's correlation between the two models' similarities to all other texts.
+        rank_correlation: mean over texts of Spearman's correlation between the two models' similarities to
+            all other texts.
         k: neighbours counted in ``overlap``.
         texts: number of texts.
     """
@@ -37,7 +38,8 @@ class Fidelity:
 
     def __str__(self) -> str:
         return (
-            f"cosine {self.cosine:.4f} (5th percentile {self.cosine_p5:.4f}), top-{self.k} overlap {self.overlap:.1%}, "
+            f"cosine {self.cosine:.4f} (5th percentile {self.cosine_p5:.4f}), "
+            f"top-{self.k} overlap {self.overlap:.1%}, "
             f"rank correlation {self.rank_correlation:.4f} on {self.texts:,} texts"
         )
 
@@ -56,7 +58,8 @@ def evaluate(
     Args:
         model: the model to judge.
         teacher: the model it should agree with, or that model's vectors [len(texts), any width].
-        texts: at least k + 2 different texts. Time and memory grow with the square of their number for the neighbours.
+        texts: at least k + 2 different texts. Time and memory grow with the square of their number for the
+            neighbours.
         k: neighbours to compare.
         batch_size, show_progress_bar: passed to ``encode``.
 

@@ -46,7 +46,8 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         unknown.pop("quant_method", None)
         if format_version != FORMAT_VERSION:
             raise CheckpointError(
-                f"the model was saved in tritern format {format_version!r}; this version reads {FORMAT_VERSION}: upgrade tritern"
+                f"the model was saved in tritern format {format_version!r}; "
+                f"this version reads {FORMAT_VERSION}: upgrade tritern"
             )
         if unknown:
             raise CheckpointError(
@@ -67,7 +68,8 @@ class TernaryHfQuantizer(HfQuantizer):
         """Refuse to quantize while loading."""
         if not self.pre_quantized:
             raise TriternError(
-                "tritern does not quantize inside from_pretrained: load the model without quantization_config and call tritern.patch(model)"
+                "tritern does not quantize inside from_pretrained: load the model without "
+                "quantization_config and call tritern.patch(model)"
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -94,7 +96,7 @@ class TernaryHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # transformers forbids .half() and .float() on quantized models; ternary layers keep their own dtypes through both.
+        # transformers forbids .half() and .float() on quantized models; ternary layers stand both.
         model.is_quantized = False  # type: ignore[assignment]
         return model
 
@@ -106,7 +108,9 @@ class TernaryHfQuantizer(HfQuantizer):
         state = {
             k: v for k, v in model.state_dict().items() if k not in (model._keys_to_ignore_on_save or ())
         }
-        state: dict[str, torch.Tensor] = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+        state: dict[str, torch.Tensor] = revert_weight_conversion(
+            model, remove_tied_weights_from_state_dict(state, model)
+        )
         return None, {DIGEST_KEY: digest(state.items())}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -147,7 +151,9 @@ def foreign_quantization(model: nn.Module) -> str | None:
 
 
 def attach(model: nn.Module, config: TernaryConfig, names: list[str]) -> None:
-    """Tell the transformers models inside ``model`` which of their layers are ternary, so that they save and load."""
+    """Tell the transformers models inside ``model`` which of their layers are ternary, so that they save and
+    load.
+    """
     outermost: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and not any(
@@ -180,8 +186,9 @@ tags: [sentence-transformers, tritern, ternary]
 
 # Ternary version of {base}
 
-{layers} linear layers hold weights in {{-1, 0, +1}}, two bits each, one scale per output row (rule `{config.rule}`);
-activations are {"int8 per token" if config.activation_bits == 8 else "16-bit"}. Made by `tritern.patch` without training: expect lower quality than the original's.
+{layers} linear layers hold weights in {{-1, 0, +1}}, two bits each, one scale per output row
+(rule `{config.rule}`); activations are {"int8 per token" if config.activation_bits == 8 else "16-bit"}.
+Made by `tritern.patch` without training: expect lower quality than the original's.
 Scores published for the original do not hold for this model.
 
 ```python

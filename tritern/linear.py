@@ -19,9 +19,10 @@ from .errors import TriternError
 class TernaryLinear(nn.Module):
     """y = x W^T + bias with ``W[n] = weight_scale[n] * codes[n]``, codes in {-1, 0, +1}.
 
-    Takes x [..., in_features] in float32, float16 or bfloat16 and returns [..., out_features] in x's dtype (autocast's
-    dtype where autocast is on). With ``activation_bits=8`` each token is quantized to int8 on the way in and the sums are
-    exact int32; with 16 the activations are used as they are (``tritern_kernels.linear`` has the details).
+    Takes x [..., in_features] in float32, float16 or bfloat16 and returns [..., out_features] in x's dtype
+    (autocast's dtype where autocast is on). With ``activation_bits=8`` each token is quantized to int8 on the
+    way in and the sums are exact int32; with 16 the activations are used as they are
+    (``tritern_kernels.linear`` has the details).
 
     Attributes:
         weight: buffer, uint8 [out_features, padded_k(in_features) / 4], the packed codes.
@@ -70,10 +71,12 @@ class TernaryLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, rule: Rule = "mse", activation_bits: int = 8) -> TernaryLinear:
-        """Ternarize a linear layer; ``rule`` as in ``TernaryConfig``. The bias parameter is shared, not copied.
+        """Ternarize a linear layer; ``rule`` as in ``TernaryConfig``. The bias parameter is shared, not
+        copied.
 
         Raises:
-            TriternError: weights on the meta device, of another dtype, or holding NaN or infinity; unknown rule.
+            TriternError: weights on the meta device, of another dtype, or holding NaN or infinity; unknown
+                rule.
         """
         if linear.weight.is_meta:
             raise TriternError("the layer's weights are on the meta device; load them before ternarizing")
@@ -116,16 +119,17 @@ class TernaryLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"activation_bits={self.activation_bits}"
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, activation_bits={self.activation_bits}"
         )
 
     def requires_grad_(self, requires_grad: bool = True) -> TernaryLinear:
         """Refused when True: packed codes have no gradient."""
         if requires_grad:
             raise TriternError(
-                "the codes of a TernaryLinear are constants and cannot be trained. Train `layer.to_linear()` and ternarize "
-                "it again with TernaryLinear.from_linear(); the bias alone trains with `layer.bias.requires_grad_()`."
+                "the codes of a TernaryLinear are constants and cannot be trained. Train `layer.to_linear()` "
+                "and ternarize it again with TernaryLinear.from_linear(); the bias alone trains with "
+                "`layer.bias.requires_grad_()`."
             )
         return super().requires_grad_(False)
 

@@ -33,7 +33,9 @@ _SMALL_AND_SENSITIVE = {
     "vocab_transform": "head",
     "vocab_projector": "head",
 }
-"""Parts of a model that are left alone, by the component of their name: few weights, directly at the output."""
+"""Parts of a model that are left alone, by the component of their name: few weights, directly at the
+output.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ def patch(
     """Make a model's linear layers ternary, in place, and return it.
 
     Works on a SentenceTransformer or any ``nn.Module``. Left in full precision: poolers, heads, T5's ``wo``,
-    sentence-transformers' Dense modules, weights shared with an embedding, subclasses of ``nn.Linear``, and what ``skip``
-    names; ``tritern.summary(model)`` lists them. Layers are converted one by one, so that memory stays near the model's own.
-    Untrained, a ternary model loses quality: measure it with ``tritern.evaluate``.
+    sentence-transformers' Dense modules, weights shared with an embedding, subclasses of ``nn.Linear``, and
+    what ``skip`` names; ``tritern.summary(model)`` lists them. Layers are converted one by one, so that
+    memory stays near the model's own. Untrained, a ternary model loses quality: measure it with
+    ``tritern.evaluate``.
 
     Args:
         model: the model; its weights must be loaded, finite, in float32, float16 or bfloat16.
@@ -71,8 +74,8 @@ def patch(
         skip, rule, activation_bits: replace the config's field of that name.
 
     Raises:
-        TriternError: nothing to patch, already patched, already quantized otherwise, weights on the meta device, not finite
-            or of an unsupported dtype. The model is then unchanged.
+        TriternError: nothing to patch, already patched, already quantized otherwise, weights on the meta
+            device, not finite or of an unsupported dtype. The model is then unchanged.
     """
     changes: dict[str, Any] = {"rule": rule, "activation_bits": activation_bits}
     changes["skip"] = None if skip is None else tuple([skip] if isinstance(skip, str) else skip)
@@ -89,7 +92,9 @@ def patch(
     chosen = [c for c in choices if not c.reason]
     _check(model, config, choices, chosen)
 
-    first: dict[int, str] = {}  # of several layers with the very same weight, the first is packed and the others share it
+    first: dict[
+        int, str
+    ] = {}  # of several layers with the very same weight, the first is packed and the others share it
     plan = [(c.names, first.setdefault(id(c.module.weight), c.name)) for c in chosen]
     del choices, chosen  # so that each full-precision weight is freed as soon as its layer is replaced
 

@@ -14,7 +14,9 @@ from .patch import choose
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One ternary layer: shape (N, K), bytes before (in the model's dtype) and after (codes and scales), share of zeros."""
+    """One ternary layer: shape (N, K), bytes before (in the model's dtype) and after (codes and scales),
+    share of zeros.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -34,8 +36,9 @@ class SkippedLayer:
 
 @dataclass(frozen=True)
 class Summary:
-    """Layers and sizes of a model; ``print`` shows it as a table. Sizes are of parameters and buffers, without biases for
-    the linears, in bytes; ``before`` assumes the dtype of the model's remaining parameters.
+    """Layers and sizes of a model; ``print`` shows it as a table. Sizes are of parameters and buffers,
+    without biases for the linears, in bytes; ``before`` assumes the dtype of the model's remaining
+    parameters.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -89,8 +92,8 @@ class Summary:
         lines.insert(-2, "-" * len(lines[0]))
         dtype = str(self.dtype).removeprefix("torch.")
         lines.append(
-            f"{self.bits_per_weight:.2f} bits per ternary weight; linears 1/{before / max(after, 1):.1f} and model "
-            f"1/{self.model_bytes_before / max(self.model_bytes_after, 1):.1f} of {dtype}"
+            f"{self.bits_per_weight:.2f} bits per ternary weight; linears 1/{before / max(after, 1):.1f} "
+            f"and model 1/{self.model_bytes_before / max(self.model_bytes_after, 1):.1f} of {dtype}"
         )
         for skipped in self.skipped:
             lines.append(f"not ternary: {skipped.name} ({_size(skipped.bytes)}): {skipped.reason}")

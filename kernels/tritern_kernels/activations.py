@@ -25,7 +25,7 @@ def _load(x_ptr, rows, cols, stride_x, M, K):
 
 @triton.jit
 def _absmax_bits(x):
-    # As integers, magnitudes keep their order and NaN and infinity rank above all numbers: one max finds both.
+    # As integers, magnitudes keep their order, and NaN and infinity rank above all numbers.
     return tl.max(x.to(tl.int32, bitcast=True) & _ABS_BITS, axis=1)
 
 
@@ -47,7 +47,9 @@ def quantize_kernel(
     x_ptr, q_ptr, scale_ptr, M, K, K_padded, stride_x, stride_q,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
-    """X [M, K] -> q int8 [M, K_padded] in packed order, scale fp32 [M]. ONE_TILE: a row fits BLOCK_K, read it once."""
+    """x [M, K] -> q int8 [M, K_padded] in packed order, scale fp32 [M]. ONE_TILE: a row fits BLOCK_K, read it
+    once.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     lanes = tl.arange(0, BLOCK_K)
     x = _load(x_ptr, rows, lanes, stride_x, M, K)
@@ -68,7 +70,9 @@ def quantize_kernel(
 
 
 def quantize_blocks(K: int) -> dict[str, int | bool]:
-    """Block sizes for rows of K: about 4,096 elements a program; rows above 8,192 are read twice, in pieces."""
+    """Block sizes for rows of K: about 4,096 elements a program; rows above 8,192 are read twice, in
+    pieces.
+    """
     width = triton.next_power_of_2(padded_k(K))
     block_k = min(width, 8192 if width <= 8192 else 4096)
     block_m = max(1, 4096 // block_k)

@@ -2,9 +2,10 @@
 
     python -m tritern_kernels.compile_check [--capability 90] [--json FILE]
 
-One row a kernel: registers, spills, shared memory, and what the main loop consists of. Exits with 1 unless every row has
-no spills, fits the architecture's shared memory and registers, and every GEMM feeds its unpacked weights to the tensor cores from
-registers (a register operand of wgmma; on older parts no shared-memory store in the loop).
+One row a kernel: registers, spills, shared memory, and what the main loop consists of. Exits with 1 unless
+every row has no spills, fits the architecture's shared memory and registers, and every GEMM feeds its
+unpacked weights to the tensor cores from registers (a register operand of wgmma; on older parts no
+shared-memory store in the loop).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Job:
     """A kernel to compile: argument types and constexpr values by name, launch options.
 
-    Integers and pointers are taken as divisible by 16, which lets loads be wide, except those in ``unaligned``.
+    Integers and pointers are taken as divisible by 16, which lets loads be wide, except those in
+    ``unaligned``.
     """
 
     name: str
@@ -51,7 +53,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Row:
-    """What came out: counts are of the kernel's main loop; ``problem`` is empty when all is as it should be."""
+    """What came out: counts are of the kernel's main loop; ``problem`` is empty when all is as it should
+    be.
+    """
 
     name: str
     capability: int
@@ -212,8 +216,8 @@ def check_all(capabilities: tuple[int, ...] = CAPABILITIES, workers: int | None 
 
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    head = f"{'kernel':32s} {'sm':>3s} {'regs':>4s} {'spill':>5s} {'shared':>7s} {'loop':>4s}  {'tensor core':14s} most frequent"
-    lines = [head]
+    columns = f"{'kernel':32s} {'sm':>3s} {'regs':>4s} {'spill':>5s} {'shared':>7s} {'loop':>4s}"
+    lines = [f"{columns}  {'tensor core':14s} most frequent"]
     for r in rows:
         frequent = " ".join(f"{op}:{n}" for op, n in collections.Counter(r.instructions).most_common(6))
         lines.append(
@@ -228,9 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--capability", type=int, action="append", help="compile for this one only (repeatable)"
-    )
+    parser.add_argument("--capability", type=int, action="append", help="only this one (repeatable)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)
     if gemm.INTERPRETED:
@@ -238,7 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows = check_all(tuple(options.capability or CAPABILITIES))
     bad = [r for r in rows if r.problem]
     sys.stdout.write(
-        f"{table(rows)}\n{len(rows)} kernels compiled, {len(bad)} with a problem (triton {triton.__version__})\n"
+        f"{table(rows)}\n"
+        f"{len(rows)} kernels compiled, {len(bad)} with a problem (triton {triton.__version__})\n"
     )
     if options.json:
         options.json.write_text(

@@ -1,8 +1,8 @@
 """Check, choose, launch: the public operations and their ``torch.library`` registration.
 
-``tritern::linear`` and ``tritern::quantize_activations`` run on CUDA (the Triton kernels) and on the CPU (``torch._int_mm``,
-equal int32 sums), have fake implementations for ``torch.compile`` and, for ``linear``, a gradient with respect to x and
-bias that treats the activations' rounding as the identity (straight-through).
+``tritern::linear`` and ``tritern::quantize_activations`` run on CUDA (the Triton kernels) and on the CPU
+(``torch._int_mm``, equal int32 sums), have fake implementations for ``torch.compile`` and, for ``linear``, a
+gradient with respect to x and bias that treats the activations' rounding as the identity (straight-through).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def linear(
         x: [..., K] fp32, fp16 or bf16.
         weight: shape (N, K), on x's device.
         bias: [N] or None.
-        activation_bits: 8 quantizes each token to int8 (int32 sums, exact). 16 multiplies fp16 or bf16 as they are; fp32
-            is rounded to bf16 on CUDA and kept on the CPU.
+        activation_bits: 8 quantizes each token to int8 (int32 sums, exact). 16 multiplies fp16 or bf16 as
+            they are; fp32 is rounded to bf16 on CUDA and kept on the CPU.
         gelu: apply the exact (erf) GELU in the epilogue.
 
     Returns:
@@ -66,7 +66,8 @@ def ternarize_weight(weight: Tensor, rule: Rule = "mse") -> PackedTernary:
     """Ternarize and pack a weight [N, K]; rules as in ``reference.ternarize``.
 
     Raises:
-        TypeError: not fp32, fp16, bf16. ValueError: not a matrix, unknown rule, NaN or infinity, K beyond the bound.
+        TypeError: not fp32, fp16, bf16. ValueError: not a matrix, unknown rule, NaN or infinity, K beyond the
+            bound.
     """
     if weight.dtype not in FLOATS:
         raise TypeError(f"weight must be float32, float16 or bfloat16; received {weight.dtype}")
@@ -175,7 +176,9 @@ _unpacked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _cpu_codes(packed: Tensor, K: int) -> Tensor:
-    """Codes int8 [N, K] of a packed weight, kept as long as it lives: one byte a weight while serving from a CPU."""
+    """Codes int8 [N, K] of a packed weight, kept as long as it lives: one byte a weight while serving from a
+    CPU.
+    """
     if packed.is_inference():  # no version counter: a change in place could not be noticed
         return unpack(packed, K)
     kept = _unpacked.get(packed)
@@ -279,7 +282,8 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
 
 _library = torch.library.Library("tritern", "DEF")
 _library.define(
-    "linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int in_features, int activation_bits, bool gelu) -> Tensor"
+    "linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, "
+    "int in_features, int activation_bits, bool gelu) -> Tensor"
 )
 _library.define("quantize_activations(Tensor x) -> (Tensor, Tensor)")
 _library.define("dequantize(Tensor packed, Tensor scale, int in_features, ScalarType dtype) -> Tensor")

@@ -1,14 +1,16 @@
 """The packed layout: two bits a weight, in the order the tensor cores read them.
 
-Letters used throughout: ``M`` tokens, ``N`` out_features, ``K`` in_features; ``codes`` are int8 in {-1, 0, +1},
-``packed`` are the bytes, ``scale`` always multiplies codes to give values.
+Letters used throughout: ``M`` tokens, ``N`` out_features, ``K`` in_features; ``codes`` are int8 in {-1, 0,
++1}, ``packed`` are the bytes, ``scale`` always multiplies codes to give values.
 
-A code is stored as 2-bit two's complement: 00 = 0, 01 = +1, 11 = -1 (10 never occurs). Moved to the top of its lane it
-*is* the number: 64*t in int8, 2.0*t in fp16, bf16 and fp8. Unpacking is therefore one shift and one AND.
+A code is stored as 2-bit two's complement: 00 = 0, 01 = +1, 11 = -1 (10 never occurs). Moved to the top of
+its lane it *is* the number: 64*t in int8, 2.0*t in fp16, bf16 and fp8. Unpacking is therefore one shift and
+one AND.
 
-``K`` is padded with zeros to whole atoms of 128 weights. An atom takes 32 bytes, seen as 16 little-endian 16-bit words;
-word ``w``, slab ``s`` (bits ``2s, 2s+1``) holds ``k = 16*s + w``. Seen as bytes, byte ``i = 2w + h``, slab ``j`` holds
-``k = 64*h + 16*j + w``: the order in which 8-bit activations are stored (``to_packed_order``).
+``K`` is padded with zeros to whole atoms of 128 weights. An atom takes 32 bytes, seen as 16 little-endian
+16-bit words; word ``w``, slab ``s`` (bits ``2s, 2s+1``) holds ``k = 16*s + w``. Seen as bytes, byte ``i = 2w
++ h``, slab ``j`` holds ``k = 64*h + 16*j + w``: the order in which 8-bit activations are stored
+(``to_packed_order``).
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ class PackedTernary:
 
 
 def check_packed(packed: Tensor, scale: Tensor, N: int, K: int) -> None:
-    """Raise unless ``packed`` and ``scale`` have the dtypes and shapes of an [N, K] ternary matrix on one device."""
+    """Raise unless ``packed`` and ``scale`` have the dtypes and shapes of an [N, K] ternary matrix on one
+    device.
+    """
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed must be uint8 (made by pack()); received {packed.dtype}")
     if scale.dtype != torch.float32:
@@ -78,7 +82,8 @@ def check_packed(packed: Tensor, scale: Tensor, N: int, K: int) -> None:
         )
     if tuple(packed.shape) != (N, padded_k(K) // 4):
         raise ValueError(
-            f"packed must have shape [{N}, {padded_k(K) // 4}] for a [{N}, {K}] matrix; received {list(packed.shape)}"
+            f"packed must have shape [{N}, {padded_k(K) // 4}] for a [{N}, {K}] matrix; "
+            f"received {list(packed.shape)}"
         )
     if tuple(scale.shape) != (N,):
         raise ValueError(

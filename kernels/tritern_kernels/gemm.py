@@ -2,9 +2,10 @@
 
     y[m, n] = gelu( scale_x[m] * scale[n] * sum_k x[m, k] * codes[n, k] + bias[n] )
 
-Both compute the transpose, [BLOCK_N, BLOCK_M] = W x^T: with the weights on the left, the unpacked codes feed the tensor
-cores as the register operand and never pass through shared memory. int32 sums are exact, and the epilogue is one
-function with an explicit fused multiply-add, so a token's outputs do not depend on the tile, the split or the batch.
+Both compute the transpose, [BLOCK_N, BLOCK_M] = W x^T: with the weights on the left, the unpacked codes feed
+the tensor cores as the register operand and never pass through shared memory. int32 sums are exact, and the
+epilogue is one function with an explicit fused multiply-add, so a token's outputs do not depend on the tile,
+the split or the batch.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def _unpack8(w, ASM: tl.constexpr):
 
 @triton.jit
 def _unpack16(w, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """uint16 [BN, WORDS] -> fp16 or bf16 [BN, 8 * WORDS] of 2.0 * code: 0x4000 is 2.0 and 0xC000 is -2.0 in both."""
+    """uint16 [BN, WORDS] -> fp16 or bf16 [BN, 8 * WORDS] of 2.0 * code: 0x4000 is 2.0 and 0xC000 is -2.0 in
+    both.
+    """
     if ASM:
         w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
             """{ .reg .b32 t0, t1, t2, t3, t4, t5, t6;
@@ -116,8 +119,8 @@ def gemm_int8_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """X int8 [M, K_padded] in packed order. With SPLIT, program_id(1) takes a share of K, int32 atomics add the shares
-    (in any order: integers), and the last program to finish a tile stores it.
+    """x int8 [M, K_padded] in packed order. With SPLIT, program_id(1) takes a share of K, int32 atomics add
+    the shares (in any order: integers), and the last program to finish a tile stores it.
     """
     pm, pn = _tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     m = pm * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -164,7 +167,7 @@ def gemm_16bit_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """X fp16 or bf16 [M, K] in natural order; packed as uint16 words, stride_p words a row."""
+    """x fp16 or bf16 [M, K] in natural order; packed as uint16 words, stride_p words a row."""
     pm, pn = _tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     m = pm * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pn * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -193,7 +196,9 @@ def gemm_int8(
     x_q: Tensor, scale_x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
     config: KernelConfig, out_dtype: torch.dtype, gelu: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Y [M, N] in ``out_dtype`` from ``activations.quantize``'s output and a packed weight; arguments are not checked."""
+    """y [M, N] in ``out_dtype`` from ``activations.quantize``'s output and a packed weight; arguments are not
+    checked.
+    """
     M, K_padded = x_q.shape
     N = packed.shape[0]
     y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
@@ -216,7 +221,7 @@ def gemm_16bit(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
     config: KernelConfig, out_dtype: torch.dtype, gelu: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Y [M, N] in ``out_dtype`` from x fp16 or bf16 [M, K], rows contiguous; arguments are not checked."""
+    """y [M, N] in ``out_dtype`` from x fp16 or bf16 [M, K], rows contiguous; arguments are not checked."""
     M, K = x.shape
     N = packed.shape[0]
     words = packed.view(torch.uint16)

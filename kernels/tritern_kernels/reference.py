@@ -14,17 +14,19 @@ Rule = Literal["mse", "absmean", "twn"]
 RULES: tuple[str, ...] = get_args(Rule)
 
 SMALLEST_ABSMAX = 1e-30
-"""Rows with a smaller absolute maximum are quantized as if they had this one, so that 127 / absmax stays finite."""
+"""Rows with a smaller absolute maximum are quantized as if they had this one, so that 127 / absmax stays
+finite.
+"""
 ONE_127TH = 1.0 / 127.0
 
 
 def ternarize(weight: Tensor, rule: Rule = "mse") -> tuple[Tensor, Tensor]:
     """Weight [N, K] -> codes int8 [N, K] and scale float32 [N], with ``scale * codes`` close to the weight.
 
-    ``mse``: per row, the threshold and scale that minimise the squared error: of the row sorted by |w|, the k that
-    maximises (sum of the k largest)^2 / k. ``absmean``: one scale for the matrix, mean|W|, codes rounded and clamped
-    (BitNet b1.58, arXiv:2402.17764). ``twn``: per row, threshold 0.7 * mean|w| and the mean magnitude above it
-    (Ternary Weight Networks, arXiv:1605.04711).
+    ``mse``: per row, the threshold and scale that minimise the squared error: of the row sorted by |w|, the k
+    that maximises (sum of the k largest)^2 / k. ``absmean``: one scale for the matrix, mean|W|, codes rounded
+    and clamped (BitNet b1.58, arXiv:2402.17764). ``twn``: per row, threshold 0.7 * mean|w| and the mean
+    magnitude above it (Ternary Weight Networks, arXiv:1605.04711).
     """
     w = weight.float()
     magnitude = w.abs()

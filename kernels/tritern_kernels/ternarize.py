@@ -34,7 +34,9 @@ def _kept(w_ptr, thresholds, K):
 
 @triton.jit
 def _best_threshold(w_ptr, low, high, K):
-    """Of 32 thresholds spaced evenly in the logarithm, the one with the largest sum^2 / count, and the spacing."""
+    """Of 32 thresholds spaced evenly in the logarithm, the one with the largest sum^2 / count, and the
+    spacing.
+    """
     step = tl.exp2((tl.log2(high) - tl.log2(low)) / (_GRID - 1))
     thresholds = low * tl.exp2(tl.arange(0, _GRID).to(tl.float32) * tl.log2(step))
     sums, counts = _kept(w_ptr, thresholds, K)
@@ -89,8 +91,8 @@ def ternarize_kernel(
 def ternarize(weight: Tensor, rule: Rule = "mse") -> PackedTernary:
     """Ternarize and pack a finite weight [N, K] (fp32, fp16, bf16).
 
-    ``absmean`` and ``twn`` follow ``reference.ternarize``. ``mse`` searches the threshold on two grids of 32 followed by
-    one step of Lloyd's algorithm; its squared error is within 1e-4 of the exact optimum's.
+    ``absmean`` and ``twn`` follow ``reference.ternarize``. ``mse`` searches the threshold on two grids of 32
+    followed by one step of Lloyd's algorithm; its squared error is within 1e-4 of the exact optimum's.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}; received {rule!r}")

@@ -1,7 +1,7 @@
 """Kernel configurations: what is valid, which one to use.
 
-``choose`` looks in the table of the GPU (``configs/<gpu>.json``, nearest measured size) and otherwise applies a formula.
-Nothing is measured or compiled to choose: a new number of tokens never stalls a call.
+``choose`` looks in the table of the GPU (``configs/<gpu>.json``, nearest measured size) and otherwise applies
+a formula. Nothing is measured or compiled to choose: a new number of tokens never stalls a call.
 """
 
 from __future__ import annotations
@@ -18,15 +18,21 @@ from .formats import ATOM, padded_k
 Mode = Literal["int8", "16bit"]
 CONFIG_DIR = Path(__file__).parent / "configs"
 SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
-"""KiB of shared memory one program may use, by compute capability (CUDA programming guide, technical specifications)."""
+"""KiB of shared memory one program may use, by compute capability (CUDA programming guide, technical
+specifications).
+"""
 
 MOST_ACCUMULATORS = {"plain": 128, "gelu": 64, "split": 32}
-"""Accumulators a thread can hold without spills, by what follows the loop; read off compiled code (compile_check)."""
+"""Accumulators a thread can hold without spills, by what follows the loop; read off compiled code
+(compile_check).
+"""
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """One way to launch a GEMM kernel: tile of ``block_m`` tokens x ``block_n`` weight rows x ``block_k`` along K."""
+    """One way to launch a GEMM kernel: tile of ``block_m`` tokens x ``block_n`` weight rows x ``block_k``
+    along K.
+    """
 
     block_m: int
     block_n: int
@@ -58,11 +64,12 @@ class KernelConfig:
             return f"num_warps must be a power of two up to 16; received {self.num_warps}"
         if self.split_k != 1 and mode == "16bit":
             return f"split_k is for int8 sums, which add up exactly in any order; received {self.split_k}"
-        if not 1 <= self.split_k <= padded_k(K) // self.block_k:
-            return f"split_k must be from 1 to K / block_k = {padded_k(K) // self.block_k}; received {self.split_k}"
+        steps = padded_k(K) // self.block_k
+        if not 1 <= self.split_k <= steps:
+            return f"split_k must be from 1 to K / block_k = {steps}; received {self.split_k}"
         most = MOST_ACCUMULATORS["split" if self.split_k > 1 else "gelu" if gelu else "plain"]
         if self.accumulators > most:
-            return f"{self.accumulators} accumulators a thread spill to memory; at most {most} here: use more warps"
+            return f"{self.accumulators} accumulators a thread spill; at most {most} here: use more warps"
         if self.group_m < 1 or self.num_stages < 1:
             return f"group_m and num_stages must be at least 1; received {self.group_m} and {self.num_stages}"
         limit = shared_memory_limit(capability)
@@ -79,7 +86,9 @@ def shared_memory_limit(capability: int) -> int:
 
 
 def formula_tiles(mode: Mode, capability: int) -> list[KernelConfig]:
-    """The tiles ``formula`` chooses from, smallest number of tokens first; block_k is halved where K asks for it."""
+    """The tiles ``formula`` chooses from, smallest number of tokens first; block_k is halved where K asks for
+    it.
+    """
     wide = shared_memory_limit(capability) >= 160 * 1024
     if mode == "int8":
         return [
@@ -101,7 +110,8 @@ def formula_tiles(mode: Mode, capability: int) -> list[KernelConfig]:
 def formula(
     mode: Mode, M: int, N: int, K: int, capability: int, processors: int, gelu: bool = False
 ) -> KernelConfig:
-    """Up to 64 tokens: the smallest tile that holds them all, int8 splitting K until every multiprocessor has work.
+    """Up to 64 tokens: the smallest tile that holds them all, int8 splitting K until every multiprocessor has
+    work.
     Above: the largest tile that leaves no multiprocessor idle.
     """
     tiles = [
@@ -154,7 +164,9 @@ def load_table(path: Path) -> tuple[TableEntry, ...]:
 def nearest(
     table: tuple[TableEntry, ...], mode: Mode, M: int, N: int, K: int, capability: int, gelu: bool = False
 ) -> KernelConfig | None:
-    """The table's entry of the closest shape (sum of distances in log2) whose configuration is valid for K."""
+    """The table's entry of the closest shape (sum of distances in log2) whose configuration is valid for
+    K.
+    """
 
     def distance(e: TableEntry) -> float:
         return abs(math.log2(e.M / M)) + abs(math.log2(e.N / N)) + abs(math.log2(e.K / K))
@@ -186,5 +198,7 @@ def _choose(
 def choose(
     mode: Mode, M: int, N: int, K: int, gelu: bool, gpu: str, capability: int, processors: int
 ) -> KernelConfig:
-    """Configuration for M tokens; M counts as the next power of two, so that few distinct kernels are ever needed."""
+    """Configuration for M tokens; M counts as the next power of two, so that few distinct kernels are ever
+    needed.
+    """
     return _choose(mode, 1 << (M - 1).bit_length(), N, K, gelu, gpu, capability, processors)

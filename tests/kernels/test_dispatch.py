@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tritern_kernels import (
     MAX_K,
     PackedTernary,

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tritern_kernels import MAX_K, PackedTernary, pack, padded_k, unpack
 from tritern_kernels.formats import check_shape, from_packed_order, to_packed_order
 
@@ -93,7 +94,8 @@ def test_unpack_refuses_the_unused_pattern():
 @pytest.mark.parametrize(
     ("match", "packed", "scale", "shape"),
     [
-        (r"packed must have shape \[2, 32\].*received \[2, 64\]", torch.zeros(2, 64, dtype=torch.uint8), torch.ones(2), (2, 100)),
+        (r"packed must have shape \[2, 32\].*received \[2, 64\]",
+         torch.zeros(2, 64, dtype=torch.uint8), torch.ones(2), (2, 100)),
         (r"scale must hold one value per output row, shape \[2\]; received \[3\]",
          torch.zeros(2, 32, dtype=torch.uint8), torch.ones(3), (2, 100)),
         ("scale must be float32; received torch.float16",

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from tritern_kernels import activations, gemm, pack, padded_k, reference, tuning
 from tritern_kernels.formats import to_packed_order
 from tritern_kernels.ternarize import ternarize

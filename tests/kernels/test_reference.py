@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+
 from tritern_kernels import reference
 
 

@@ -54,7 +54,9 @@ def test_the_check_passes_the_right_result_and_no_other(name, case, monkeypatch)
 
 
 def test_speeds_and_losing_rows_are_shown():
-    base = cases.Row("F.linear bf16", 1, 2, 3, cold=cases.Times(10, 9, 11, 5, 5), hot=cases.Times(8, 7, 9, 5, 5))
+    base = cases.Row(
+        "F.linear bf16", 1, 2, 3, cold=cases.Times(10, 9, 11, 5, 5), hot=cases.Times(8, 7, 9, 5, 5)
+    )
     slow = replace(base, contestant="tritern int8", cold=cases.Times(20, 19, 21, 5, 5), note="16t")
     broken = cases.Row("gemlite A8W158", 1, 2, 3, reason="gemlite is not installed")
     rows = timing.with_speeds([base, slow, broken], ("F.linear bf16", "F.linear fp16"))
@@ -87,7 +89,13 @@ def test_without_a_gpu_the_compiled_configurations_are_shown(tmp_path):
 
 
 def test_encode_table_relates_to_the_baseline():
-    row = {"sentences_per_second": 100.0, "query_p50_ms": 1.0, "query_p99_ms": 2.0, "held_mb": 50.0, "peak_mb": 60.0}
+    row = {
+        "sentences_per_second": 100.0,
+        "query_p50_ms": 1.0,
+        "query_p99_ms": 2.0,
+        "held_mb": 50.0,
+        "peak_mb": 60.0,
+    }
     rows = {
         "fp32": row,
         "ternary int8": row | {"sentences_per_second": 150.0, "held_mb": 25.0},

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import tritern
 
 
@@ -20,8 +21,8 @@ def test_compiled_minilm_equals_eager(minilm, inputs, backend):
         if backend == "aot_eager":
             assert torch.equal(got, expected)
             return
-        # inductor orders LayerNorm's and GELU's sums otherwise; int8 rounding turns a last-bit difference into a step.
-        # A last-bit change of the embeddings does the same to the eager model: that is the scale to measure with.
+        # inductor orders LayerNorm's sums otherwise; int8 rounding turns a last-bit difference into a step.
+        # A last-bit change of the embeddings does the same to the eager model: that is the scale.
         distance = [1 - worst_cosine(got, expected)]
         weight = model.embeddings.word_embeddings.weight
         original = weight.clone()

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
-import tritern
 from sentence_transformers import SentenceTransformer
+
+import tritern
 from tritern import TriternError
 
 
@@ -29,7 +30,7 @@ def test_by_hand():
         and same.overlap == 1.0
         and same.rank_correlation == pytest.approx(1.0)
     )
-    # The last text moves to the first: nearest of 0 is now 3, of 1 and 2 still 0 and 1, of 3 now 0 instead of 2.
+    # The last text moves to the first: nearest of 0 is now 3, of 1 also 3, of 2 still 1, of 3 now 0.
     moved = tritern.evaluate(Vectors(circle([0, 10, 30, 1])), teacher * 5, texts, k=1)
     assert moved.overlap == 0.25
     assert moved.cosine == pytest.approx((3 + np.cos(np.deg2rad(89))) / 4, abs=1e-6)

@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+
 from tritern import TernaryLinear, TriternError
 from tritern_kernels import MAX_K, reference
 

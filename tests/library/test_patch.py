@@ -2,8 +2,9 @@ import copy
 
 import pytest
 import torch
-import tritern
 from torch import nn
+
+import tritern
 from tritern import TernaryConfig, TernaryLinear, TriternError
 
 

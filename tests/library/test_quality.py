@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 import tritern
 
 DATA = os.environ.get("TRITERN_DATA")

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import tritern
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
+
+import tritern
 from tritern import CheckpointError, TernaryLinear, TriternError
 
 ROOT = Path(__file__).parents[2]
