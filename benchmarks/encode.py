@@ -6,8 +6,8 @@
 Every arm runs in a process of its own, several rounds in turn, so that drift of the machine meets all arms
 alike; the table shows medians over the rounds. Text: paragraphs of Python's own language reference
 (pydoc_data), or --texts FILE. Memory is the growth of the process's resident size from just before the model
-is loaded, when all libraries are: after loading and a few batches (held), and at its highest (peak); on a GPU
-also the most that torch held there.
+is loaded, when all libraries are: after loading and one query (held: the weights), and at its highest (peak: with
+a batch's activations); on a GPU also the most that torch held there.
 """
 
 from __future__ import annotations
@@ -143,9 +143,10 @@ def measure(options: argparse.Namespace, arm: str, path: str, device: str) -> di
     before = resident()
     model = load(arm, path, options.ternary_path, device)
     batch: dict[str, Any] = {"batch_size": options.batch_size, "show_progress_bar": False}
+    model.encode(texts[0], show_progress_bar=False)
+    held = resident() - before
     for _ in range(3 if "compiled" in arm else 1):
         model.encode(texts[: 4 * options.batch_size], **batch)
-    held = resident() - before
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
@@ -227,7 +228,7 @@ def processor() -> str:
 def table(rows: dict[str, dict[str, Any]], baseline: str) -> str:
     """The medians as text; speeds and memory also relative to the baseline arm."""
     base = rows.get(baseline, {})
-    lines = [f"{'arm':22s} {'sentences/s':>16s} {'query p50':>10s} {'p99':>9s} {'held':>16s} {'peak':>9s}"]
+    lines = [f"{'arm':22s} {'sentences/s':>16s} {'query p50':>10s} {'p99':>9s} {'held':>16s} {'peak':>16s}"]
     for arm, r in rows.items():
         if "reason" in r:
             lines.append(f"{arm:22s} not measured: {r['reason']}")
@@ -235,10 +236,11 @@ def table(rows: dict[str, dict[str, Any]], baseline: str) -> str:
         ratio = (
             f"({r['sentences_per_second'] / base['sentences_per_second']:.2f}x)" if "held_mb" in base else ""
         )
-        memory = f"({r['held_mb'] / base['held_mb']:.2f}x)" if "held_mb" in base else ""
+        held = f"({r['held_mb'] / base['held_mb']:.2f}x)" if "held_mb" in base else ""
+        peak = f"({r['peak_mb'] / base['peak_mb']:.2f}x)" if "held_mb" in base else ""
         lines.append(
             f"{arm:22s} {r['sentences_per_second']:8.1f} {ratio:>7s} {r['query_p50_ms']:7.2f} ms "
-            f"{r['query_p99_ms']:6.1f} ms {r['held_mb']:6.0f} MB {memory:>6s} {r['peak_mb']:6.0f} MB"
+            f"{r['query_p99_ms']:6.1f} ms {r['held_mb']:6.0f} MB {held:>6s} {r['peak_mb']:6.0f} MB {peak:>6s}"
             + (f"   GPU {r['gpu_peak_mb']:.0f} MB" if "gpu_peak_mb" in r else "")
         )
     return "\n".join(lines)

@@ -20,6 +20,8 @@ from .reference import RULES, Rule
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATION_BITS = (8, 16)
+CPU_ROWS = 1024
+"""Tokens the CPU takes at a time: temporaries stay a few MB, and larger pieces are no faster."""
 
 
 # ---------------------------------------------------------------- public, checked
@@ -204,14 +206,23 @@ def _linear_cpu(
     if rows.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], N))
     codes = _cpu_codes(packed, in_features)
+    y = x.new_empty((rows.shape[0], N))
+    for out, part in zip(y.split(CPU_ROWS), rows.split(CPU_ROWS)):
+        out.copy_(_rows_cpu(part, codes, scale, bias, activation_bits, gelu))
+    return y.view(*x.shape[:-1], N)
+
+
+def _rows_cpu(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int, gelu: bool
+) -> Tensor:
+    """float32 [M, N] for x [M, K]."""
     if activation_bits == 8:
-        x_q, scale_x = _quantize_rows(rows)
+        x_q, scale_x = _quantize_rows(x)
         y = torch.ops.aten._int_mm(x_q, codes.t()).to(torch.float32).mul_(scale_x[:, None])
     else:
-        y = torch.mm(rows.float(), codes.float().t())
+        y = torch.mm(x.float(), codes.float().t())
     y = y.mul_(scale) if bias is None else torch.addcmul(bias.float(), y, scale, out=y)
-    y = torch.nn.functional.gelu(y) if gelu else y
-    return y.to(x.dtype).view(*x.shape[:-1], N)
+    return torch.nn.functional.gelu(y) if gelu else y
 
 
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ KERNELS = Path(sys.prefix) / "optional"  # where `make setup` puts the PyPI pack
 @pytest.mark.parametrize("order", [("transformers", "tritern"), ("tritern", "transformers")])
 @pytest.mark.parametrize("installed", [False, True])
 def test_transformers_works_from_the_repository_root(order, installed):
-    """The top-level folder ``kernels`` must not be taken for the PyPI package of that name, present or not."""
+    """The top-level folder ``kernels`` must not pass for the PyPI package of that name, present or not."""
     paths = [str(ROOT / "kernels")]
     if installed:
         if not (KERNELS / "kernels").exists():
