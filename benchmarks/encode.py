@@ -6,8 +6,8 @@
 Every arm runs in a process of its own, several rounds in turn, so that drift of the machine meets all arms
 alike; the table shows medians over the rounds. Text: paragraphs of Python's own language reference
 (pydoc_data), or --texts FILE. Memory is the growth of the process's resident size from just before the model
-is loaded, when all libraries are: after loading and one query (held: the weights), and at its highest (peak: with
-a batch's activations); on a GPU also the most that torch held there.
+is loaded, when all libraries are: after loading and one query (held), and at its highest, with
+a batch's activations (peak); on a GPU also the most that torch held there.
 """
 
 from __future__ import annotations
