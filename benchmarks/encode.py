@@ -154,7 +154,7 @@ def measure(options: argparse.Namespace, arm: str, path: str, device: str) -> di
     seconds = time.perf_counter() - start
     start = time.perf_counter()
     for i in range(0, count, options.batch_size):
-        model.tokenize(texts[i : i + options.batch_size])
+        model.preprocess(texts[i : i + options.batch_size])
     tokenizing = time.perf_counter() - start
     latencies = []
     for text in texts[: options.queries]:

@@ -208,21 +208,30 @@ def _linear_cpu(
     codes = _cpu_codes(packed, in_features)
     y = x.new_empty((rows.shape[0], N))
     for out, part in zip(y.split(CPU_ROWS), rows.split(CPU_ROWS)):
-        out.copy_(_rows_cpu(part, codes, scale, bias, activation_bits, gelu))
+        _rows_cpu(out, part, codes, scale, bias, activation_bits, gelu)
     return y.view(*x.shape[:-1], N)
 
 
 def _rows_cpu(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int, gelu: bool
-) -> Tensor:
-    """float32 [M, N] for x [M, K]."""
+    out: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation_bits: int,
+    gelu: bool,
+) -> None:
+    """Fill out [M, N] for x [M, K]."""
     if activation_bits == 8:
         x_q, scale_x = _quantize_rows(x)
-        y = torch.ops.aten._int_mm(x_q, codes.t()).to(torch.float32).mul_(scale_x[:, None])
+        y = torch.ops.aten._int_mm(x_q, codes.t()) * scale_x[:, None]  # int32 times float32: float32
     else:
         y = torch.mm(x.float(), codes.float().t())
-    y = y.mul_(scale) if bias is None else torch.addcmul(bias.float(), y, scale, out=y)
-    return torch.nn.functional.gelu(y) if gelu else y
+    target = out if out.dtype == torch.float32 else y
+    y = torch.mul(y, scale, out=target) if bias is None else torch.addcmul(bias.float(), y, scale, out=target)
+    y = torch.nn.functional.gelu(y) if gelu else y
+    if y is not out:
+        out.copy_(y)
 
 
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

