@@ -78,7 +78,6 @@ class TernaryHfQuantizer(HfQuantizer):
             verify(files)
         settings = self.quantization_config
         assert isinstance(settings, TernaryQuantizationConfig)
-        assert isinstance(settings, TernaryQuantizationConfig)
         for name in settings.modules:
             try:
                 old = model.get_submodule(name)

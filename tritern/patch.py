@@ -98,7 +98,7 @@ def patch(
     plan = [(c.names, first.setdefault(id(c.module.weight), c.name)) for c in chosen]
     del choices, chosen  # so that each full-precision weight is freed as soon as its layer is replaced
 
-    for names, source in tqdm(plan, desc="Ternarizing", unit="layer", delay=2, leave=False):
+    for names, source in tqdm(plan, desc="Ternarizing", unit="layer", delay=2, leave=False, disable=None):
         old = model.get_submodule(names[0])
         assert isinstance(old, nn.Linear)
         if source == names[0]:

@@ -97,7 +97,7 @@ class Summary:
         )
         for skipped in self.skipped:
             lines.append(f"not ternary: {skipped.name} ({_size(skipped.bytes)}): {skipped.reason}")
-        return "\n".join(lines)
+        return "\n".join(line.rstrip() for line in lines)
 
 
 def summary(model: nn.Module) -> Summary:
