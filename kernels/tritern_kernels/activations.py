@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .formats import padded_k
+from .gemm import INTERPRETED
 from .reference import ONE_127TH, SMALLEST_ABSMAX
 
 _ABS_BITS = tl.constexpr(0x7FFFFFFF)
@@ -31,10 +32,18 @@ def _absmax_bits(x):
 
 @triton.jit
 def _store(
-    q_ptr, x, inverse, finite, rows, cols, stride_q, M, K_padded, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
-):
+    q_ptr, x, inverse, finite, rows, cols, stride_q, M, K_padded,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
     v = x * inverse[:, None]
-    v = (v + _ROUND) - _ROUND  # round to nearest even: 1.5 * 2**23 leaves no fraction bits
+    if (
+        ASM
+    ):  # an instruction of its own: the compiler cannot fuse the product into it and round once, not twice
+        v = tl.inline_asm_elementwise(
+            "cvt.rni.f32.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        v = (v + _ROUND) - _ROUND  # to nearest even too: 1.5 * 2**23 leaves no fraction bits
     q = tl.where(finite[:, None], v, 0.0).to(tl.int8)
     q = tl.reshape(q, (BLOCK_M, BLOCK_K // 128, 2, 4, 16))
     q = tl.reshape(tl.permute(q, (0, 1, 3, 4, 2)), (BLOCK_M, BLOCK_K))
@@ -45,7 +54,7 @@ def _store(
 @triton.jit(do_not_specialize=["M"])
 def quantize_kernel(
     x_ptr, q_ptr, scale_ptr, M, K, K_padded, stride_x, stride_q,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ONE_TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ONE_TILE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] -> q int8 [M, K_padded] in packed order, scale fp32 [M]. ONE_TILE: a row fits BLOCK_K, read it
     once.
@@ -62,11 +71,11 @@ def quantize_kernel(
     inverse = tl.div_rn(tl.full((BLOCK_M,), 127.0, tl.float32), absmax)
     scale = tl.where(finite, absmax * _ONE_127TH, float("nan"))
     tl.store(scale_ptr + rows, scale, mask=rows < M)
-    _store(q_ptr, x, inverse, finite, rows, lanes, stride_q, M, K_padded, BLOCK_M, BLOCK_K)
+    _store(q_ptr, x, inverse, finite, rows, lanes, stride_q, M, K_padded, BLOCK_M, BLOCK_K, ASM)
     if not ONE_TILE:
         for k in range(BLOCK_K, K_padded, BLOCK_K):
             x = _load(x_ptr, rows, k + lanes, stride_x, M, K)
-            _store(q_ptr, x, inverse, finite, rows, k + lanes, stride_q, M, K_padded, BLOCK_M, BLOCK_K)
+            _store(q_ptr, x, inverse, finite, rows, k + lanes, stride_q, M, K_padded, BLOCK_M, BLOCK_K, ASM)
 
 
 def quantize_blocks(K: int) -> dict[str, int | bool]:
@@ -92,5 +101,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
         return q, scale
     blocks = quantize_blocks(K)
     grid = (triton.cdiv(M, blocks["BLOCK_M"]),)
-    quantize_kernel[grid](x, q, scale, M, K, q.shape[1], x.stride(0), q.stride(0), **blocks, num_warps=4)
+    quantize_kernel[grid](
+        x, q, scale, M, K, q.shape[1], x.stride(0), q.stride(0), **blocks, ASM=not INTERPRETED, num_warps=4
+    )
     return q, scale

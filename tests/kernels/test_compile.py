@@ -35,6 +35,9 @@ assert cc.check(tile).problem == ""
 spilling = replace(tile, constants=tile.constants | {"GELU": True})
 assert cc.check(spilling).problem.startswith("spills"), cc.check(spilling)
 plain = next(j for j in cc.jobs(90) if j.name == "int8 16t x 128w x 128k")
+fused = next(j for j in cc.jobs(90) if j.name == "quantize bf16 K=16384")
+assert cc.check(fused).problem == ""
+assert "fused" in cc.check(replace(fused, constants=fused.constants | {"ASM": False})).problem
 slow = replace(plain, constants=plain.constants | {"ASM": False})
 assert cc.check(slow).loop > 2 * cc.check(plain).loop
 """

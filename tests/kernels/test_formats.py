@@ -1,10 +1,11 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tritern_kernels import MAX_K, PackedTernary, pack, padded_k, unpack
 from tritern_kernels.formats import check_shape, from_packed_order, to_packed_order
+
+hypothesis = pytest.importorskip("hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 
 def random_codes(N, K, seed=0):
