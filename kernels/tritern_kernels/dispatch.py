@@ -7,21 +7,17 @@ gradient with respect to x and bias that treats the activations' rounding as the
 
 from __future__ import annotations
 
-import math
 from functools import cache
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import reference
-from .formats import PackedTernary, check_packed, check_shape, pack, padded_k, to_packed_order, unpack
+from . import cpu, reference
+from .formats import PackedTernary, check_packed, check_shape, pack, padded_k, to_packed_order
 from .reference import RULES, Rule
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATION_BITS = (8, 16)
-CPU_ROWS = 1024
-"""Tokens the CPU takes at a time: temporaries stay a few MB, and larger pieces are no faster."""
 
 
 # ---------------------------------------------------------------- public, checked
@@ -174,22 +170,6 @@ def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---------------------------------------------------------------- CPU
 
-_unpacked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _cpu_codes(packed: Tensor, K: int) -> Tensor:
-    """Codes int8 [N, K] of a packed weight, kept as long as it lives: one byte a weight while serving from a
-    CPU.
-    """
-    if packed.is_inference():  # no version counter: a change in place could not be noticed
-        return unpack(packed, K)
-    kept = _unpacked.get(packed)
-    if kept is None or kept[0] != packed._version or kept[1].shape[1] != K:
-        with torch.inference_mode(False):
-            kept = (packed._version, unpack(packed, K))
-        _unpacked[packed] = kept
-    return kept[1]
-
 
 def _linear_cpu(
     x: Tensor,
@@ -205,53 +185,12 @@ def _linear_cpu(
     rows = x.reshape(-1, in_features)
     if rows.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], N))
-    codes = _cpu_codes(packed, in_features)
-    y = x.new_empty((rows.shape[0], N))
-    for out, part in zip(y.split(CPU_ROWS), rows.split(CPU_ROWS)):
-        _rows_cpu(out, part, codes, scale, bias, activation_bits, gelu)
-    return y.view(*x.shape[:-1], N)
-
-
-def _rows_cpu(
-    out: Tensor,
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    activation_bits: int,
-    gelu: bool,
-) -> None:
-    """Fill out [M, N] for x [M, K]."""
-    if activation_bits == 8:
-        x_q, scale_x = _quantize_rows(x)
-        y = torch.ops.aten._int_mm(x_q, codes.t()) * scale_x[:, None]  # int32 times float32: float32
-    else:
-        y = torch.mm(x.float(), codes.float().t())
-    target = out if out.dtype == torch.float32 else y
-    y = torch.mul(y, scale, out=target) if bias is None else torch.addcmul(bias.float(), y, scale, out=target)
-    y = torch.nn.functional.gelu(y) if gelu else y
-    if y is not out:
-        out.copy_(y)
-
-
-def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``reference.quantize_activations`` in fewer passes: [M, K] in natural order."""
-    values = x.float()
-    # amax and amin are ten times as fast as torch.aminmax(dim=1)
-    absmax = torch.maximum(values.amax(1), values.amin(1).neg_()).clamp_(min=reference.SMALLEST_ABSMAX)
-    scale = absmax * reference.ONE_127TH
-    inverse = torch.full_like(absmax, 127.0).div_(absmax)
-    if not math.isfinite(float(absmax.sum())):
-        finite = torch.isfinite(absmax)
-        scale = torch.where(finite, scale, torch.nan)
-        values = torch.where(finite[:, None], values, 0.0)
-        inverse = torch.where(finite, inverse, 0.0)
-    return (values * inverse[:, None]).round_().to(torch.int8), scale
+    return cpu.linear(rows, packed, scale, bias, activation_bits, gelu).view(*x.shape[:-1], N)
 
 
 def _quantize_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
     _check_matrix(x)
-    q, scale = _quantize_rows(x)
+    q, scale = cpu.quantize(x)
     return to_packed_order(torch.nn.functional.pad(q, (0, padded_k(x.shape[1]) - x.shape[1]))), scale
 
 

@@ -6,7 +6,6 @@ import torch
 from tritern_kernels import (
     MAX_K,
     PackedTernary,
-    dispatch,
     linear,
     pack,
     quantize_activations,
@@ -148,11 +147,11 @@ def test_a_change_in_place_is_noticed():
 
 def test_the_unpacked_copy_goes_with_its_weight():
     w = weight(8, 128)
-    before = len(dispatch._unpacked)
+    before = len(cpu._unpacked)
     linear(torch.randn(1, 128), w)
-    assert len(dispatch._unpacked) == before + 1
+    assert len(cpu._unpacked) == before + 1
     del w
-    assert len(dispatch._unpacked) == before
+    assert len(cpu._unpacked) == before
 
 
 def test_refusals():
