@@ -6,6 +6,7 @@ import torch
 from tritern_kernels import (
     MAX_K,
     PackedTernary,
+    cpu,
     linear,
     pack,
     quantize_activations,
