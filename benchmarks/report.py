@@ -97,7 +97,7 @@ def load_pyplot() -> Any:
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        message = "--plot draws with matplotlib, which is not installed: pip install tritern[bench]"
+        message = "plots are drawn with matplotlib, which is not installed: pip install tritern[bench]"
         raise ModuleNotFoundError(message, name=error.name) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot

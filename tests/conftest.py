@@ -65,3 +65,45 @@ TEXTS = [
 @pytest.fixture
 def texts() -> list[str]:
     return list(TEXTS)
+
+
+WORDS = [f"{a}{b}" for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "al", "er", "in", "on", "um")]
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory) -> str:
+    """Folder of a random BERT with two layers of 32 features and 1,100 words, as a sentence-transformer."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    words = WORDS + [f"{a}-{b}" for a in WORDS[:30] for b in WORDS[:32]]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, initializer_range=0.2, max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder / "bert")
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder / "bert")
+    model = SentenceTransformer(modules=[Transformer(str(folder / "bert")), Pooling(32)], device="cpu")
+    model.save_pretrained(str(folder / "model"))
+    return str(folder / "model")
+
+
+@pytest.fixture
+def tiny(tiny_path):
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(tiny_path, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def sentences() -> list[str]:
+    """400 different texts of 3 to 30 of the tiny model's words."""
+    import random
+
+    generator = random.Random(0)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(3, 30))) for _ in range(400)]

@@ -1,15 +1,22 @@
 """tritern: ternary sentence-embedding models. ``tritern.patch(model)`` and use the model as before."""
 
+from __future__ import annotations
+
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from tritern_kernels import PackedTernary
 
 from .config import TernaryConfig
+from .embedding import Int8Embedding
 from .errors import CheckpointError, TriternError
 from .evaluate import Fidelity, evaluate
 from .linear import TernaryLinear
 from .patch import patch
 from .summary import Summary, summary
+
+if TYPE_CHECKING:
+    from .distillation import distill
 
 try:
     __version__ = version("tritern")
@@ -19,12 +26,22 @@ except PackageNotFoundError:  # used from a checkout that is not installed
 __all__ = [
     "CheckpointError",
     "Fidelity",
+    "Int8Embedding",
     "PackedTernary",
     "Summary",
     "TernaryConfig",
     "TernaryLinear",
     "TriternError",
+    "distill",
     "evaluate",
     "patch",
     "summary",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "distill":  # loaded when asked for: it needs the packages of the train extra
+        from .distillation import distill
+
+        return distill
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,7 +20,8 @@ class TernaryConfig:
             mean|w| (Ternary Weight Networks).
         activation_bits: 8 quantizes activations per token to int8 (fastest, exact sums); 16 leaves them as
             they are.
-        skip: layers to leave in full precision: qualified module names or shell patterns, such as
+        embedding_bits: 8 rounds word-embedding tables to int8, row by row; 16 leaves them as they are.
+        skip: layers and tables to leave in full precision: qualified module names or shell patterns, such as
             ``"*.layer.0.*"``. A name also covers everything below it.
 
     Raises:
@@ -29,6 +30,7 @@ class TernaryConfig:
 
     rule: Rule = "mse"
     activation_bits: int = 8
+    embedding_bits: int = 16
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -36,6 +38,8 @@ class TernaryConfig:
             raise TriternError(f"rule must be one of {', '.join(map(repr, RULES))}; received {self.rule!r}")
         if self.activation_bits not in ACTIVATION_BITS:
             raise TriternError(f"activation_bits must be 8 or 16; received {self.activation_bits!r}")
+        if self.embedding_bits not in (8, 16):
+            raise TriternError(f"embedding_bits must be 8 or 16; received {self.embedding_bits!r}")
         if isinstance(self.skip, str) or not all(isinstance(s, str) for s in self.skip):
             raise TriternError(f"skip must be a sequence of module names or patterns; received {self.skip!r}")
         object.__setattr__(self, "skip", tuple(self.skip))

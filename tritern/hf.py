@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import DIGEST_KEY, digest, verify
 from .config import TernaryConfig
+from .embedding import Int8Embedding
 from .errors import CheckpointError, TriternError
 from .linear import TernaryLinear
 
@@ -28,6 +29,7 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
     Args:
         modules: names of the ternary layers, relative to the transformers model.
         activation_bits, rule, skip: as in ``TernaryConfig``.
+        embeddings: names of the int8 embedding tables.
         format_version: of the packed layout; a newer one is refused.
 
     Raises:
@@ -40,6 +42,7 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         activation_bits: int = 8,
         rule: str = "mse",
         skip: Iterable[str] = (),
+        embeddings: list[str] | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
@@ -58,6 +61,7 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         self.activation_bits = activation_bits
         self.rule = rule
         self.skip = list(skip)
+        self.embeddings = list(embeddings or [])
         self.format_version = format_version
 
 
@@ -92,6 +96,17 @@ class TernaryHfQuantizer(HfQuantizer):
                 activation_bits=settings.activation_bits, device="meta", dtype=old.weight.dtype,
             )  # fmt: skip
             model.set_submodule(name, new)
+        for name in settings.embeddings:
+            try:
+                table = model.get_submodule(name)
+            except AttributeError:
+                table = None
+            if not isinstance(table, nn.Embedding):
+                raise CheckpointError(
+                    f"config.json names the int8 table {name!r}, but the model has no embedding there"
+                )
+            shape = table.num_embeddings, table.embedding_dim, table.padding_idx
+            model.set_submodule(name, Int8Embedding(*shape, device="meta", dtype=table.weight.dtype))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -130,6 +145,8 @@ class TernaryHfQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, TernaryLinear):
                 model.set_submodule(name, module.to_linear(dtype or torch.float32))
+            elif isinstance(module, Int8Embedding):
+                model.set_submodule(name, module.to_embedding(dtype or torch.float32))
         return model
 
 
@@ -149,9 +166,9 @@ def foreign_quantization(model: nn.Module) -> str | None:
     return None
 
 
-def attach(model: nn.Module, config: TernaryConfig, names: list[str]) -> None:
-    """Tell the transformers models inside ``model`` which of their layers are ternary, so that they save and
-    load.
+def attach(model: nn.Module, config: TernaryConfig) -> None:
+    """Tell the transformers models inside ``model`` which of their layers are ternary and which tables int8,
+    so that they save and load.
     """
     outermost: list[str] = []
     for name, module in model.named_modules():
@@ -159,15 +176,33 @@ def attach(model: nn.Module, config: TernaryConfig, names: list[str]) -> None:
             name.startswith(f"{o}." if o else "") for o in outermost
         ):
             outermost.append(name)
-            prefix = f"{name}." if name else ""
-            inside = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
-            if inside:
-                settings = TernaryQuantizationConfig(inside, config.activation_bits, config.rule, config.skip)
+            layers, tables = _names(module, TernaryLinear), _names(module, Int8Embedding)
+            if layers or tables:
+                settings = TernaryQuantizationConfig(
+                    layers, config.activation_bits, config.rule, config.skip, tables
+                )
                 module.config.quantization_config = settings
                 module.hf_quantizer = TernaryHfQuantizer(settings)  # type: ignore[assignment]
     if hasattr(model, "_get_model_config"):  # a sentence-transformers model
         vars(model)["_get_model_config"] = partial(_model_config, model)
-        vars(model)["_model_card_text"] = _model_card(model, config, len(names))
+        vars(model)["_model_card_text"] = _model_card(model, config)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo ``attach``: the model saves as what it is."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and isinstance(
+            getattr(module.config, "quantization_config", None), TernaryQuantizationConfig
+        ):
+            del module.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+            del module.hf_quantizer
+    vars(model).pop("_get_model_config", None)
+    if "_model_card_text" in vars(model):
+        vars(model)["_model_card_text"] = None
+
+
+def _names(model: nn.Module, kind: type) -> list[str]:
+    return [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, kind)]
 
 
 def _model_config(model: Any) -> dict[str, Any]:
@@ -175,7 +210,8 @@ def _model_config(model: Any) -> dict[str, Any]:
     return {**type(model)._get_model_config(model), "requirements": {"tritern": ">=0.1"}}
 
 
-def _model_card(model: Any, config: TernaryConfig, layers: int) -> str:
+def _model_card(model: Any, config: TernaryConfig) -> str:
+    layers, tables = len(_names(model, TernaryLinear)), _names(model, Int8Embedding)
     data = model.model_card_data
     base = data.base_model or data.model_id or "a sentence-transformers model"
     return f"""---
@@ -186,7 +222,8 @@ tags: [sentence-transformers, tritern, ternary]
 # Ternary version of {base}
 
 {layers} linear layers hold weights in {{-1, 0, +1}}, two bits each, one scale per output row
-(rule `{config.rule}`); activations are {"int8 per token" if config.activation_bits == 8 else "16-bit"}.
+(rule `{config.rule}`); activations are {"int8 per token" if config.activation_bits == 8 else "16-bit"},
+word embeddings {"int8 per row" if tables else "not rounded"}.
 Made by `tritern.patch` without training: expect lower quality than the original's.
 Scores published for the original do not hold for this model.
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .embedding import Int8Embedding
 from .linear import TernaryLinear
-from .patch import choose
+from .patch import SMALLEST_TABLE, choose, choose_tables
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,18 @@ class LayerSummary:
 
 
 @dataclass(frozen=True)
+class TableSummary:
+    """One int8 embedding table: shape (rows, width), bytes before and after."""
+
+    name: str
+    shape: tuple[int, int]
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
 class SkippedLayer:
-    """A linear layer left in full precision."""
+    """A linear layer or embedding table left in full precision."""
 
     name: str
     reason: str
@@ -50,6 +61,8 @@ class Summary:
     bits_per_weight: float
     zero_fraction: float
     dtype: torch.dtype = field(default=torch.float32)
+    tables: tuple[TableSummary, ...] = ()
+    skipped_tables: tuple[SkippedLayer, ...] = ()
 
     def __str__(self) -> str:
         rows = [("layers", "count", "shape", "before", "after", "zeros")]
@@ -80,6 +93,9 @@ class Summary:
                 f"{self.zero_fraction:.1%}",
             )
         )
+        for t in self.tables:
+            shape = f"{t.shape[0]} x {t.shape[1]}"
+            rows.append((f"{t.name} (int8)", "1", shape, _size(t.bytes_before), _size(t.bytes_after), ""))
         rows.append(
             ("whole model", "", "", _size(self.model_bytes_before), _size(self.model_bytes_after), "")
         )
@@ -97,6 +113,8 @@ class Summary:
         )
         for skipped in self.skipped:
             lines.append(f"not ternary: {skipped.name} ({_size(skipped.bytes)}): {skipped.reason}")
+        for skipped in self.skipped_tables:
+            lines.append(f"not int8: {skipped.name} ({_size(skipped.bytes)}): {skipped.reason}")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -125,7 +143,15 @@ def summary(model: nn.Module) -> Summary:
         )
         for c in choose(model)
     ]
+    tables = [_table(n, m) for n, m in model.named_modules() if isinstance(m, Int8Embedding)]
+    skipped_tables = [  # a table that could be int8 is worth a line only beside one that is
+        SkippedLayer(c.name, c.reason or "named in skip", _bytes([c.module.weight]))
+        for c in choose_tables(model)
+        if isinstance(c.module, nn.Embedding) and c.module.num_embeddings >= SMALLEST_TABLE
+        if c.reason or tables
+    ]
     before, after = sum(la.bytes_before for la in layers), sum(la.bytes_after for la in layers)
+    saved = sum(t.bytes_before - t.bytes_after for t in tables)
     total = _bytes({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
     weights = sum(la.shape[0] * la.shape[1] for la in layers)
     return Summary(
@@ -133,11 +159,21 @@ def summary(model: nn.Module) -> Summary:
         skipped=tuple(skipped),
         linear_bytes_before=before,
         linear_bytes_after=after,
-        model_bytes_before=total - after + before,
+        model_bytes_before=total - after + before + saved,
         model_bytes_after=total,
         bits_per_weight=8 * after / weights if weights else 0.0,
         zero_fraction=zeros / weights if weights else 0.0,
         dtype=dtype,
+        tables=tuple(tables),
+        skipped_tables=tuple(skipped_tables),
+    )
+
+
+def _table(name: str, table: Int8Embedding) -> TableSummary:
+    scale = table.weight_scale
+    before = table.weight.numel() * scale.element_size()
+    return TableSummary(
+        name, (table.num_embeddings, table.embedding_dim), before, _bytes([table.weight, scale])
     )
 
 

@@ -85,8 +85,8 @@ def jobs(capability: int) -> Iterator[Job]:
         yield Job(
             f"quantize bf16 K={K}", "quantize", types, blocks | {"ASM": True}, {"num_warps": 4}, capability
         )
-    for rule in RULES:
-        types = {"w_ptr": "*fp32", "packed_ptr": "*u8", "scale_ptr": "*fp32", "tensor_scale_ptr": "*fp32"}
+    for rule in (*RULES, "given"):
+        types = {"w_ptr": "*fp32", "packed_ptr": "*u8", "scale_ptr": "*fp32", "given_scale_ptr": "*fp32"}
         types |= dict.fromkeys(("K", "stride_w", "stride_p"), "i32")
         yield Job(f"ternarize {rule}", "ternarize", types, {"RULE": rule}, {"num_warps": 4}, capability)
 

@@ -29,6 +29,11 @@ def codes_of(packed: Tensor, K: int) -> Tensor:
     return kept[1]
 
 
+def remember(packed: Tensor, codes: Tensor) -> None:
+    """Keep the codes int8 [N, K] that a packed weight was made of, so that they need not be unpacked."""
+    _unpacked[packed] = (packed._version, codes)
+
+
 def linear(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int, gelu: bool
 ) -> Tensor:
@@ -36,23 +41,34 @@ def linear(
     codes = codes_of(packed, x.shape[1])
     y = x.new_empty((x.shape[0], packed.shape[0]))
     for out, part in zip(y.split(ROWS), x.split(ROWS)):
-        _fill(out, part, codes, scale, bias, activation_bits, gelu)
+        x_q, scale_x = quantize(part) if activation_bits == 8 else (part, None)
+        _fill(out, x_q, scale_x, codes, scale, bias, gelu)
+    return y
+
+
+def linear_int8(
+    x_q: Tensor, scale_x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``linear`` of activations that ``quantize`` has made int8: y [M, N] in ``dtype``, the same bits."""
+    codes = codes_of(packed, x_q.shape[1])
+    y = torch.empty((x_q.shape[0], packed.shape[0]), dtype=dtype)
+    for out, part, part_scale in zip(y.split(ROWS), x_q.split(ROWS), scale_x.split(ROWS)):
+        _fill(out, part, part_scale, codes, scale, bias, False)
     return y
 
 
 def _fill(
     out: Tensor,
     x: Tensor,
+    scale_x: Tensor | None,
     codes: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    activation_bits: int,
     gelu: bool,
 ) -> None:
-    """Fill out [M, N] for x [M, K]."""
-    if activation_bits == 8:
-        x_q, scale_x = quantize(x)
-        y = torch.ops.aten._int_mm(x_q, codes.t()) * scale_x[:, None]  # int32 times float32: float32
+    """Fill out [M, N] for x [M, K]: int8 with its scale [M], or floating point without."""
+    if scale_x is not None:
+        y = torch.ops.aten._int_mm(x, codes.t()) * scale_x[:, None]  # int32 times float32: float32
     else:
         y = torch.mm(x.float(), codes.float().t())
     target = out if out.dtype == torch.float32 else y

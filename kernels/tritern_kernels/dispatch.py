@@ -148,16 +148,32 @@ def _linear_cuda(
     if M == 0:
         return x.new_empty((*x.shape[:-1], N))
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    mode: tuning.Mode = "int8" if activation_bits == 8 else "16bit"
     with torch.cuda.device(x.device):
-        config = tuning.choose(mode, M, N, K, gelu, *_device(x.device.index))
         if activation_bits == 8:
-            x_q, scale_x = activations.quantize(rows)
-            y = gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, x.dtype, gelu)
+            y = linear_int8_cuda(*activations.quantize(rows), packed, scale, bias, K, x.dtype, gelu)
         else:
+            config = tuning.choose("16bit", M, N, K, gelu, *_device(x.device.index))
             rows = rows.to(torch.bfloat16) if rows.dtype == torch.float32 else rows
             y = gemm.gemm_16bit(rows, packed, scale, bias, config, x.dtype, gelu)
     return y.view(*x.shape[:-1], N)
+
+
+def linear_int8_cuda(
+    x_q: Tensor,
+    scale_x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    dtype: torch.dtype,
+    gelu: bool = False,
+) -> Tensor:
+    """Y [M, N] in ``dtype`` for activations that ``activations.quantize`` has made int8."""
+    from . import gemm, tuning
+
+    shape = x_q.shape[0], packed.shape[0], in_features
+    config = tuning.choose("int8", *shape, gelu, *_device(x_q.device.index))
+    return gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype, gelu)
 
 
 def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:

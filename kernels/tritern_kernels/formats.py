@@ -117,16 +117,16 @@ def pack(codes: Tensor) -> Tensor:
     return byte.transpose(2, 3).reshape(N, padded_k(K) // 4)
 
 
-def unpack(packed: Tensor, K: int) -> Tensor:
-    """Inverse of ``pack``: uint8 [N, padded_k(K)/4] -> codes int8 [N, K].
+def unpack(packed: Tensor, K: int, check: bool = True) -> Tensor:
+    """Inverse of ``pack``: uint8 [N, padded_k(K)/4] -> codes int8 [N, K]. ``check`` waits for the GPU.
 
     Raises:
         ValueError: shape does not fit K, or a byte holds the unused pattern 10 (the data is not ternary).
     """
     N = packed.shape[0]
     check_packed(packed, torch.empty(N, device=packed.device), N, K)
-    invalid = packed & ~(packed << 1) & 0xAA  # high bit set, low bit clear
-    if packed.device.type != "meta" and invalid.any():
+    # 10: high bit set, low bit clear
+    if check and packed.device.type != "meta" and (packed & ~(packed << 1) & 0xAA).any():
         raise ValueError("packed holds the bit pattern 10, which is no ternary code: the data is damaged")
     byte = packed.view(N, -1, 16, 2).transpose(2, 3)  # [N, atom, h, w]
     lanes = torch.stack(

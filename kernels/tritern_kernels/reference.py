@@ -50,6 +50,12 @@ def ternarize(weight: Tensor, rule: Rule = "mse") -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
+def codes_given(weight: Tensor, scale: Tensor) -> Tensor:
+    """Codes int8 [N, K] of a weight [N, K] for known scales float32 [N]: sign(w) where |w| > scale / 2."""
+    w, threshold = weight.float(), 0.5 * scale[:, None]
+    return (w > threshold).to(torch.int8) - (w < -threshold).to(torch.int8)
+
+
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """Per-token absmax int8: x [M, K] -> int8 [M, K] and scale float32 [M], with ``scale * q`` close to x.
 

@@ -47,14 +47,16 @@ def _best_threshold(w_ptr, low, high, K):
 
 @triton.jit
 def ternarize_kernel(
-    w_ptr, packed_ptr, scale_ptr, tensor_scale_ptr, K, stride_w, stride_p, RULE: tl.constexpr
+    w_ptr, packed_ptr, scale_ptr, given_scale_ptr, K, stride_w, stride_p, RULE: tl.constexpr
 ):
-    """One program a row. A row is read a few times over, from cache."""
+    """One program a row. A row is read a few times over, from cache. ``absmean`` reads one scale from
+    given_scale_ptr, ``given`` one per row.
+    """
     row = tl.program_id(0).to(tl.int64)
     w_ptr += row * stride_w
     packed_ptr += row * stride_p
-    if RULE == "absmean":
-        scale = tl.load(tensor_scale_ptr)
+    if RULE == "absmean" or RULE == "given":
+        scale = tl.load(given_scale_ptr + (row if RULE == "given" else 0))
         threshold = 0.5 * scale
     else:
         sums = tl.zeros((128,), tl.float32)
@@ -76,7 +78,8 @@ def ternarize_kernel(
             threshold = tl.sum(0.5 * kept_sum / tl.maximum(kept_count, 1.0), axis=0)
         kept_sum, kept_count = _kept(w_ptr, tl.full((1,), 1.0, tl.float32) * threshold, K)
         scale = tl.sum(kept_sum / tl.maximum(kept_count, 1.0), axis=0)
-    tl.store(scale_ptr + row, scale)
+    if RULE != "given":
+        tl.store(scale_ptr + row, scale)
     for k in range(0, K, 128):
         cols = k + tl.arange(0, 128)
         w = tl.load(w_ptr + cols, mask=cols < K, other=0.0).to(tl.float32)
@@ -96,13 +99,20 @@ def ternarize(weight: Tensor, rule: Rule = "mse") -> PackedTernary:
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}; received {rule!r}")
+    scale = torch.empty((weight.shape[0],), dtype=torch.float32, device=weight.device)
+    given = weight.abs().mean(dtype=torch.float64).float() if rule == "absmean" else scale
+    return _launch(weight, scale, given, rule)
+
+
+def ternarize_given(weight: Tensor, scale: Tensor) -> PackedTernary:
+    """Codes of a weight [N, K] for known scales float32 [N]: sign(w) where |w| > scale / 2."""
+    return _launch(weight, scale, scale, "given")
+
+
+def _launch(weight: Tensor, scale: Tensor, given: Tensor, rule: str) -> PackedTernary:
     N, K = weight.shape
     check_shape(N, K)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     packed = torch.empty((N, padded_k(K) // ATOM * BYTES_PER_ATOM), dtype=torch.uint8, device=weight.device)
-    scale = torch.empty((N,), dtype=torch.float32, device=weight.device)
-    tensor_scale = weight.abs().mean(dtype=torch.float64).float() if rule == "absmean" else scale
-    ternarize_kernel[(N,)](
-        weight, packed, scale, tensor_scale, K, weight.stride(0), packed.stride(0), RULE=rule
-    )
+    ternarize_kernel[(N,)](weight, packed, scale, given, K, weight.stride(0), packed.stride(0), RULE=rule)
     return PackedTernary(packed, scale, (N, K))

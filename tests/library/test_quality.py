@@ -1,27 +1,281 @@
-"""Quality on real, labelled data: needs the data folder named by TRITERN_DATA."""
+"""The retention table: measures by hand, then whole runs with a tiny model on a tiny folder."""
 
 import gzip
 import json
 import os
+import re
+import sys
+from math import log2
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
 
 import tritern
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import eval_sets  # noqa: E402
+import quality  # noqa: E402
+
+WORDS = "red green blue dog cat bird runs sleeps sings fast slow today".split()
+TEXTS = [f"{a} {b} {c}" for a in WORDS[:3] for b in WORDS[3:6] for c in WORDS[6:9]]
+LABELS = [text.split()[1] for text in TEXTS]
+
+
+class Vectors:
+    """Stands for an Encoder: text t has the vector at t degrees."""
+
+    model_card_data = SimpleNamespace(set_evaluation_metrics=lambda *_: None)
+
+    def encode(self, texts, kind="", **_):
+        angles = np.deg2rad([float(t) for t in texts])
+        return np.stack([np.cos(angles), np.sin(angles)], 1)
+
+
+def write(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(file, "wt", encoding="utf-8") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def labelled(texts, labels):
+    return [{"text": str(t), "label": label} for t, label in zip(texts, labels, strict=True)]
+
+
+def retrieval(folder, queries, documents, grades):
+    write(folder / "queries.jsonl.gz", [{"_id": i, "text": str(t)} for i, t in queries.items()])
+    write(folder / "corpus.jsonl.gz", [{"_id": i, "title": "", "text": str(t)} for i, t in documents.items()])
+    rows = [{"query-id": q, "corpus-id": d, "score": g} for q, d, g in grades]
+    write(folder / "qrels_test.jsonl.gz", rows)
+
+
+def score(folder, name):
+    (found,), absent = eval_sets.load(folder, [name])
+    assert not absent
+    return found.score(Vectors())
+
+
+def test_ndcg_has_graded_linear_gains_and_stops_at_10(tmp_path):
+    documents = {f"d{i}": 5 * i for i in range(1, 13)}  # by angle, so d1 is nearest to 0 degrees
+    grades = [("q1", "d1", 1), ("q1", "d3", 3), ("q2", "d11", 4)]
+    retrieval(tmp_path / "retrieval/cranfield", {"q1": 0, "q2": 0, "unjudged": 60}, documents, grades)
+    by_hand = (1 / log2(2) + 3 / log2(4)) / (3 / log2(2) + 1 / log2(3))
+    assert score(tmp_path, "cranfield") == pytest.approx((by_hand + 0) / 2)
+
+
+def test_spearman_accuracy_and_v_measure_by_hand(tmp_path):
+    gold = {1: 4, 2: 5, 3: 2, 4: 1}  # of four pairs, the two nearest are in the wrong order
+    pairs = [{"sentence1": "0", "sentence2": str(10 * i), "score": g} for i, g in gold.items()]
+    write(tmp_path / "sts/stsb/test.jsonl.gz", pairs)
+    assert score(tmp_path, "STS-B") == pytest.approx(0.8)
+    folder = tmp_path / "classification"
+    write(folder / "trec/train.jsonl.gz", labelled(range(0, 180, 9), ["east"] * 10 + ["west"] * 10))
+    write(folder / "trec/test.jsonl.gz", labelled([1, 20, 170, 5], ["east", "east", "west", "west"]))
+    assert score(tmp_path, "trec") == 0.75
+    write(folder / "stackoverflow20/test.jsonl.gz", labelled([1, 2, 3, 91, 92, 93], "aaabbb"))
+    assert score(tmp_path, "stackoverflow20") == pytest.approx(1.0)
+
+
+def test_title_and_text_are_one_document(tmp_path):
+    retrieval(tmp_path / "retrieval/scifact", {"q": "a"}, {"d": "text", "e": "other"}, [("q", "d", 1)])
+    rows = [{"_id": "d", "title": "Title", "text": "text"}, {"_id": "e", "title": "", "text": "other"}]
+    write(tmp_path / "retrieval/scifact/corpus.jsonl.gz", rows)
+    assert eval_sets.load(tmp_path, ["scifact"])[0][0].texts == ["a", "Title text", "other"]
+
+
+def test_means_weigh_tasks_alike():
+    sets = [eval_sets.EvalSet(n, t, [], lambda _: 0.0) for n, t in (("a", "x"), ("b", "x"), ("c", "y"))]
+    figures = quality.means({"a": 10.0, "b": 30.0, "c": 50.0}, sets)
+    assert figures == {"x": 20.0, "y": 50.0, "overall": 35.0}
+    kept = quality.retention({"a": 10.0, "b": 3.0}, {"a": 40.0, "b": 0.0})
+    assert kept["a"] == 25.0 and np.isnan(kept["b"])
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    """A random BERT of 16 features, saved as a sentence-transformer."""
+    import torch
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, initializer_range=0.5, max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder / "bert")
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder / "bert")
+    model = SentenceTransformer(modules=[Transformer(str(folder / "bert")), Pooling(16)], device="cpu")
+    model.save_pretrained(str(folder / "model"))
+    return str(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def ternary_path(model_path):
+    folder = Path(model_path).parent / "ternary"
+    tritern.patch(SentenceTransformer(model_path, device="cpu")).save_pretrained(str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    pairs = zip(TEXTS, TEXTS[5:] + TEXTS[:5], strict=True)
+    rows = [
+        {"sentence1": a, "sentence2": b, "score": len(set(a.split()) & set(b.split())) + len(a) / 99}
+        for a, b in pairs
+    ]
+    write(folder / "sts/stsb/test.jsonl.gz", rows)
+    documents = {f"d{i}": t for i, t in enumerate(TEXTS)}
+    grades = [("q", f"d{i}", 1 + i % 4) for i in range(0, len(TEXTS), 3)]
+    retrieval(folder / "retrieval/cranfield", {"q": "red dog"}, documents, grades)
+    for split in ("train", "test"):
+        write(folder / f"classification/trec/{split}.jsonl.gz", labelled(TEXTS, LABELS))
+    write(folder / "classification/stackoverflow20/test.jsonl.gz", labelled(TEXTS, LABELS))
+    return folder
+
+
+@pytest.fixture
+def run(data, model_path, tmp_path, monkeypatch):
+    """``run(*arguments)`` gives the JSON of a whole run."""
+
+    def call(*arguments, source=("--data", str(data))):
+        file = tmp_path / "out.json"
+        command = [*source, "--model", model_path, "--json", str(file), "--device", "cpu", *arguments]
+        monkeypatch.setattr(sys, "argv", ["quality.py", *map(str, command)])
+        quality.main()
+        return json.loads(file.read_text())
+
+    return call
+
+
+def test_whole_table(run, ternary_path, tmp_path, capsys):
+    figure = tmp_path / "figure.png"
+    result = run("--rules", "mse", "absmean", "--ternary", f"saved={ternary_path}", "--figure", figure)
+    rows = result["rows"]
+    assert list(rows) == ["teacher", "patched, mse", "patched, absmean", "saved"]
+    assert list(result["tasks"]) == ["STS-B", "cranfield", "trec", "stackoverflow20"]
+    assert set(rows["teacher"]["retention"].values()) == {100.0}
+    assert len(rows["teacher"]["retention"]) == 4 + 4 + 1
+    same = ("scores", "means", "retention", "fidelity")
+    assert [rows["saved"][k] for k in same] == [rows["patched, mse"][k] for k in same]
+    assert rows["saved"]["scores"] != rows["patched, absmean"]["scores"] != rows["teacher"]["scores"]
+    assert 0 < rows["saved"]["fidelity"]["cosine"] < 99.9
+    assert rows["saved"]["fidelity"]["texts"] == len(TEXTS) + 1  # the query too
+    files = [f for f in Path(ternary_path).rglob("*") if f.is_file()]
+    assert rows["saved"]["bytes_on_disk"] == sum(f.stat().st_size for f in files)
+    assert result["environment"]["sentence_transformers"] and figure.stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "SICK-R (sts/sickr/test.jsonl.gz)" in printed and "medquad" in printed
+    assert "retention, %" in printed and "fidelity, %" in printed
+
+
+def test_the_cache_gives_the_same_without_the_model(run, tmp_path, monkeypatch):
+    options = ("--cache", tmp_path / "vectors")
+    first = run(*options)["rows"]
+    assert first["teacher"]["texts_from_cache"] == 0
+
+    def refuse(*_, **__):
+        raise AssertionError("the model was called")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SentenceTransformer, "encode", refuse)
+        second = run(*options)["rows"]
+    for label, row in second.items():
+        assert row["scores"] == first[label]["scores"] and row["texts_from_cache"] > len(TEXTS)
+    assert second["patched, mse"]["fidelity"] == first["patched, mse"]["fidelity"]
+    other = run(*options, "--activation-bits", "16")["rows"]
+    assert other["teacher"]["texts_from_cache"] > 0 and other["patched, mse"]["texts_from_cache"] == 0
+
+
+def test_tasks_sets_rules_and_bits_are_obeyed(run, ternary_path):
+    rows = run("--rules", "--tasks", "sts", "clustering", "--sets", "STS-B", "trec")["rows"]
+    assert list(rows) == ["teacher"] and list(rows["teacher"]["scores"]) == ["STS-B"]
+    options = ("--rules", "mse", "--ternary", f"t={ternary_path}", "--tasks", "fidelity")
+    eight, sixteen = (run(*options, "--activation-bits", bits)["rows"] for bits in (8, 16))
+    assert eight["t"]["scores"] == {}
+    assert eight["t"]["fidelity"] != sixteen["t"]["fidelity"] == sixteen["patched, mse"]["fidelity"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ternary", "no-label"], r"must be LABEL=PATH with a saved model's folder; received 'no-label'"),
+        (["--ternary", "teacher=."], "two rows would be called 'teacher'"),
+        (["--rules", "best"], "invalid choice: 'best'"),
+        (["--sets", "STS-C"], "invalid choice: 'STS-C'"),
+        (["--sets", "STS12"], "holds none of the sets STS12"),
+        (["--sets", "trec", "--tasks", "sts"], r"holds none of the sets \(no set has these --tasks\)"),
+        (["--mteb", "STS12"], "not allowed with argument --data"),
+    ],
+)
+def test_bad_arguments(run, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code not in (0, None)
+    assert re.search(message, f"{stopped.value.code} {capsys.readouterr().err}")
+
+
+def test_bad_files(tmp_path):
+    file = tmp_path / "sts/stsb/test.jsonl.gz"
+    write(file, [{"sentence1": "a", "sentence2": "b", "score": 1}, {"sentence1": "a"}])
+    with pytest.raises(
+        ValueError, match="line 2: every line must be a JSON object with sentence1, .*received"
+    ):
+        eval_sets.load(tmp_path, ["STS-B"])
+    write(file, [])
+    with pytest.raises(ValueError, match="is empty"):
+        eval_sets.load(tmp_path, ["STS-B"])
+    file.write_text("not gzip")
+    with pytest.raises(ValueError, match="no readable gzip file"):
+        eval_sets.load(tmp_path, ["STS-B"])
+    retrieval(tmp_path / "retrieval/scifact", {"q": 1}, {"d": 1}, [("q", "lost", 1)])
+    with pytest.raises(ValueError, match="names query 'q' with document 'lost'"):
+        eval_sets.load(tmp_path, ["scifact"])
+
+
+def test_mteb(run, monkeypatch):
+    """With a stand-in for the package: the real one needs the hub."""
+    calls = []
+
+    def evaluate(model, task, *, encode_kwargs, cache, show_progress_bar):
+        calls.append((cache, encode_kwargs["batch_size"]))
+        ternary = any(isinstance(m, tritern.TernaryLinear) for m in model.modules())
+        return SimpleNamespace(task_results=[SimpleNamespace(get_score=lambda: 0.6 if ternary else 0.8)])
+
+    def get_task(name, languages):
+        if name != "STSBenchmark":
+            raise KeyError(f"{name} not found")
+        return SimpleNamespace(metadata=SimpleNamespace(name=name, type="STS"))
+
+    source = ("--mteb", "STSBenchmark")
+    monkeypatch.setattr(quality, "version", lambda _: "2.0")
+    monkeypatch.setitem(sys.modules, "mteb", SimpleNamespace(evaluate=evaluate, get_task=get_task))
+    rows = run(source=source)["rows"]
+    assert rows["patched, mse"]["retention"] == pytest.approx({"STSBenchmark": 75, "sts": 75, "overall": 75})
+    assert calls == [(None, 64)] * 2
+    with pytest.raises(SystemExit, match="mteb knows: 'Nothing not found'"):
+        run(source=("--mteb", "Nothing"))
+    with pytest.raises(SystemExit):
+        run("--sets", "trec", source=source)
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    with pytest.raises(SystemExit, match="pip install mteb"):
+        run(source=source)
+
+
 DATA = os.environ.get("TRITERN_DATA")
-pytestmark = pytest.mark.skipif(not DATA, reason="TRITERN_DATA does not name the folder of evaluation data")
 
 
+@pytest.mark.skipif(not DATA, reason="TRITERN_DATA does not name the folder of evaluation data")
 def test_patched_minilm_keeps_75_points_of_stsb(minilm):
-    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-
-    with gzip.open(Path(DATA) / "sts" / "stsb" / "test.jsonl.gz", "rt") as file:
-        rows = [json.loads(line) for line in file]
-    evaluator = EmbeddingSimilarityEvaluator(
-        [r["sentence1"] for r in rows], [r["sentence2"] for r in rows], [r["score"] / 5 for r in rows]
-    )
-    original = evaluator(minilm)["spearman_cosine"]
-    ternary = evaluator(tritern.patch(minilm))["spearman_cosine"]
+    (stsb,), _ = eval_sets.load(Path(DATA), ["STS-B"])
+    original = stsb.score(eval_sets.Encoder(minilm))
+    ternary = stsb.score(eval_sets.Encoder(tritern.patch(minilm)))
     assert original == pytest.approx(0.8203, abs=0.001)
     assert 0.75 <= ternary < original

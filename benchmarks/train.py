@@ -1,0 +1,118 @@
+"""Time and peak memory of a training step: ternary distillation against the same in full precision.
+
+    python benchmarks/train.py --texts FILE [--model NAME_OR_PATH] [--steps 12] [--json FILE]
+
+Both arms see the same batches, teacher, terms and optimizer; the full-precision student keeps its nn.Linear
+layers. Each arm runs in a process of its own; memory is that process's peak (CPU: resident; CUDA: allocated).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import report
+from encode import packaged_model
+
+ARMS = ("full precision", "ternary", "ternary, 16-bit activations")
+
+
+def measure(arm: str, options: argparse.Namespace) -> dict[str, float]:
+    """Run an arm in this process."""
+    import torch
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from transformers import TrainerCallback
+
+    from tritern import TernaryConfig
+    from tritern.distillation import TernaryDistillationArguments, TernaryDistiller, read_texts
+    from tritern.distillation.objective import DistillationLoss
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.ends.append(time.perf_counter())
+
+    class Plain(SentenceTransformerTrainer):
+        training_args_class = TernaryDistillationArguments
+
+    clock = Clock()
+    texts = read_texts(options.texts, limit=options.batch_size * options.steps)
+    data, cuda = Dataset.from_dict({"text": texts}), torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as folder:
+        args = TernaryDistillationArguments(
+            output_dir=folder, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            max_steps=options.steps, per_device_train_batch_size=options.batch_size, bf16=cuda,
+            learning_rate=5e-4, group_by_length=False, cpu_bf16=False,
+        )  # fmt: skip
+        student = SentenceTransformer(options.model)
+        if arm == "full precision":
+            teacher = SentenceTransformer(options.model).eval().requires_grad_(False)
+            collator = SentenceTransformerTrainer.data_collator_class(
+                student.preprocess, max_length=args.max_length
+            )
+            trainer = Plain(
+                student, args, data, loss=DistillationLoss(student, teacher, args), data_collator=collator,
+                callbacks=[clock],
+            )  # fmt: skip
+        else:
+            config = TernaryConfig(embedding_bits=8, activation_bits=16 if "16" in arm else 8)
+            trainer = TernaryDistiller(student, args, data, config=config, callbacks=[clock])
+        trainer.train()
+    half = len(clock.ends) // 2
+    seconds = (clock.ends[-1] - clock.ends[half]) / (len(clock.ends) - 1 - half)
+    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated() if cuda else resident
+    return {"seconds a step": seconds, "peak MB": peak / 1e6}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--texts", type=Path, required=True, help="file of texts, as for tritern.distill")
+    parser.add_argument("--model", help="hub name or path; default: the packaged all-MiniLM-L6-v2")
+    parser.add_argument("--steps", type=int, default=12, help="the second half is timed (default: 12)")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.model = options.model or packaged_model()
+    if options.arm:
+        print(json.dumps(measure(options.arm, options)))
+        return
+    rows: dict[str, dict[str, float]] = {}
+    for arm in ARMS:
+        command = [sys.executable, __file__, "--arm", arm, "--model", options.model]
+        command += [
+            "--texts",
+            str(options.texts),
+            "--steps",
+            str(options.steps),
+            "--batch-size",
+            str(options.batch_size),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{arm}: {done.stderr[-2000:]}")
+        rows[arm] = json.loads(done.stdout.splitlines()[-1])
+        seconds, peak = rows[arm].values()
+        ratio = peak / rows[ARMS[0]]["peak MB"]
+        print(f"{arm:30s}{seconds:10.3f} s a step{peak:10.0f} MB ({ratio:.2f}x)", flush=True)
+    if options.json:
+        report.write_json(options.json, {"environment": report.environment(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import nn
+from transformers import TrainerCallback
+
+import tritern
+from tritern import CheckpointError, TernaryLinear, TriternError
+from tritern.distillation import FidelityEvaluator, TernaryDistillationArguments, TernaryDistiller
+from tritern.distillation.trainer import STATE_FILE
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"per_device_train_batch_size": 16, "max_steps": 12, "disable_tqdm": True, "learning_rate": 3e-3}
+SMALL["use_cpu"] = True
+
+
+def losses(folder):
+    record = json.loads((Path(folder) / "distillation.json").read_text())
+    return [entry["loss"] for entry in record["log"] if "loss" in entry]
+
+
+def test_raw_text_in_a_closer_ternary_model_out(tiny, tiny_path, sentences, tmp_path):
+    teacher = SentenceTransformer(tiny_path, device="cpu")
+    model = tritern.distill(
+        tiny, sentences, tmp_path, holdout=64, joined_ratio=0, **{**SMALL, "max_steps": 60}
+    )
+    assert model is tiny
+    assert sum(isinstance(m, TernaryLinear) for m in model.modules()) == 12
+    record = json.loads((tmp_path / "distillation.json").read_text())
+    before, after = record["fidelity"]["ternary, not trained"], record["fidelity"]["ternary, distilled"]
+    assert after["cosine"] > before["cosine"] + 0.02 and after["overlap"] > before["overlap"]
+    assert after["cosine"] == pytest.approx(tritern.evaluate(model, teacher, sentences[:64]).cosine, abs=1e-6)
+    assert record["data"] == {"source": "texts given to the call", "texts": 336}
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    assert np.array_equal(loaded.encode(sentences[:20]), model.encode(sentences[:20]))
+    card = (tmp_path / "README.md").read_text()
+    assert f"{after['cosine']:.4f}" in card and "| max_steps | 60 |" in card and "12 linear layers" in card
+    assert not any(isinstance(m, nn.Dropout) and m.p for m in model.modules())
+
+
+def test_an_interrupted_run_resumed_equals_one_that_was_not(tiny_path, sentences, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop |= state.global_step == self.at
+
+    settings = {**SMALL, "save_steps": 3, "save_strategy": "steps", "logging_steps": 1,
+                "blend_ratio": 0.4, "recovery_ratio": 0.5, "balance_losses": True}  # fmt: skip
+    models = {}
+    for name, stops in (("whole", []), ("parts", [3, 9])):  # 3: in the blend; 9: with frozen codes
+        for at in [*stops, None]:
+            stop = Stop()
+            stop.at = at
+            models[name] = tritern.distill(
+                SentenceTransformer(tiny_path, device="cpu"), sentences, tmp_path / name, holdout=0,
+                callbacks=[stop], resume=name == "parts", **settings,
+            )  # fmt: skip
+    assert len(losses(tmp_path / "whole")) == 12
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    ours, theirs = models["parts"].state_dict(), models["whole"].state_dict()
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    with pytest.raises(
+        TriternError, match="already holds checkpoints of a run .checkpoint-12.; go on with res"
+    ):
+        tritern.distill(SentenceTransformer(tiny_path), sentences, tmp_path / "whole", **SMALL)
+
+
+def test_codes_freeze_for_the_recovery_phase(tiny, sentences, tmp_path):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            layer = next(distiller.layers())
+            seen.append((layer.frozen, layer.packed.clone(), layer.weight_scale.detach().clone()))
+
+    args = TernaryDistillationArguments(
+        output_dir=str(tmp_path), report_to="none", recovery_ratio=0.25, logging_steps=1, **SMALL
+    )
+    distiller = TernaryDistiller(tiny, args, dataset(sentences), callbacks=[Watch()])
+    distiller.train()
+    assert [frozen for frozen, _, _ in seen] == [False] * 9 + [True] * 3
+    assert not torch.equal(seen[0][1], seen[8][1])
+    assert torch.equal(seen[9][1], seen[11][1]) and not torch.equal(seen[9][2], seen[10][2])
+    rates = [entry["learning_rate"] for entry in distiller.state.log_history if "learning_rate" in entry]
+    assert max(rates) == pytest.approx(3e-3) and rates[9] == pytest.approx(3e-4)
+    assert rates[8] < rates[4] and rates[11] == pytest.approx(1e-4)
+
+
+def dataset(texts):
+    from datasets import Dataset
+
+    return Dataset.from_dict({"text": texts})
+
+
+def test_checkpoints_hold_the_packed_model_that_was_scored(tiny, tiny_path, sentences, tmp_path):
+    scored = {}
+
+    class Keep(FidelityEvaluator):
+        def __call__(self, model, output_path=None, epoch=-1, steps=-1):
+            scored[steps] = model.encode(sentences[:10])
+            return super().__call__(model, output_path, epoch, steps)
+
+    judge = Keep(sentences[:40], tiny.encode(sentences[:40]))
+    model = tritern.distill(
+        tiny, sentences, tmp_path, holdout=0, evaluator=judge, eval_steps=4, save_steps=4, blend_ratio=1.0,
+        load_best_model_at_end=True, metric_for_best_model="fidelity_overlap", **SMALL,
+    )  # fmt: skip
+    for steps in (4, 8, 12):
+        folder = tmp_path / f"checkpoint-{steps}"
+        loaded = SentenceTransformer(str(folder), device="cpu")
+        assert sum(isinstance(m, TernaryLinear) for m in loaded.modules()) == 12
+        assert np.array_equal(loaded.encode(sentences[:10]), scored[steps])
+    state = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())
+    best = int(state["best_model_checkpoint"].rpartition("-")[2])
+    assert np.array_equal(model.encode(sentences[:10]), scored[best])
+    (tmp_path / "checkpoint-12" / STATE_FILE).unlink()
+    student = SentenceTransformer(tiny_path, device="cpu")
+    with pytest.raises(CheckpointError, match="has no training_state.safetensors"):
+        checkpoint = str(tmp_path / "checkpoint-12")
+        tritern.distill(student, sentences, tmp_path / "other", resume=checkpoint, **SMALL)
+
+
+def test_every_setting_changes_the_run(tiny_path, sentences, tmp_path):
+    """One step with each: another loss or another model than with the defaults."""
+    changes = [
+        {}, {"cosine_weight": 0.5}, {"similarity_weight": 0.0}, {"hidden_weight": 0.0},
+        {"relations_weight": 1.0}, {"last_hidden_weight": 1.0}, {"balance_losses": False},
+        {"temperature": 0.5}, {"matryoshka_dims": [8, 32]}, {"joined_ratio": 0.0},
+        {"layer_fade_start": 0.0}, {"learn_scale": False}, {"clip": 0.5}, {"blend_ratio": 1.0},
+        {"recovery_ratio": 1.0}, {"recovery_ratio": 1.0, "recovery_learning_rate": 0.5},
+        {"train_embeddings": False}, {"train_int8_embeddings": False}, {"cpu_bf16": False},
+        {"cpu_bf16": True}, {"max_length": 8}, {"group_by_length": False}, {"learning_rate": 1e-4},
+        {"relations_weight": 1.0, "relation_heads": 4}, {"layer_fade_start": 0.0, "layer_fade": 0.5},
+        {"bf16": True},
+    ]  # fmt: skip
+    results = {}
+    for change in changes:
+        settings = {**SMALL, "max_steps": 2, "logging_steps": 1, "cpu_bf16": False, **change}
+        model = SentenceTransformer(tiny_path, device="cpu")
+        folder = tmp_path / str(len(results))
+        settings = {"relation_heads": 2, **settings}
+        tritern.distill(model, sentences, folder, holdout=0, save_strategy="no", **settings)
+        state = b"".join(t.float().numpy().tobytes() for t in model.state_dict().values())
+        results[json.dumps(change)] = (tuple(losses(folder)), hash(state))
+    same = json.dumps({"cpu_bf16": False})
+    assert results.pop(same) == results["{}"]
+    assert len(set(results.values())) == len(results), [k for k, v in results.items() if v == results["{}"]]
+
+
+def test_teacher_vectors_instead_of_a_teacher(tiny_path, sentences, tmp_path):
+    model = SentenceTransformer(tiny_path, device="cpu")
+    vectors = model.encode(sentences)
+    settings = {**SMALL, "hidden_weight": 0.0, "logging_steps": 1, "cpu_bf16": False}
+    tritern.distill(model, sentences, tmp_path / "a", teacher=vectors, holdout=40, **settings)
+    own = SentenceTransformer(tiny_path, device="cpu")
+    tritern.distill(own, sentences, tmp_path / "b", holdout=40, joined_ratio=0, **settings)
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-3)
+    student = SentenceTransformer(tiny_path, device="cpu")
+    with pytest.raises(TriternError, match="hidden_weight must be 0 with precomputed teacher vectors"):
+        tritern.distill(student, sentences, tmp_path / "c", teacher=vectors, **SMALL)
+    for wrong, message in (
+        (vectors[:5], r"shape \[400, width\], one row per text; received \[5, 32\]"),
+        (vectors * np.nan, "teacher vectors hold NaN"),
+    ):
+        student = SentenceTransformer(tiny_path, device="cpu")
+        with pytest.raises(TriternError, match=message):
+            tritern.distill(student, sentences, tmp_path / "c", teacher=wrong, **settings)
+    with pytest.raises(
+        TriternError, match="vectors have 8 dimensions and the student's 32: set cosine_weight=0"
+    ):
+        student = SentenceTransformer(tiny_path, device="cpu")
+        tritern.distill(student, sentences, tmp_path / "d", teacher=vectors[:, :8], holdout=0, **settings)
+
+
+TORCHRUN = """
+import sys, torch, tritern
+from sentence_transformers import SentenceTransformer
+torch.set_num_threads(1)
+folder, batch, model = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+sentences = open(sys.argv[4]).read().splitlines()
+tritern.distill(
+    SentenceTransformer(model, device="cpu"), sentences, folder, holdout=0, per_device_train_batch_size=batch,
+    max_steps=8, logging_steps=1, use_cpu=True, disable_tqdm=True, learning_rate=1e-3, relations_weight=0.1,
+    relation_heads=2, last_hidden_weight=0.1, balance_losses=True, recovery_ratio=0.25, cpu_bf16=False,
+)
+"""
+
+
+def test_two_processes_give_the_curve_of_one_with_twice_the_batch(tiny_path, sentences, tmp_path):
+    script, texts = tmp_path / "train.py", tmp_path / "texts.txt"
+    script.write_text(TORCHRUN)
+    texts.write_text("\n".join(sentences))
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    for processes, batch in ((1, 32), (2, 16)):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+        ]
+        command += [script, tmp_path / str(processes), batch, tiny_path, texts]
+        command = list(map(str, command))
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert len(one) == 8 and one[-1] < one[0]
+    assert two == pytest.approx(one, rel=2e-3)

@@ -1,0 +1,152 @@
+"""What distillation is given, and what it says when that will not do."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+import tritern
+from tritern import TernaryConfig, TriternError
+from tritern.distillation import TernaryDistillationArguments, TernaryDistiller, read_texts
+from tritern.distillation.data import LengthBatches, clean, joined, prefixed
+
+SMALL = {"per_device_train_batch_size": 16, "max_steps": 2, "disable_tqdm": True, "save_strategy": "no"}
+SMALL["use_cpu"] = True
+
+
+def test_texts_from_files_of_all_kinds(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = ["one text", "käse, naïve", "third"]
+    (tmp_path / "a.txt").write_text("\n".join(texts), encoding="utf-8")
+    with gzip.open(tmp_path / "a.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(texts))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": 1, "text": t}) for t in texts))
+    (tmp_path / "a.csv").write_text("id,body\n" + "\n".join(f'{i},"{t}"' for i, t in enumerate(texts)))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "other": texts[::-1]}), tmp_path / "a.parquet")
+    for name in ("a.txt", "a.txt.gz", "a.jsonl", "a.csv", "a.parquet"):
+        assert read_texts(tmp_path / name) == texts, name
+        assert read_texts(tmp_path / name, limit=2) == texts[:2], name
+    assert read_texts(tmp_path / "a.parquet", column="other") == texts[::-1]
+    with pytest.raises(TriternError, match="no text column 'title'; its columns with strings: text"):
+        read_texts(tmp_path / "a.jsonl", column="title")
+
+
+def test_texts_that_cannot_be_read(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"fine\nalso fine\n" + b"na\xefve\n")
+    with pytest.raises(TriternError, match="bad.txt, line 3: not UTF-8 .*byte 0xef.*iconv"):
+        read_texts(tmp_path / "bad.txt")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(TriternError, match="empty.txt is empty"):
+        read_texts(tmp_path / "empty.txt")
+    with pytest.raises(TriternError, match="missing.txt is not there; name a file"):
+        read_texts(tmp_path / "missing.txt")
+    with pytest.raises(TriternError, match="is a folder; name a file"):
+        read_texts(tmp_path)
+
+
+def test_clean_leaves_out_what_teaches_nothing(caplog):
+    assert clean([" a text ", "", "  ", "ab", "a text", "other"], 2) == ["a text", "other"]
+    assert "left out 4 texts" in caplog.text
+    with pytest.raises(TriternError, match="needs at least 3 different texts .* received 2 .of 4"):
+        clean(["one", "two", "two", ""], 3)
+    with pytest.raises(TypeError, match="number 1 is int"):
+        clean(["one", 2], 1)
+    with pytest.raises(TypeError, match="not one"):
+        clean("one", 1)
+
+
+def test_joined_and_prefixed():
+    texts = [str(i) for i in range(100)]
+    assert joined(texts, 0.0) == texts
+    longer = joined(texts, 0.5)
+    assert " ".join(longer) == " ".join(texts) and 10 < len(longer) < 60
+    assert longer == joined(texts, 0.5) and longer != joined(texts, 0.5, seed=1)
+    assert prefixed(["a", "b", "c"], ["query: ", "passage: "]) == ["query: a", "passage: b", "query: c"]
+    assert prefixed(["a"], []) == ["a"]
+
+
+def test_length_batches():
+    lengths = torch.randint(1, 100, (1000,)).tolist()
+    one = LengthBatches(lengths, 20, drop_last=False)
+    batches = list(one)
+    assert sorted(i for b in batches for i in b) == list(range(1000)) and len(batches) == len(one) == 50
+    spread = sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches) / len(batches)
+    assert spread < 5
+    assert batches == list(LengthBatches(lengths, 20, drop_last=False))
+    one.set_epoch(1)
+    assert batches != list(one)
+    halves = list(LengthBatches(lengths, 10, drop_last=False, processes=2))
+    assert [a + b for a, b in zip(halves[::2], halves[1::2])] == batches
+    assert len(list(LengthBatches(lengths[:95], 20, drop_last=True))) == 4
+    assert len(list(LengthBatches(lengths[:95], 20, drop_last=False))) == 5
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tiny, sentences, tmp_path):
+    with torch.no_grad():
+        tiny[0].auto_model.embeddings.LayerNorm.weight[0] = torch.inf
+    with pytest.raises(TriternError, match=r"the loss is nan at step 0; the batch is kept in .*bad_batch-0"):
+        tritern.distill(tiny, sentences, tmp_path, holdout=0, learning_rate=1e-3, **SMALL)
+    batch = load_file(tmp_path / "bad_batch-0.safetensors")
+    assert batch["text_input_ids"].shape[0] == 16
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 9 bytes")]
+)
+def test_out_of_memory_says_what_to_lower(tiny, sentences, tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(TernaryDistiller, "compute_loss", fail)
+    with pytest.raises(TriternError, match="per_device_train_batch_size .now 16.*max_length .now 128"):
+        tritern.distill(tiny, sentences, tmp_path, holdout=0, **SMALL)
+
+
+def test_students_and_teachers_that_do_not_fit(tiny, tiny_path, minilm, sentences, tmp_path):
+    args = TernaryDistillationArguments(output_dir=str(tmp_path), report_to="none", **SMALL)
+    with pytest.raises(TriternError, match="same tokenizer; their vocabularies differ"):
+        TernaryDistiller(tiny, args, None, teacher=minilm)
+    with pytest.raises(TriternError, match="teacher must be a model, None or 'labels'; received 'labls'"):
+        TernaryDistiller(tiny, args, None, teacher="labls")
+    shallow = SentenceTransformer(tiny_path, device="cpu")
+    del shallow[0].auto_model.encoder.layer[1]
+    with pytest.raises(
+        TriternError, match="hidden_weight must be 0: the student has 2 blocks, the teacher 1"
+    ):
+        tritern.distill(
+            SentenceTransformer(tiny_path, device="cpu"), sentences, tmp_path, teacher=shallow, holdout=0,
+            **SMALL,
+        )  # fmt: skip
+    with pytest.raises(TriternError, match="the student is already packed"):
+        tritern.distill(tritern.patch(tiny), sentences, tmp_path / "b", **SMALL)
+
+
+def test_texts_longer_than_the_maximum_are_cut(tiny_path, sentences, tmp_path):
+    args = TernaryDistillationArguments(output_dir=str(tmp_path), report_to="none", **SMALL)
+    for length, expected in ((128, 64), (None, 64), (10, 10)):
+        args.max_length = length
+        distiller = TernaryDistiller(SentenceTransformer(tiny_path, device="cpu"), args)
+        batch = distiller.data_collator([{"text": " ".join(sentences)}, {"text": sentences[0]}])
+        assert batch["text_input_ids"].shape == (2, expected)
+
+
+def test_wrong_settings(tiny, sentences, tmp_path):
+    for settings, message in (
+        ({"blend_ratio": 1.5}, "blend_ratio is a share of the steps, from 0 to 1; received 1.5"),
+        ({"blend_ratio": 0.6, "recovery_ratio": 0.6}, "must be at most 1; received 0.6 and 0.6"),
+        ({"cosine_weight": -1.0}, "cosine_weight must not be negative; received -1.0"),
+        ({"temperature": 0.0}, "temperature must be positive; received 0.0"),
+        ({"cosine_weight": 0.0, "similarity_weight": 0.0, "hidden_weight": 0.0}, "all loss weights are 0"),
+        ({"batch_size": 3}, "unknown settings: batch_size"),
+    ):
+        with pytest.raises(TriternError, match=message):
+            tritern.distill(tiny, sentences, tmp_path, **{**SMALL, **settings})
+    with pytest.raises(TriternError, match="holdout must be 0 or at least 12; received 5"):
+        tritern.distill(tiny, sentences, tmp_path, holdout=5, **SMALL)
+    with pytest.raises(TriternError, match="rule must be one of"):
+        tritern.distill(tiny, sentences, tmp_path, config=TernaryConfig(rule="best"), **SMALL)

@@ -1,0 +1,239 @@
+import copy
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import WordEmbeddings
+from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
+from torch import nn
+from transformers import AutoModel, T5Config, T5EncoderModel
+
+import tritern
+from tests.library.test_save_load import change_settings
+from tritern import CheckpointError, Int8Embedding, TernaryConfig, TernaryLinear, TriternError
+from tritern.patch import choose_tables
+from tritern_kernels.reference import quantize_activations
+
+WORD_TABLE = "0.model.embeddings.word_embeddings"
+IDS = torch.tensor([1, 2])
+
+
+def int8_names(model):
+    return [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Int8Embedding)]
+
+
+@pytest.fixture
+def table():
+    return Int8Embedding.from_embedding(nn.Embedding(60, 33, padding_idx=3))
+
+
+def test_values_by_hand():
+    values = torch.tensor([[254.0, 125.0, -2.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
+    table = Int8Embedding.from_embedding(nn.Embedding.from_pretrained(values))
+    assert table.weight.tolist() == [[127, 62, -1, 2], [0, 0, 0, 0]]  # 62.5 and 1.5: half to even
+    assert table.weight_scale[0] == 2.0
+    assert table(torch.tensor([[1, 0]])).tolist() == [[[0.0] * 4, [254.0, 124.0, -2.0, 4.0]]]
+    with pytest.raises(IndexError):
+        table(torch.tensor([2]))
+
+
+def test_rows_are_rounded_as_activations_are():
+    embedding = nn.Embedding(60, 33)
+    table = Int8Embedding.from_embedding(embedding)
+    q, scale = quantize_activations(embedding.weight.detach())
+    assert torch.equal(table.weight, q) and torch.equal(table.weight_scale, scale)
+    error = (table.to_embedding().weight - embedding.weight).abs().amax(1)
+    assert (error <= embedding.weight.abs().amax(1) / 254 * 1.0001).all() and error.max() > 0
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.float16), lambda m: m.type(torch.half)],
+)
+def test_casts_leave_the_table_int8(table, cast):
+    other = cast(copy.deepcopy(table))
+    dtype = other.weight_scale.dtype
+    assert other.weight.dtype == torch.int8 and torch.equal(other.weight, table.weight)
+    assert torch.equal(other.weight_scale, table.weight_scale.to(dtype)) and dtype != torch.float32
+    assert other(IDS).dtype == dtype
+    assert torch.equal(other(IDS), table.weight[IDS].to(dtype) * table.weight_scale[IDS, None].to(dtype))
+
+
+def test_copies_give_the_same_bits(table):
+    fresh = Int8Embedding(60, 33)
+    fresh.load_state_dict(table.state_dict())
+    for other in (copy.deepcopy(table), pickle.loads(pickle.dumps(table)), fresh):
+        assert torch.equal(other(IDS), table(IDS)) and other(IDS).any()
+        assert other.weight.data_ptr() != table.weight.data_ptr()
+    assert repr(table) == "Int8Embedding(60, 33, padding_idx=3)"
+
+
+def test_round_trip_to_embedding(table):
+    back = table.eval().to_embedding()
+    assert torch.equal(back(IDS), table(IDS)) and back.weight.requires_grad
+    assert back.padding_idx == 3 and not back.training
+    assert table.to_embedding(torch.bfloat16).weight.dtype == torch.bfloat16
+
+
+def test_refusals(table):
+    with pytest.raises(TriternError, match="max_norm=1.0 cannot be made int8.*set max_norm to None"):
+        Int8Embedding.from_embedding(nn.Embedding(5, 4, max_norm=1.0))
+    with pytest.raises(TriternError, match="meta device; load the weights"):
+        Int8Embedding.from_embedding(nn.Embedding(5, 4, device="meta"))
+    with pytest.raises(TriternError, match="float16 or bfloat16; received torch.float64: cast it first"):
+        Int8Embedding.from_embedding(nn.Embedding(5, 4).double())
+    with pytest.raises(TriternError, match="received torch.int8"):
+        Int8Embedding(5, 4, dtype=torch.int8)
+    with pytest.raises(TriternError, match="NaN or infinity; repair"):
+        Int8Embedding.from_embedding(nn.Embedding.from_pretrained(torch.full((2, 2), torch.inf)))
+    with pytest.raises(TriternError, match=r"cannot be trained.*`table.to_embedding\(\)`"):
+        table.requires_grad_()
+    assert table.requires_grad_(False) is table
+    state = table.state_dict()
+    with pytest.raises(
+        RuntimeError, match="weight must be torch.int8; the state dict holds torch.float32. Load full-precis"
+    ):
+        table.load_state_dict({**state, "weight": torch.ones(60, 33)})
+    with pytest.raises(RuntimeError, match="weight_scale must be torch.float32 or.*holds torch.int8"):
+        table.load_state_dict({**state, "weight_scale": torch.ones(60, dtype=torch.int8)})
+    with pytest.raises(TriternError, match="embedding_bits must be 8 or 16; received 4"):
+        TernaryConfig(embedding_bits=4)
+
+
+def test_by_default_tables_stay(tiny, tmp_path):
+    before = tiny.get_submodule(WORD_TABLE).weight
+    tritern.patch(tiny)
+    assert int8_names(tiny) == [] and tiny.get_submodule(WORD_TABLE).weight is before
+    assert tritern.summary(tiny).tables == tritern.summary(tiny).skipped_tables == ()
+    tiny.save_pretrained(str(tmp_path))
+    assert "word embeddings not rounded" in " ".join((tmp_path / "README.md").read_text().split())
+    file = tmp_path / "config.json"  # as written before there were int8 tables
+    config = json.loads(file.read_text())
+    assert config["quantization_config"].pop("embeddings") == []
+    file.write_text(json.dumps(config))
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    assert np.array_equal(loaded.encode(["ba be bi"]), tiny.encode(["ba be bi"]))
+
+
+def test_patched_saved_and_loaded(tiny, sentences, tmp_path):
+    bytes_before = tritern.summary(tiny).model_bytes_before
+    original = tiny.encode(sentences[:20])
+    tritern.patch(tiny, embedding_bits=8)
+    assert int8_names(tiny) == [WORD_TABLE]  # not positions and types
+    vectors = tiny.encode(sentences[:20])
+    assert not np.array_equal(vectors, original)
+    transformer = tiny[0].model
+    assert (
+        transformer.dtype == torch.float32 and transformer.get_input_embeddings().weight.device.type == "cpu"
+    )
+
+    tiny.save_pretrained(str(tmp_path / "model"))
+    assert "word embeddings int8 per row" in " ".join((tmp_path / "model/README.md").read_text().split())
+    loaded = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    assert int8_names(loaded) == [WORD_TABLE]
+    assert np.array_equal(loaded.encode(sentences[:20]), vectors)
+    size = tritern.summary(loaded)
+    (table,) = size.tables
+    assert (table.bytes_before, table.bytes_after) == (4 * table.shape[0] * 32, table.shape[0] * (32 + 4))
+    assert f"{WORD_TABLE} (int8)" in str(size)
+    assert size.model_bytes_before == bytes_before
+    with pytest.raises(TriternError, match="already ternary"):
+        tritern.patch(loaded)
+
+    as_bf16 = AutoModel.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).embeddings.word_embeddings
+    assert as_bf16.weight.dtype == torch.int8 and as_bf16.weight_scale.dtype == torch.bfloat16
+    plain = AutoModel.from_pretrained(tmp_path / "model")
+    plain.dequantize()
+    assert type(plain.embeddings.word_embeddings) is nn.Embedding
+    assert torch.equal(plain.embeddings.word_embeddings(IDS), transformer.embeddings.word_embeddings(IDS))
+    change_settings(tmp_path / "model", embeddings=["embeddings.LayerNorm"])
+    with pytest.raises(
+        CheckpointError, match="names the int8 table 'embeddings.LayerNorm', but the model has"
+    ):
+        SentenceTransformer(str(tmp_path / "model"), device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tiny, sentences, tmp_path, dtype):
+    tritern.patch(tiny, embedding_bits=8)
+    full = tiny.encode(sentences[:20], normalize_embeddings=True)
+    vectors = tiny.to(dtype).encode(sentences[:20])
+    assert tiny.get_submodule(WORD_TABLE).weight.dtype == torch.int8
+    cosines = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) * full).sum(1)
+    assert cosines.min() > 0.99
+    tiny.save_pretrained(str(tmp_path))
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    assert loaded.get_submodule(WORD_TABLE).weight_scale.dtype == dtype
+    assert np.array_equal(loaded.encode(sentences[:20]), vectors)
+
+
+def test_minilm_in_half_precision_takes_16_megabytes(minilm, texts, tmp_path):
+    tritern.patch(minilm, embedding_bits=8).half().save_pretrained(str(tmp_path))
+    assert sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()) <= 16_500_000
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    assert np.array_equal(loaded.encode(texts), minilm.encode(texts))
+
+
+class Special(nn.Embedding):
+    pass
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.other, self.special = nn.Embedding(2000, 8), nn.Embedding(2000, 8), Special(2000, 8)
+        self.again = self.other  # one module with two names
+        self.small, self.limited = nn.Embedding(1023, 8), nn.Embedding(2000, 8, max_norm=1.0)
+        self.output, self.inner = nn.Linear(8, 2000, bias=False), nn.Linear(8, 8)
+        self.output.weight = self.words.weight  # tied
+        self.double = nn.Embedding(1024, 8).double()
+
+
+def test_tables_left_alone_and_why():
+    calls = []
+    model = Model()
+    model.other.register_forward_hook(lambda *_: calls.append(1))
+    tritern.patch(model, embedding_bits=8, skip="double")
+    assert int8_names(model) == ["other", "again"] and model.other is model.again
+    model.again(IDS)
+    assert calls == [1]
+    reasons = {s.name: s.reason for s in tritern.summary(model).skipped_tables}
+    assert reasons == {
+        "words": "weight shared with Linear",
+        "special": "subclass of nn.Embedding: Special",
+        "limited": "max_norm is set",
+        "double": "named in skip",
+    }
+    assert "not int8: words (0.06 MB): weight shared with Linear" in str(tritern.summary(model))
+
+
+def test_skip_and_refusals_come_before_any_change():
+    model = tritern.patch(Model(), embedding_bits=8, skip=["other", "double"])
+    assert int8_names(model) == []
+    assert type(tritern.patch(Model(), skip="other").inner) is TernaryLinear  # a table may be named at 16 too
+    model = Model()
+    with pytest.raises(TriternError, match="double.weight is torch.float64; float32, float16 or bfloat16"):
+        tritern.patch(model, embedding_bits=8)
+    with torch.no_grad():
+        model.other.weight[0, 0] = torch.nan
+    with pytest.raises(TriternError, match="other.weight holds NaN.*name it in skip="):
+        tritern.patch(model, embedding_bits=8, skip="double")
+    assert type(model.inner) is nn.Linear and int8_names(model) == []
+
+
+def test_t5s_shared_table_stays_and_loads(tmp_path):
+    config = T5Config(d_model=32, d_ff=64, d_kv=16, num_layers=1, num_heads=2, vocab_size=2000)
+    model = tritern.patch(T5EncoderModel(config).eval(), embedding_bits=8)
+    assert int8_names(model) == []
+    model.save_pretrained(tmp_path)
+    loaded = T5EncoderModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IDS[None]).last_hidden_state, model(IDS[None]).last_hidden_state)
+
+
+def test_word_embeddings_of_sentence_transformers_stay():
+    words = WordEmbeddings(WhitespaceTokenizer([str(i) for i in range(2000)]), torch.ones(2000, 8))
+    (choice,) = choose_tables(SentenceTransformer(modules=[words], device="cpu"))
+    assert choice.reason == "sentence-transformers WordEmbeddings"

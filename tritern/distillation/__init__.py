@@ -1,0 +1,25 @@
+"""Self-taught distillation: raw text in, a ternary model close to its teacher out (``tritern.distill``).
+
+Needs the ``train`` extra: ``pip install tritern[train]``.
+"""
+
+try:
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"{error}: distillation needs more packages: pip install 'tritern[train]'") from error
+
+from .arguments import TernaryDistillationArguments
+from .data import read_texts
+from .layers import TrainableTernaryLinear
+from .run import FidelityEvaluator, distill
+from .trainer import TernaryDistiller
+
+__all__ = [
+    "FidelityEvaluator",
+    "TernaryDistillationArguments",
+    "TernaryDistiller",
+    "TrainableTernaryLinear",
+    "distill",
+    "read_texts",
+]

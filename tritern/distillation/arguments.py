@@ -1,0 +1,136 @@
+"""Settings of a distillation run and the schedules that follow from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from sentence_transformers import SentenceTransformerTrainingArguments
+
+from ..errors import TriternError
+from .losses import LOSSES
+
+
+@dataclass
+class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
+    """All of ``SentenceTransformerTrainingArguments``, with these changed or added.
+
+    Args:
+        learning_rate: peak; None: 5e-4 at 22 million parameters, falling with the root of their number.
+        max_length: tokens per text in training, at most the model's own maximum (None: that); longer texts
+            are cut.
+        group_by_length: make batches of texts of similar length (less padding, several times as fast).
+        cosine_weight, similarity_weight, hidden_weight, relations_weight, last_hidden_weight: of the terms in
+            ``tritern.distill.losses``; 0 leaves a term out.
+        balance_losses: scale the terms on the first batch so that, before their weights, their gradients at
+            the first block are equally long.
+        temperature: of the similarity term.
+        relation_heads: of the relations term.
+        matryoshka_dims: apply the cosine and similarity terms to vectors cut to each of these dimensions.
+        layer_fade_start, layer_fade: from this share of the steps on, per-token terms count this much.
+        learn_scale: learn the row scales by gradient; otherwise the rule renews them at every step.
+        clip: weights beyond clip * scale get no gradient.
+        blend_ratio: share of the steps over which the layers go from full precision to ternary.
+        recovery_ratio: share of the steps, at the end, with frozen codes.
+        recovery_learning_rate: learning rate there as a share of the peak.
+        train_embeddings: train the embedding tables too.
+        train_int8_embeddings: round tables that become int8 in training too, and not only at its end.
+        cpu_bf16: on a CPU, run the teacher and the backward products in bfloat16, while the student's forward
+            stays as it will be served; None: where the CPU has instructions for it.
+    """
+
+    learning_rate: float | None = field(default=None)  # type: ignore[assignment]
+    lr_scheduler_type: str = field(default="cosine")  # type: ignore[assignment]
+    warmup_steps: float = field(default=0.05)
+    adam_beta2: float = field(default=0.98)
+    per_device_train_batch_size: int = field(default=64)
+    dataloader_drop_last: bool = field(default=True)
+    logging_steps: float = field(default=10)
+
+    max_length: int | None = field(default=128)
+    group_by_length: bool = field(default=True)
+    cosine_weight: float = field(default=1.0)
+    similarity_weight: float = field(default=0.2)
+    hidden_weight: float = field(default=0.1)
+    relations_weight: float = field(default=0.0)
+    last_hidden_weight: float = field(default=0.0)
+    balance_losses: bool = field(default=True)
+    temperature: float = field(default=0.05)
+    relation_heads: int = field(default=12)
+    matryoshka_dims: list[int] | None = field(default=None)
+    layer_fade_start: float = field(default=0.7)
+    layer_fade: float = field(default=0.2)
+    learn_scale: bool = field(default=True)
+    clip: float = field(default=1.0)
+    blend_ratio: float = field(default=0.0)
+    recovery_ratio: float = field(default=0.0)
+    recovery_learning_rate: float = field(default=0.1)
+    train_embeddings: bool = field(default=True)
+    train_int8_embeddings: bool = field(default=True)
+    cpu_bf16: bool | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        rate = self.learning_rate
+        self.learning_rate = 0.0 if rate is None else rate
+        super().__post_init__()
+        self.learning_rate = rate
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+        for name in ("layer_fade_start", "blend_ratio", "recovery_ratio"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise TriternError(f"{name} is a share of the steps, from 0 to 1; received {value}")
+        if self.blend_ratio + self.recovery_ratio > 1:
+            raise TriternError(
+                f"blend_ratio + recovery_ratio must be at most 1; received {self.blend_ratio} and "
+                f"{self.recovery_ratio}"
+            )
+        for name in (*(f"{n}_weight" for n in LOSSES), "layer_fade", "recovery_learning_rate"):
+            if not getattr(self, name) >= 0:
+                raise TriternError(f"{name} must not be negative; received {getattr(self, name)}")
+        for name in ("temperature", "clip"):
+            if not getattr(self, name) > 0:
+                raise TriternError(f"{name} must be positive; received {getattr(self, name)}")
+
+    def loss_weights(self) -> dict[str, float]:
+        """Weights of the terms in use, by name."""
+        weights = {name: getattr(self, f"{name}_weight") for name in LOSSES}
+        return {name: weight for name, weight in weights.items() if weight}
+
+    def teacher_dtype(self) -> torch.dtype | None:
+        """The dtype of mixed precision for the teacher, or None."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else self.backward_dtype()
+
+    def backward_dtype(self) -> torch.dtype | None:
+        """The dtype of the backward products of a float32 forward; None is float32."""
+        wanted = torch.cpu._is_avx512_bf16_supported() if self.cpu_bf16 is None else self.cpu_bf16
+        return torch.bfloat16 if wanted and self.device.type == "cpu" else None
+
+    def blend(self, progress: float) -> float:
+        """Share of the ternary product at a share of the steps."""
+        return min(1.0, progress / self.blend_ratio) if self.blend_ratio else 1.0
+
+    def frozen(self, step: int, steps: int) -> bool:
+        """Whether codes are frozen at a step."""
+        return step >= self.recovery_start(steps)
+
+    def recovery_start(self, steps: int) -> int:
+        """The step at which codes freeze."""
+        return steps - math.floor(self.recovery_ratio * steps)
+
+    def with_recovery(self, rate: Callable[[int], float], steps: int) -> Callable[[int], float]:
+        """A learning-rate factor that follows ``rate`` until the codes freeze and then falls to 0."""
+        start = self.recovery_start(steps)
+
+        def factor(step: int) -> float:
+            if step < start:
+                return rate(step)
+            return self.recovery_learning_rate * max(0, steps - step) / max(1, steps - start)
+
+        return factor
+
+
+def suggested_learning_rate(parameters: int) -> float:
+    """Peak rate for a model of so many parameters."""
+    return 5e-4 * math.sqrt(22.7e6 / parameters)

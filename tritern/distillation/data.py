@@ -1,0 +1,189 @@
+"""Texts to train on: where they come from and in what order they are seen."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from sentence_transformers.base.sampler import SetEpochMixin
+from torch import Tensor
+from torch.utils.data import BatchSampler
+
+from ..errors import TriternError
+
+logger = logging.getLogger(__name__)
+
+_BUILDERS = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_SHORTEST = 3
+JOINED_RATIO = 0.15
+"""Share of training texts that are made by joining several: longer ones than most lines hold."""
+
+
+def read_texts(source: str | Path, *, column: str | None = None, limit: int | None = None) -> list[str]:
+    """Texts of a file or of a data set.
+
+    Args:
+        source: a file with one text a line (.txt), or .jsonl, .csv or .parquet with a text column, each also
+            compressed (.gz, .zst, .bz2, .xz); otherwise the name of a data set on the hub, its train split.
+        column: where the text is; default: ``text``, or else the first column that holds strings.
+        limit: read no more than so many.
+
+    Raises:
+        TriternError: nothing there, no such column, bytes that are not UTF-8 (with the line).
+    """
+    from datasets import load_dataset
+
+    path = Path(source)
+    suffixes = [s for s in path.suffixes if s not in _COMPRESSED]
+    kind = _BUILDERS.get(suffixes[-1] if suffixes else "")
+    if path.is_file():
+        try:
+            rows = load_dataset(kind or "text", data_files=str(path), split="train", streaming=True)
+            return _column(rows, column, limit, source)
+        except UnicodeDecodeError as error:
+            raise TriternError(_not_utf8(path, error)) from None
+    if path.exists() or kind or path.is_absolute():
+        raise TriternError(f"texts: {source} is {'a folder' if path.is_dir() else 'not there'}; name a file")
+    try:
+        rows = load_dataset(str(source), split="train", streaming=True)
+    except Exception as error:  # whatever the hub answers
+        raise TriternError(
+            f"texts: {source!r} is no file, and loading it as a data set failed: {error}"
+        ) from error
+    return _column(rows, column, limit, source)
+
+
+def _column(rows: Iterable[dict], column: str | None, limit: int | None, source: str | Path) -> list[str]:
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
+        raise TriternError(f"texts: {source} is empty")
+    strings = [name for name, value in first.items() if isinstance(value, str)]
+    name = column or ("text" if "text" in strings else next(iter(strings), None))
+    if name not in strings:
+        raise TriternError(
+            f"texts: {source} has no text column {column or 'text'!r}; its columns with strings: "
+            f"{', '.join(strings) or 'none'}"
+        )
+    rest = islice(rows, None if limit is None else limit - 1)
+    return [first[name], *(row[name] for row in rest)]
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    line = None
+    if path.suffix not in _COMPRESSED:
+        with path.open("rb") as file:
+            for number, content in enumerate(file, 1):
+                try:
+                    content.decode("utf-8")
+                except UnicodeDecodeError:
+                    line = number
+                    break
+    where = f"{path}, line {line}" if line else str(path)
+    return (
+        f"texts: {where}: not UTF-8 ({error.reason}, byte {error.object[error.start]:#04x}). Convert the "
+        "file, for example with iconv -f latin1 -t utf-8, or remove the line."
+    )
+
+
+def clean(texts: Iterable[str], least: int) -> list[str]:
+    """Texts without surrounding white space, without empty, very short and repeated ones.
+
+    Raises:
+        TypeError: something that is not a string. TriternError: fewer than ``least`` are left.
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts must be many strings, not one; to read a file use read_texts(path)")
+    kept: dict[str, None] = {}
+    total = 0
+    for total, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise TypeError(f"texts must be strings; number {total - 1} is {type(text).__name__}")
+        text = text.strip()
+        if len(text) >= _SHORTEST:
+            kept[text] = None
+    if len(kept) < total:
+        out = total - len(kept)
+        logger.warning("left out %d texts that are empty, below %d characters or repeated", out, _SHORTEST)
+    if len(kept) < least:
+        raise TriternError(
+            f"distillation needs at least {least} different texts of {_SHORTEST} characters or more; "
+            f"received {len(kept)} (of {total}). Lower per_device_train_batch_size or holdout, or bring more."
+        )
+    return list(kept)
+
+
+def joined(texts: Sequence[str], ratio: float, seed: int = 0) -> list[str]:
+    """The texts with a share of them joined, two to eight in a row, into longer ones.
+
+    Args:
+        texts: the texts.
+        ratio: share of the results that are joined.
+        seed: chooses which.
+    """
+    generator, source = random.Random(seed), iter(texts)
+    result = []
+    for text in source:
+        if generator.random() < ratio:
+            text = " ".join([text, *islice(source, generator.randint(1, 7))])
+        result.append(text)
+    return result
+
+
+def prefixed(texts: Iterable[str], prefixes: Sequence[str]) -> list[str]:
+    """Each text with one of the prefixes before it, in turn."""
+    return [prefixes[i % len(prefixes)] + text for i, text in enumerate(texts)] if prefixes else list(texts)
+
+
+class LengthBatches(SetEpochMixin, BatchSampler):
+    """Shuffled batches of texts of similar length.
+
+    Texts are shuffled, sorted by length within pools, cut into global batches (one batch for each process)
+    and the global batches shuffled: two processes see, together, what one with twice the batch sees.
+
+    Args:
+        lengths: of the texts, in any unit.
+        batch_size: texts in a batch of one process.
+        drop_last: leave out an incomplete last batch.
+        processes: their number.
+        seed: of the order, with the epoch.
+    """
+
+    POOL = 50
+    """Global batches sorted together."""
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, drop_last: bool, processes: int = 1, seed: int = 0
+    ) -> None:
+        self.lengths = torch.tensor(lengths)
+        self.batch_size, self.drop_last, self.processes, self.seed = batch_size, drop_last, processes, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.lengths), self.batch_size)
+        return whole if self.drop_last else whole + bool(rest)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        size = self.batch_size * self.processes
+        batches: list[Tensor] = []
+        for pool in torch.randperm(len(self.lengths), generator=generator).split(size * self.POOL):
+            batches += pool[self.lengths[pool].argsort(stable=True)].split(size)
+        whole = [b for b in batches if len(b) == size]
+        order = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
+        for batch in order + [b for b in batches if len(b) < size]:
+            for part in batch.split(self.batch_size):
+                if len(part) == self.batch_size or not self.drop_last:
+                    yield part.tolist()

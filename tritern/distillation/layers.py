@@ -1,0 +1,247 @@
+"""Trainable forms of the ternary layers, and the way there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tritern_kernels import PackedTernary, ternarize_weight
+from tritern_kernels.reference import Rule, quantize_activations
+from tritern_kernels.training import Codes, ternarize_given, ternary_linear, transpose
+
+from .. import hf
+from ..config import TernaryConfig
+from ..embedding import Int8Embedding
+from ..errors import TriternError
+from ..linear import TernaryLinear
+from ..patch import plan
+
+SMALLEST_SCALE = 1e-8
+"""Scales are kept at or above this while they are learned."""
+
+
+class TrainableTernaryLinear(nn.Module):
+    """A ``TernaryLinear`` in training: latent weights, ternarized anew at every step.
+
+    In evaluation it returns the very bits of ``packed_layer()``. In training the gradients are those of
+    ``tritern_kernels.training.ternary_linear`` (straight-through, learned scales), and the output is
+    ``(1 - blend) * full precision + blend * ternary``.
+
+    Attributes:
+        weight: parameter, the latent weight [out_features, in_features].
+        weight_scale: parameter, float32 [out_features].
+        bias: parameter [out_features] or None.
+        packed: buffer, uint8 [out_features, padded_k(in_features) / 4], codes of the latent weight.
+        blend: share of the ternary product in the output while training, from 0 to 1.
+        frozen: codes no longer follow the latent weight, which gets no gradient.
+
+    Args:
+        linear: the layer to start from; its parameters are taken over, not copied.
+        rule: where codes and scales start (and what renews the scales if they are not learned).
+        activation_bits: 8 or 16.
+        learn_scale: learn the scales by gradient; otherwise ``rule`` gives them at every step.
+        clip: weights beyond clip * scale get no gradient.
+        backward_dtype: of the backward products where the forward is float32; None: float32.
+    """
+
+    packed: Tensor
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        *,
+        rule: Rule = "mse",
+        activation_bits: int = 8,
+        learn_scale: bool = True,
+        clip: float = 1.0,
+        backward_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.rule, self.activation_bits, self.learn_scale, self.clip = (
+            rule,
+            activation_bits,
+            learn_scale,
+            clip,
+        )
+        self.backward_dtype = backward_dtype
+        self.blend, self.frozen = 1.0, False
+        self.weight, self.bias = linear.weight, linear.bias
+        start = ternarize_weight(linear.weight, rule)
+        scale = start.scale.clamp(min=SMALLEST_SCALE)
+        self.weight_scale = nn.Parameter(scale, requires_grad=learn_scale)
+        self.register_buffer("packed", start.packed)
+        self._transposed: Tensor | None = None
+        self._stale = True
+        self.train(linear.training)
+
+    def refresh(self) -> Codes:
+        """Codes of the latent weight as it is now; frozen ones as they were."""
+        if self._stale or self.training:
+            with torch.inference_mode(False), torch.no_grad():  # what encode() makes must serve training too
+                self._ternarize()
+        self._stale = self.training  # an optimizer may change the weights before the next call
+        return Codes(self.packed, self._transposed)
+
+    def _ternarize(self) -> None:
+        if self.frozen:
+            if self._transposed is None:
+                self._transposed = transpose(self.packed, self.in_features)
+            return
+        # .data: a layer may run several times before one backward pass, and the second time changes nothing
+        if self.learn_scale:
+            self.weight_scale.data.clamp_(min=SMALLEST_SCALE)
+            self.packed, self._transposed = ternarize_given(self.weight, self.weight_scale)
+        else:
+            new = ternarize_weight(self.weight, self.rule)  # pyright: ignore[reportArgumentType]
+            self.weight_scale.data.copy_(new.scale.clamp_(min=SMALLEST_SCALE))
+            self.packed, self._transposed = new.packed, transpose(new.packed, self.in_features)
+
+    def packed_layer(self) -> TernaryLinear:
+        """The inference layer with the present codes; it shares scale and bias.
+
+        Raises:
+            TriternError: latent weights that are not finite.
+        """
+        if not torch.isfinite(self.weight).all() or not torch.isfinite(self.weight_scale).all():
+            raise TriternError("latent weights hold NaN or infinity; go back to an earlier checkpoint")
+        packed = PackedTernary(
+            self.refresh().packed, self.weight_scale.detach(), (self.out_features, self.in_features)
+        )
+        layer = TernaryLinear.from_packed(packed, self.bias, activation_bits=self.activation_bits)
+        return layer.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [..., in_features] -> [..., out_features]."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        codes = self.refresh()
+        y = ternary_linear(
+            x,
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            codes,
+            activation_bits=self.activation_bits,
+            clip=self.clip,
+            frozen=self.frozen,
+            backward_dtype=self.backward_dtype if x.dtype == torch.float32 else None,
+        )
+        if self.training and self.blend < 1:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            y = torch.lerp(F.linear(x, self.weight.to(x.dtype), bias), y, self.blend)
+        return y
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(module)``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rule={self.rule!r}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableTernaryLinear:
+        """Move everything with the module; scales stay float32 and codes uint8."""
+        scale, packed = self.weight_scale.data, self.packed
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale.data = scale.to(self.weight_scale.device)
+        if self.packed.dtype != torch.uint8:
+            self.packed = packed.to(self.packed.device)
+        self._transposed, self._stale = None, True
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._transposed, self._stale = None, True
+
+
+class TrainableInt8Embedding(nn.Embedding):
+    """An ``nn.Embedding`` whose looked-up rows are rounded as in ``Int8Embedding``, straight-through."""
+
+    @classmethod
+    def around(cls, table: nn.Embedding) -> TrainableInt8Embedding:
+        """One that takes over a table's parameter."""
+        new = cls(table.num_embeddings, table.embedding_dim, table.padding_idx, device="meta")
+        new.weight = table.weight
+        return new.train(table.training)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002, the parent's name
+        """Ids [...] -> [..., embedding_dim]."""
+        rows = super().forward(input)
+        q, scale = quantize_activations(rows.detach().reshape(-1, rows.shape[-1]))
+        scale = scale.to(rows.dtype)
+        value = (q.to(rows.dtype) * scale[:, None]).view(rows.shape)
+        return value + (rows - rows.detach())  # value, to the bit, with the rows' gradient
+
+
+def make_trainable(
+    model: nn.Module, config: TernaryConfig, *, through_tables: bool = True, **options: Any
+) -> list[str]:
+    """Replace, in place, what ``patch`` would convert by trainable forms.
+
+    Args:
+        model: in full precision.
+        config: as for ``patch``.
+        through_tables: round embedding tables in training too, and not only at its end.
+        **options: the remaining arguments of ``TrainableTernaryLinear``.
+
+    Returns:
+        The names of all that ``pack_trained`` shall convert.
+
+    Raises:
+        TriternError: as ``patch``.
+    """
+    linears, tables = plan(model, config)
+    first: dict[int, TrainableTernaryLinear] = {}
+    for choice in linears:
+        old = choice.module
+        assert isinstance(old, nn.Linear)
+        new = TrainableTernaryLinear(old, rule=config.rule, activation_bits=config.activation_bits, **options)
+        new.weight_scale = first.setdefault(id(old.weight), new).weight_scale  # shared as the weight is
+        _put(model, choice.names, new)
+    for choice in tables:
+        assert isinstance(choice.module, nn.Embedding)
+        if through_tables:
+            _put(model, choice.names, TrainableInt8Embedding.around(choice.module))
+    return [name for c in linears + tables for name in c.names]
+
+
+def pack_trained(model: nn.Module, config: TernaryConfig, names: Iterable[str]) -> None:
+    """Replace what is trainable by its packed form, in place."""
+    _swap(model, names)
+    hf.attach(model, config)
+
+
+@contextmanager
+def packed_form(model: nn.Module, config: TernaryConfig, names: Iterable[str]) -> Iterator[None]:
+    """The packed model for as long as the context lasts, to be saved or scored."""
+    trainable = _swap(model, names)
+    try:
+        hf.attach(model, config)
+        yield
+    finally:
+        hf.detach(model)
+        for name, layer in trainable.items():
+            model.set_submodule(name, layer)
+
+
+def _swap(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    old = {name: model.get_submodule(name) for name in names}
+    new: dict[int, nn.Module] = {}
+    for layer in old.values():
+        if isinstance(layer, TrainableTernaryLinear):
+            new.setdefault(id(layer), layer.packed_layer())
+        elif isinstance(layer, nn.Embedding):
+            new.setdefault(id(layer), Int8Embedding.from_embedding(layer))
+    for name, layer in old.items():
+        _put(model, [name], new[id(layer)])
+    return old
+
+
+def _put(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
+    for name in names:
+        old = model.get_submodule(name)
+        module._forward_hooks, module._forward_pre_hooks = old._forward_hooks, old._forward_pre_hooks
+        model.set_submodule(name, module)

@@ -1,0 +1,230 @@
+"""The training loss: teacher and student on one batch, seen through hooks, compared term by term."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from sentence_transformers.util import all_gather, all_gather_with_grad
+from torch import Tensor, nn
+
+from ..errors import TriternError
+from .layers import TrainableTernaryLinear
+from .losses import LOSSES, Outputs, terms
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from .arguments import TernaryDistillationArguments
+
+_QUERY = ("query", "q", "q_proj", "q_lin", "query_proj")
+_KEY = ("key", "k", "k_proj", "k_lin", "key_proj")
+_VALUE = ("value", "v", "v_proj", "v_lin", "value_proj")
+_FUSED = ("qkv", "Wqkv", "qkv_proj", "query_key_value")
+_PER_TOKEN = ("hidden", "last_hidden", "relations")
+
+
+class Taps:
+    """Hooks that collect the outputs of a model's transformer blocks and the last block's Q, K and V."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.blocks = _blocks(model)
+        self.qkv = _projections(self.blocks[-1]) if self.blocks else []
+
+    @contextmanager
+    def open(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Collect while the model runs once: (hidden states, [Q, K, V])."""
+        hidden, qkv = [], []
+
+        def keep_hidden(module: nn.Module, args: Any, output: Any) -> None:
+            hidden.append(output if isinstance(output, Tensor) else output[0])
+
+        def keep_qkv(module: nn.Module, args: Any, output: Tensor) -> None:
+            qkv.extend(output.chunk(3, dim=-1) if len(self.qkv) == 1 else [output])
+
+        handles = [block.register_forward_hook(keep_hidden) for block in self.blocks]
+        handles += [layer.register_forward_hook(keep_qkv) for layer in self.qkv]
+        try:
+            yield hidden, qkv
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Members of the outermost ModuleLists all of whose members hold linear layers."""
+    found: list[nn.Module] = []
+    prefixes: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(p) for p in prefixes):
+            children = list(module.children())
+            if children and all(any(map(_is_linear, c.modules())) for c in children):
+                prefixes.append(name + ".")
+                found += children
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, TrainableTernaryLinear))
+
+
+def _projections(block: nn.Module) -> list[nn.Module]:
+    """Query, key and value layers of a block, or the one layer that computes all three, or nothing."""
+    linears = [(n.rpartition(".")[2], m) for n, m in block.named_modules() if _is_linear(m)]
+    fused = [m for n, m in linears if n in _FUSED]
+    if len(fused) == 1:
+        return fused
+    parts = [[m for n, m in linears if n in names] for names in (_QUERY, _KEY, _VALUE)]
+    return [p[0] for p in parts] if all(len(p) == 1 for p in parts) else []
+
+
+class DistillationLoss(nn.Module):
+    """Weighted terms of ``losses.LOSSES`` between a student and its frozen teacher on the same texts.
+
+    Args:
+        model: the student.
+        teacher: a model with the same tokenizer, or None if the batches bring its vectors as labels.
+        args: weights and schedules.
+
+    Raises:
+        TriternError: a term the two models cannot be compared by, with the setting that turns it off.
+    """
+
+    balance: Tensor
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        teacher: SentenceTransformer | None,
+        args: TernaryDistillationArguments,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.args = args
+        self.progress = 0.0  # share of the training steps done, set by the trainer
+        # factors that make the terms' gradients equally long; NaN until measured on the first batch
+        self.register_buffer("balance", torch.full((len(LOSSES),), torch.nan if args.balance_losses else 1.0))
+        self._teacher = (teacher,)  # out of sight: a module here would be trained, moved and saved
+        self._taps = Taps(model), Taps(teacher) if teacher is not None else None
+        self._check(model, teacher)
+
+    def _check(self, model: SentenceTransformer, teacher: SentenceTransformer | None) -> None:
+        names = self.args.loss_weights()
+        per_token = [n for n in names if n in _PER_TOKEN]
+        if not names:
+            raise TriternError(f"all loss weights are 0; the terms are {_settings(LOSSES)}")
+        if teacher is None:
+            if per_token:
+                raise TriternError(
+                    f"{_settings(per_token)} must be 0 with precomputed teacher vectors: there is no teacher "
+                    "to show hidden states"
+                )
+            return
+        student_taps, teacher_taps = self._taps
+        if "relations" in names and not (student_taps.qkv and teacher_taps and teacher_taps.qkv):
+            raise TriternError(
+                "relations_weight must be 0 for this model: no query, key and value layers found in its last "
+                f"block (looked for {', '.join(_QUERY)} and the like, or one of {', '.join(_FUSED)})"
+            )
+        if per_token and not student_taps.blocks:
+            raise TriternError(f"{_settings(per_token)} must be 0 for this model: it has no blocks of layers")
+
+    def forward(self, features: list[dict[str, Tensor]], labels: Tensor | None = None) -> dict[str, Tensor]:
+        """The weighted terms by name; their sum is the loss. ``features`` is one tokenized column."""
+        weights = self.args.loss_weights()
+        mask = features[0].get("attention_mask")
+        teacher = self._teacher_outputs(features[0], labels)
+        with self._taps[0].open() as (hidden, qkv):
+            pooled = self.model(dict(features[0]))["sentence_embedding"]
+        student = Outputs(pooled, hidden, qkv)
+        self._check_widths(student, teacher, list(weights))
+        values = terms(
+            student,
+            teacher,
+            mask,
+            list(weights),
+            gathered=_gather(pooled, teacher.pooled) if "similarity" in weights else None,
+            dims=self.args.matryoshka_dims or (),
+            temperature=self.args.temperature,
+            heads=self.args.relation_heads,
+        )
+        if torch.isnan(self.balance).any() and torch.is_grad_enabled():
+            self._measure(values, hidden[0] if hidden else pooled)
+        fade = self.args.layer_fade if self.progress >= self.args.layer_fade_start else 1.0
+        balance = torch.nan_to_num(self.balance, nan=1.0)
+        return {
+            name: value * weights[name] * balance[LOSSES.index(name)] * (fade if name in _PER_TOKEN else 1.0)
+            for name, value in values.items()
+        }
+
+    def _teacher_outputs(self, features: dict[str, Tensor], labels: Tensor | None) -> Outputs:
+        teacher, taps = self._teacher[0], self._taps[1]
+        if teacher is None or taps is None:
+            if labels is None:
+                raise TriternError(
+                    "without a teacher model every batch needs the teacher's vectors as `label`"
+                )
+            return Outputs(labels, [], [])
+        device = next(iter(features.values())).device
+        if teacher.device != device:
+            teacher.to(device)
+        dtype = self.args.teacher_dtype()
+        autocast = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+        with torch.inference_mode(), autocast, taps.open() as (hidden, qkv):
+            pooled = teacher(dict(features))["sentence_embedding"]
+        # tensors of inference mode cannot take part in a backward pass, their copies can
+        wanted = self.args.loss_weights()
+        hidden = hidden if "hidden" in wanted else hidden[-1:] if "last_hidden" in wanted else []
+        qkv = qkv if "relations" in wanted else []
+        return Outputs(pooled.clone(), [h.clone() for h in hidden], [p.clone() for p in qkv])
+
+    def _check_widths(self, student: Outputs, teacher: Outputs, names: list[str]) -> None:
+        widths = student.pooled.shape[-1], teacher.pooled.shape[-1]
+        if widths[0] != widths[1] and ("cosine" in names or self.args.matryoshka_dims):
+            raise TriternError(
+                f"the teacher's vectors have {widths[1]} dimensions and the student's {widths[0]}: set "
+                "cosine_weight=0 (similarity works across widths) or take a teacher of the same width"
+            )
+        if "hidden" in names and len(student.hidden) != len(teacher.hidden):
+            raise TriternError(
+                f"hidden_weight must be 0: the student has {len(student.hidden)} blocks, "
+                f"the teacher {len(teacher.hidden)}"
+            )
+        ours, theirs = ([h.shape[-1] for h in x.hidden[-1:]] for x in (student, teacher))
+        if ours != theirs and ("hidden" in names or "last_hidden" in names):
+            raise TriternError(
+                "hidden_weight and last_hidden_weight must be 0: hidden states have width "
+                f"{ours} in the student and {theirs} in the teacher"
+            )
+
+    def _measure(self, values: dict[str, Tensor], at: Tensor) -> None:
+        """Set ``balance`` so that every term's gradient at the first block is as long as the first term's."""
+        norms = {
+            name: torch.autograd.grad(value, at, retain_graph=True)[0].float().norm().detach()
+            for name, value in values.items()
+        }
+        reference = next(iter(norms.values()))
+        for name, norm in norms.items():
+            self.balance[LOSSES.index(name)] = reference / norm.clamp(min=1e-12)
+        if dist.is_initialized():
+            dist.all_reduce(self.balance, op=dist.ReduceOp.SUM)
+            self.balance /= dist.get_world_size()
+        self.balance.nan_to_num_(nan=1.0)
+
+
+def _settings(names: Iterable[str]) -> str:
+    return ", ".join(f"{n}_weight" for n in names)
+
+
+def _gather(student: Tensor, teacher: Tensor) -> dict[str, Any] | None:
+    """The vectors of all processes, with gradients to the student's; None for a single process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return {
+        "all_student": all_gather_with_grad(student),
+        "all_teacher": all_gather(teacher),
+        "first": dist.get_rank() * len(student),
+    }

@@ -1,0 +1,268 @@
+"""``tritern.distill``: one call from a model and texts to a ternary model on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentence_transformers
+import torch
+import transformers
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.evaluation import BaseEvaluator
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..config import TernaryConfig
+from ..errors import TriternError
+from ..evaluate import Fidelity, evaluate
+from ..summary import summary
+from .arguments import TernaryDistillationArguments
+from .card import model_card
+from .data import JOINED_RATIO, clean, joined, prefixed, read_texts
+from .trainer import TernaryDistiller
+
+logger = logging.getLogger(__name__)
+
+RECORD_FILE = "distillation.json"
+"""What a run was given, what it did and how close the model came."""
+
+
+class FidelityEvaluator(BaseEvaluator):
+    """Closeness to the teacher on texts, for sentence-transformers' trainer: ``tritern.evaluate`` as an
+    evaluator. Its primary metric is the top-10 overlap.
+
+    Args:
+        texts: at least 12.
+        teacher: the teacher or its vectors.
+        name: prefix of the metrics.
+    """
+
+    def __init__(
+        self, texts: Sequence[str], teacher: SentenceTransformer | np.ndarray, name: str = "fidelity"
+    ) -> None:
+        super().__init__()
+        self.texts, self.name = list(texts), name
+        self.teacher = teacher if isinstance(teacher, np.ndarray) else teacher.encode(self.texts)
+        self.primary_metric = "overlap"
+        self.latest: Fidelity | None = None
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """Metrics ``{name}_cosine``, ``{name}_overlap`` and ``{name}_rank_correlation``."""
+        self.latest = evaluate(model, self.teacher, self.texts)
+        values = {k: getattr(self.latest, k) for k in ("cosine", "overlap", "rank_correlation")}
+        return self.prefix_name_to_metrics(values, self.name)
+
+
+def distill(
+    model: SentenceTransformer | str,
+    texts: Iterable[str] | str | Path,
+    output_dir: str | Path,
+    *,
+    teacher: SentenceTransformer | np.ndarray | None = None,
+    config: TernaryConfig | None = None,
+    prefixes: Sequence[str] | None = None,
+    holdout: int = 256,
+    joined_ratio: float | None = None,
+    evaluator: BaseEvaluator | None = None,
+    callbacks: Sequence[Any] = (),
+    resume: bool | str = False,
+    **settings: Any,
+) -> SentenceTransformer:
+    """Train a ternary form of a model on raw texts to give the vectors of the original.
+
+    The model is changed in place and returned, packed; ``output_dir`` receives it with a model card and
+    ``distillation.json``, the record of the run.
+
+    Args:
+        model: a full-precision sentence-transformer, or its name or path.
+        texts: strings, or a source for ``read_texts``. No labels are needed; take text like that to be
+            embedded later. Repeated and very short ones are left out.
+        output_dir: folder for the model and the checkpoints of the run.
+        teacher: model with the same tokenizer, or the vectors of ``texts`` [len(texts), width]; by default
+            the model itself, before training.
+        config: what becomes ternary and how; by default ``TernaryConfig(embedding_bits=8)``.
+        prefixes: put before the texts in turn; by default the model's own prompts. Pass () for none.
+        holdout: texts kept out of training, to measure closeness on; 0: none.
+        joined_ratio: share of the training texts made by joining several into a longer one; default 0.15, or
+            0 with teacher vectors.
+        evaluator: evaluates during training instead of closeness on the holdout (see ``eval_strategy``).
+        callbacks: of transformers' Trainer, such as ``EarlyStoppingCallback``.
+        resume: go on from the last checkpoint in ``output_dir``, or from the one named. The same arguments
+            give the same numbers as a run without interruption.
+        **settings: fields of ``TernaryDistillationArguments``, such as ``max_steps``,
+            ``per_device_train_batch_size``, ``learning_rate``, ``save_steps``.
+
+    Returns:
+        The model.
+
+    Raises:
+        TriternError: an unsuitable model, texts or teacher; not enough memory; a loss that is not finite.
+    """
+    start = time.perf_counter()
+    output_dir = Path(output_dir)
+    model = SentenceTransformer(model) if isinstance(model, str) else model
+    config = config or TernaryConfig(embedding_bits=8)
+    args = _arguments(output_dir, settings, evaluator)
+    checkpoint = _checkpoint(output_dir, resume)
+    source = str(texts) if isinstance(texts, (str, Path)) else "texts given to the call"
+    texts = read_texts(texts) if isinstance(texts, (str, Path)) else list(texts)
+    if prefixes is None:
+        prefixes = [p for p in model.prompts.values() if p]
+    vectors = teacher if isinstance(teacher, np.ndarray) else None
+    if vectors is None:
+        ratio = JOINED_RATIO if joined_ratio is None else joined_ratio
+        train, held = _split(texts, prefixes, holdout, ratio, args)
+        held_vectors = (teacher or model).encode(held) if held else None  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        train, held = _split_with_vectors(texts, vectors, prefixes, holdout, joined_ratio)
+        held_vectors = vectors[:holdout]
+    closeness = FidelityEvaluator(held, held_vectors) if held and held_vectors is not None else None
+    trainer = TernaryDistiller(
+        model,
+        args,
+        train,
+        teacher="labels" if vectors is not None else teacher,  # pyright: ignore[reportArgumentType]
+        config=config,
+        evaluator=evaluator or closeness,
+        callbacks=list(callbacks),
+    )
+    fidelity: dict[str, Any] = {}
+
+    def judge(stage: str) -> None:
+        if closeness:
+            closeness(model)
+            fidelity[stage] = closeness.latest
+            logger.info("%s: %s", stage, closeness.latest)
+
+    judge("ternary, not trained")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.pack()
+    judge("ternary, distilled")
+    record = _record(trainer, teacher, source, fidelity, time.perf_counter() - start)
+    if trainer.is_world_process_zero():
+        vars(model)["_model_card_text"] = model_card(record)
+        model.model_card_data.tags = [t for t in model.model_card_data.tags if t != "generated_from_trainer"]
+        model.save_pretrained(str(output_dir))
+        (output_dir / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return model
+
+
+def _arguments(
+    output_dir: Path, settings: dict[str, Any], evaluator: BaseEvaluator | None
+) -> TernaryDistillationArguments:
+    unknown = set(settings) - {f.name for f in fields(TernaryDistillationArguments)}
+    if unknown:
+        raise TriternError(
+            f"unknown settings: {', '.join(sorted(unknown))}; see "
+            "tritern.distillation.TernaryDistillationArguments"
+        )
+    settings.setdefault("eval_strategy", "no" if evaluator is None else "steps")
+    settings.setdefault("report_to", "none")
+    return TernaryDistillationArguments(output_dir=str(output_dir), **settings)
+
+
+def _split(
+    texts: list[str],
+    prefixes: Sequence[str],
+    holdout: int,
+    joined_ratio: float,
+    args: TernaryDistillationArguments,
+) -> tuple[Dataset, list[str]]:
+    """The training set and the texts held out of it."""
+    _check_holdout(holdout)
+    texts = clean(texts, holdout + args.train_batch_size * args.world_size)
+    train = prefixed(joined(texts[holdout:], joined_ratio, args.seed), prefixes)
+    return Dataset.from_dict({"text": train}), prefixed(texts[:holdout], prefixes)
+
+
+def _split_with_vectors(
+    texts: list[str], vectors: np.ndarray, prefixes: Sequence[str], holdout: int, joined_ratio: float | None
+) -> tuple[Dataset, list[str]]:
+    _check_holdout(holdout)
+    if vectors.ndim != 2 or len(vectors) != len(texts):
+        raise TriternError(
+            f"teacher vectors must have shape [{len(texts)}, width], one row per text; received "
+            f"{list(vectors.shape)}"
+        )
+    if not np.isfinite(vectors).all():
+        raise TriternError("teacher vectors hold NaN or infinity")
+    if joined_ratio:
+        raise TriternError("joined_ratio must be 0 with teacher vectors: joined texts have none")
+    empty = next((i for i, text in enumerate(texts) if not text.strip()), None)
+    if empty is not None:
+        raise TriternError(f"texts: number {empty} is empty; remove it and its teacher vector")
+    texts = prefixed(texts, prefixes)
+    train = {"text": texts[holdout:], "label": list(vectors[holdout:].astype(np.float32))}
+    return Dataset.from_dict(train), texts[:holdout]
+
+
+def _check_holdout(holdout: int) -> None:
+    if holdout and holdout < 12:
+        raise TriternError(f"holdout must be 0 or at least 12; received {holdout}")
+
+
+def _checkpoint(folder: Path, resume: bool | str) -> str | None:
+    if isinstance(resume, str):
+        return resume
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if resume and last is None:
+        logger.warning("no checkpoint in %s yet: starting from the beginning", folder)
+    if last is not None and not resume:
+        raise TriternError(
+            f"{folder} already holds checkpoints of a run ({Path(last).name}); go on with resume=True or "
+            "name another folder"
+        )
+    return last
+
+
+def _record(
+    trainer: TernaryDistiller, teacher: Any, source: str, fidelity: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    from .. import __version__
+
+    args, size = trainer.args, summary(trainer.model)
+    teacher_name = "the model itself" if teacher is None else "given vectors"
+    cuda = args.device.type == "cuda"
+    return {
+        "model": _name(trainer.model),
+        "teacher": _name(teacher) if isinstance(teacher, SentenceTransformer) else teacher_name,
+        "config": asdict(trainer.ternary_config),
+        "data": {"source": source, "texts": len(trainer.train_dataset)},  # pyright: ignore[reportArgumentType]
+        "settings": _changed(args),
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "layers": len(size.layers),
+        "bytes": {"in full precision": size.model_bytes_before, "ternary": size.model_bytes_after},
+        "fidelity": {stage: asdict(f) for stage, f in fidelity.items()},
+        "device": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "sentence_transformers": sentence_transformers.__version__,
+            "tritern": __version__,
+        },
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "log": trainer.state.log_history,
+    }
+
+
+def _changed(args: TernaryDistillationArguments) -> dict[str, Any]:
+    """Settings that are not transformers' own defaults, as plain values."""
+    plain = SentenceTransformerTrainingArguments(output_dir=str(args.output_dir)).to_dict()
+    skip = ("output_dir", "logging_dir", "prompts", "router_mapping", "learning_rate_mapping", "report_to")
+    return {k: v for k, v in args.to_dict().items() if k not in skip and (k not in plain or plain[k] != v)}
+
+
+def _name(model: SentenceTransformer) -> str:
+    data, path = model.model_card_data, getattr(model[0], "model_name_or_path", None)
+    return data.base_model or data.model_id or (Path(path).name if path else type(model[0]).__name__)

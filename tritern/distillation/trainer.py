@@ -1,0 +1,210 @@
+"""``TernaryDistiller``: sentence-transformers' trainer for a student with ternary layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_model, save_file, save_model
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..config import TernaryConfig
+from ..errors import CheckpointError, TriternError
+from ..linear import TernaryLinear
+from .arguments import TernaryDistillationArguments, suggested_learning_rate
+from .data import LengthBatches
+from .layers import TrainableTernaryLinear, make_trainable, pack_trained, packed_form
+from .objective import DistillationLoss
+
+STATE_FILE = "training_state.safetensors"
+"""Latent weights and scales of a checkpoint, beside its packed model."""
+
+
+class TernaryDistiller(SentenceTransformerTrainer):
+    """Distil a model into its own ternary form, in place.
+
+    Everything else is ``SentenceTransformerTrainer``: mixed precision, accumulation, evaluation, early
+    stopping, logging, several processes. A checkpoint folder holds the packed model, ready to be loaded and
+    scored, and the latent weights, from which ``train(resume_from_checkpoint=...)`` goes on exactly.
+
+    Args:
+        model: the student, in full precision; its linear layers become trainable ternary ones at once.
+        args: settings.
+        train_dataset: one text column; with ``teacher="labels"`` also ``label``, the teacher's vectors.
+        teacher: a model with the same tokenizer; None: a frozen copy of ``model``; ``"labels"``: the vectors
+            in the data set's ``label`` column.
+        config: what becomes ternary and how.
+        **kwargs: of ``SentenceTransformerTrainer``, except ``loss``.
+
+    Raises:
+        TriternError: a model that is already ternary, a teacher that does not fit, weights that ``patch``
+            refuses.
+    """
+
+    training_args_class = TernaryDistillationArguments
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        args: TernaryDistillationArguments,
+        train_dataset: Any = None,
+        *,
+        teacher: SentenceTransformer | str | None = None,
+        config: TernaryConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.ternary_config = config or TernaryConfig()
+        if any(isinstance(m, TernaryLinear) for m in model.modules()):
+            raise TriternError(
+                "the student is already packed and its codes cannot be trained: start from the "
+                "full-precision model, or resume a run from its checkpoint folder"
+            )
+        if isinstance(teacher, str) and teacher != "labels":
+            raise TriternError(f"teacher must be a model, None or 'labels'; received {teacher!r}")
+        frozen = copy.deepcopy(model) if teacher is None else None if isinstance(teacher, str) else teacher
+        if frozen is not None:
+            _check_tokenizer(model, frozen)
+            frozen.eval().requires_grad_(False)
+        self.converted = make_trainable(
+            model,
+            self.ternary_config,
+            learn_scale=args.learn_scale,
+            clip=args.clip,
+            backward_dtype=args.backward_dtype(),
+            through_tables=args.train_int8_embeddings,
+        )
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and not args.train_embeddings:
+                module.requires_grad_(False)
+        if args.learning_rate is None:
+            args.learning_rate = suggested_learning_rate(sum(p.numel() for p in model.parameters()))
+        _without_dropout(model)
+        self.objective = DistillationLoss(model, frozen, args)
+        if "data_collator" not in kwargs:
+            limits = [n for n in (args.max_length, model.max_seq_length) if n]
+            length = min(limits) if limits else None
+            kwargs["data_collator"] = self.data_collator_class(model.preprocess, max_length=length)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, loss=self.objective, **kwargs)
+        self.args: TernaryDistillationArguments
+        self.add_callback(_Schedule(self))
+
+    def layers(self) -> Iterator[TrainableTernaryLinear]:
+        """The trainable ternary layers."""
+        return (m for m in self.model.modules() if isinstance(m, TrainableTernaryLinear))
+
+    def pack(self) -> SentenceTransformer:
+        """End training: the model with packed layers, in place."""
+        pack_trained(self.model, self.ternary_config, self.converted)
+        return self.model
+
+    def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **kwargs: Any) -> Any:
+        """Batches of similar length where ``args.group_by_length`` asks for them."""
+        texts = [c for c in dataset.column_names if c not in self.data_collator.valid_label_columns]
+        if not self.args.group_by_length or len(texts) != 1 or not hasattr(dataset, "__len__"):
+            return super().get_batch_sampler(dataset, batch_size, drop_last, **kwargs)
+        lengths = [len(text) for text in dataset[texts[0]]]
+        return LengthBatches(lengths, batch_size, drop_last, self.args.world_size, kwargs.get("seed", 0))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The usual schedule up to the recovery phase, then a small rate falling to 0."""
+        if self.lr_scheduler is None:
+            start = self.args.recovery_start(num_training_steps)
+            scheduler = super().create_scheduler(start, optimizer)
+            if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+                scheduler.lr_lambdas = [
+                    self.args.with_recovery(f, num_training_steps) for f in scheduler.lr_lambdas
+                ]
+        return self.lr_scheduler
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One step; a loss that is not finite ends the run and keeps the batch."""
+        batch = dict(inputs)
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise TriternError(
+                    f"out of memory ({error}). Lower per_device_train_batch_size (now "
+                    f"{self.args.per_device_train_batch_size}; gradient_accumulation_steps makes up for it), "
+                    f"max_length (now {self.args.max_length}), or set gradient_checkpointing=True."
+                ) from error
+            raise
+        if not torch.isfinite(loss):
+            file = Path(str(self.args.output_dir)) / f"bad_batch-{self.state.global_step}.safetensors"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.contiguous() for k, v in batch.items() if isinstance(v, Tensor)}, file)
+            raise TriternError(
+                f"the loss is {float(loss)} at step {self.state.global_step}; the batch is kept in {file}. "
+                f"Lower learning_rate (now {self.args.learning_rate:g}) or resume from the last checkpoint."
+            )
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            for layer in self.layers():
+                layer.refresh()
+            frozen = any(layer.frozen for layer in self.layers())
+            balance = ",".join(str(float(b)) for b in self.objective.balance)
+            metadata = {"frozen": str(int(frozen)), "balance": balance}
+            save_model(self.model, str(folder / STATE_FILE), metadata)
+        with packed_form(self.model, self.ternary_config, self.converted):
+            super()._save(str(folder), state_dict)
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
+        file = Path(checkpoint_path) / STATE_FILE
+        if not file.exists():
+            raise CheckpointError(
+                f"{checkpoint_path} has no {STATE_FILE}: it is not a checkpoint of a distillation run "
+                "(packed models cannot be trained further)"
+            )
+        load_model(self.model, file)
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata()
+        for layer in self.layers():
+            layer.frozen = metadata["frozen"] == "1"
+        with torch.no_grad():
+            self.objective.balance.copy_(torch.tensor([float(b) for b in metadata["balance"].split(",")]))
+
+
+class _Schedule(TrainerCallback):
+    """Sets blend, freezing and the loss's progress before every step: functions of the step alone."""
+
+    def __init__(self, trainer: TernaryDistiller) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        progress = state.global_step / max(1, state.max_steps)
+        frozen = args.frozen(state.global_step, state.max_steps)
+        self.trainer.objective.progress = progress
+        for layer in self.trainer.layers():
+            if frozen and not layer.frozen:
+                layer.refresh()
+            layer.blend, layer.frozen = args.blend(progress), frozen
+
+
+def _check_tokenizer(model: SentenceTransformer, teacher: SentenceTransformer) -> None:
+    ours, theirs = model.tokenizer, teacher.tokenizer
+    if hasattr(ours, "get_vocab") and hasattr(theirs, "get_vocab") and ours.get_vocab() != theirs.get_vocab():
+        raise TriternError(
+            "student and teacher must have the same tokenizer; their vocabularies differ. Encode the texts "
+            "with the teacher first and pass its vectors instead."
+        )
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Turn dropout off in training too: modules and the float attributes that attention reads."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,128 @@
+"""``Int8Embedding``: an embedding table with one byte a value and one scale a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritern_kernels.dispatch import FLOATS
+from tritern_kernels.reference import quantize_activations
+
+from .errors import TriternError
+
+
+class Int8Embedding(nn.Module):
+    """A drop-in for ``nn.Embedding`` in inference: row i is ``weight_scale[i] * weight[i]``.
+
+    Takes ids [...] and returns [..., embedding_dim] in the dtype of ``weight_scale``, which follows the
+    module when it is cast; the table stays int8.
+
+    Attributes:
+        weight: buffer, int8 [num_embeddings, embedding_dim], each row's values / scale, rounded.
+        weight_scale: buffer, floating point [num_embeddings], each row's absmax / 127.
+
+    Args:
+        num_embeddings: rows.
+        embedding_dim: values in a row.
+        padding_idx: kept for those who ask; it changes nothing in inference.
+        device: where the buffers live.
+        dtype: of the scales and of the output.
+
+    Raises:
+        TriternError: another dtype than float32, float16 or bfloat16.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dtype is not None and dtype not in FLOATS:
+            raise TriternError(f"dtype must be float32, float16 or bfloat16; received {dtype}: cast it first")
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        shape = (num_embeddings, embedding_dim)
+        self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.zeros(num_embeddings, device=device, dtype=dtype))
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding) -> Int8Embedding:
+        """Round a table row by row, as activations are (``reference.quantize_activations``).
+
+        Raises:
+            TriternError: ``max_norm`` is set, or the table is on the meta device, of another dtype than
+                float32, float16, bfloat16, or holds NaN or infinity.
+        """
+        weight = embedding.weight.detach()
+        if embedding.max_norm is not None:
+            raise TriternError(
+                f"an embedding with max_norm={embedding.max_norm} cannot be made int8, as reading rescales "
+                "its rows; rescale them beforehand and set max_norm to None"
+            )
+        if weight.is_meta:
+            raise TriternError("the table is on the meta device; load the weights before making it int8")
+        if not torch.isfinite(weight).all():
+            raise TriternError("the table holds NaN or infinity; repair the checkpoint")
+        shape = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
+        new = cls(*shape, device="meta", dtype=weight.dtype)
+        q, scale = quantize_activations(weight)
+        new.weight, new.weight_scale = q, scale.to(weight.dtype)
+        return new.train(embedding.training)
+
+    def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """The ``nn.Embedding`` with the same values in ``dtype`` (default: that of the scales)."""
+        values = self._values(self.weight, self.weight_scale).to(dtype or self.weight_scale.dtype)
+        table = nn.Embedding.from_pretrained(values, freeze=False, padding_idx=self.padding_idx)
+        return table.train(self.training)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002, nn.Embedding's name
+        """Ids [...] -> [..., embedding_dim]."""
+        rows = nn.functional.embedding(input, self.weight)
+        return self._values(rows, nn.functional.embedding(input, self.weight_scale[:, None]).squeeze(-1))
+
+    @staticmethod
+    def _values(rows: Tensor, scale: Tensor) -> Tensor:
+        return rows.to(scale.dtype) * scale[..., None]
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(module)``."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}"
+
+    def requires_grad_(self, requires_grad: bool = True) -> Int8Embedding:
+        """Refused when True: rounded tables have no gradient."""
+        if requires_grad:
+            raise TriternError("an Int8Embedding cannot be trained; train `table.to_embedding()` instead")
+        return super().requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Embedding:
+        table = self.weight
+        super()._apply(fn, recurse)
+        if self.weight.dtype != torch.int8:
+            self.weight = table.to(self.weight.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        for name, dtypes in (("weight", (torch.int8,)), ("weight_scale", FLOATS)):
+            value = state_dict.get(prefix + name)
+            if value is not None and value.dtype not in dtypes:  # copy_ would convert it without a word
+                error_msgs.append(
+                    f"{prefix}{name} must be {' or '.join(map(str, dtypes))}; the state dict holds "
+                    f"{value.dtype}. Load full-precision weights before patching the model."
+                )
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
