@@ -98,7 +98,6 @@ def main() -> None:
     from sentence_transformers import SentenceTransformer
 
     import tritern
-    from tritern.distillation import read_texts
 
     name = options.model
     if name == "packaged":
@@ -113,20 +112,20 @@ def main() -> None:
     config = tritern.TernaryConfig(
         rule=options.rule, activation_bits=options.activation_bits, embedding_bits=options.embedding_bits
     )
-    extra = {} if options.joined_ratio is None else {"joined_ratio": options.joined_ratio}
     try:
-        texts = read_texts(options.texts, column=options.column, limit=options.limit)
         teacher = SentenceTransformer(options.teacher) if options.teacher else None
         model = tritern.distill(
             SentenceTransformer(name),
-            texts,
+            options.texts,
             options.output,
+            column=options.column,
+            limit=options.limit,
             teacher=teacher,
             config=config,
             prefixes=prefixes,
             holdout=options.holdout,
+            joined_ratio=options.joined_ratio,
             resume=options.resume,
-            **extra,
             **settings,
         )
     except (tritern.TriternError, OSError) as error:

@@ -146,6 +146,8 @@ def test_wrong_settings(tiny, sentences, tmp_path):
     ):
         with pytest.raises(TriternError, match=message):
             tritern.distill(tiny, sentences, tmp_path, **{**SMALL, **settings})
+    with pytest.raises(TriternError, match="column and limit go with a file or data set"):
+        tritern.distill(tiny, sentences, tmp_path, limit=50, **SMALL)
     with pytest.raises(TriternError, match="holdout must be 0 or at least 12; received 5"):
         tritern.distill(tiny, sentences, tmp_path, holdout=5, **SMALL)
     with pytest.raises(TriternError, match="rule must be one of"):

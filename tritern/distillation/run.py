@@ -70,6 +70,8 @@ def distill(
     *,
     teacher: SentenceTransformer | np.ndarray | None = None,
     config: TernaryConfig | None = None,
+    column: str | None = None,
+    limit: int | None = None,
     prefixes: Sequence[str] | None = None,
     holdout: int = 256,
     joined_ratio: float | None = None,
@@ -91,6 +93,7 @@ def distill(
         teacher: model with the same tokenizer, or the vectors of ``texts`` [len(texts), width]; by default
             the model itself, before training.
         config: what becomes ternary and how; by default ``TernaryConfig(embedding_bits=8)``.
+        column, limit: of ``read_texts``, where ``texts`` is a source.
         prefixes: put before the texts in turn; by default the model's own prompts. Pass () for none.
         holdout: texts kept out of training, to measure closeness on; 0: none.
         joined_ratio: share of the training texts made by joining several into a longer one; default 0.15, or
@@ -115,7 +118,11 @@ def distill(
     args = _arguments(output_dir, settings, evaluator)
     checkpoint = _checkpoint(output_dir, resume)
     source = str(texts) if isinstance(texts, (str, Path)) else "texts given to the call"
-    texts = read_texts(texts) if isinstance(texts, (str, Path)) else list(texts)
+    if isinstance(texts, (str, Path)):
+        texts = read_texts(texts, column=column, limit=limit)
+    elif column is not None or limit is not None:
+        raise TriternError("column and limit go with a file or data set; texts are given already")
+    texts = list(texts)
     if prefixes is None:
         prefixes = [p for p in model.prompts.values() if p]
     vectors = teacher if isinstance(teacher, np.ndarray) else None

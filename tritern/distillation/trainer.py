@@ -68,7 +68,8 @@ class TernaryDistiller(SentenceTransformerTrainer):
             )
         if isinstance(teacher, str) and teacher != "labels":
             raise TriternError(f"teacher must be a model, None or 'labels'; received {teacher!r}")
-        frozen = copy.deepcopy(model) if teacher is None else None if isinstance(teacher, str) else teacher
+        own = teacher is None or teacher is model
+        frozen = copy.deepcopy(model) if own else None if isinstance(teacher, str) else teacher
         if frozen is not None:
             _check_tokenizer(model, frozen)
             frozen.eval().requires_grad_(False)

@@ -1,0 +1,58 @@
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from tritern import TernaryLinear
+
+PATH = Path(__file__).parents[2] / "examples" / "distill_e5.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("distill_e5", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(script, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["distill_e5.py", *map(str, arguments)])
+    return script.main()
+
+
+def test_a_file_in_a_ternary_model_out(script, monkeypatch, tiny_path, sentences, tmp_path, capsys):
+    texts, output = tmp_path / "texts.txt", tmp_path / "out"
+    texts.write_text("\n".join(sentences))
+    run(
+        script, monkeypatch, "--model", tiny_path, "--texts", texts, "--output", output, "--steps", 2,
+        "--limit", 200, "--holdout", 20, "--joined-ratio", 0, "--activation-bits", 16,
+        "--prefixes", "ba ", "da ",
+        "--per_device_train_batch_size", 16, "--use_cpu", "--disable_tqdm", "True", "--no_group_by_length",
+    )  # fmt: skip
+    record = json.loads((output / "distillation.json").read_text())
+    assert record["steps"] == 2 and record["data"] == {"source": str(texts), "texts": 180}
+    assert record["config"]["activation_bits"] == 16 and record["config"]["embedding_bits"] == 8
+    assert record["settings"]["group_by_length"] is False
+    assert record["settings"]["per_device_train_batch_size"] == 16
+    model = SentenceTransformer(str(output), device="cpu")
+    assert sum(isinstance(m, TernaryLinear) for m in model.modules()) == 12
+    assert "whole model" in capsys.readouterr().out
+
+
+def test_wrong_options(script, monkeypatch, tiny_path, sentences, tmp_path, capsys):
+    required = ["--model", tiny_path, "--output", tmp_path / "out"]
+    with pytest.raises(SystemExit):
+        run(script, monkeypatch, *required, "--texts", "a.txt", "--batchsize", "3")
+    assert "unknown options: --batchsize 3 (--help-all lists every setting)" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="distill_e5.py: texts: .*a.txt is not there"):
+        run(script, monkeypatch, *required, "--texts", tmp_path / "a.txt")
+    (tmp_path / "few.txt").write_text("\n".join(sentences[:30]))
+    with pytest.raises(SystemExit, match="needs at least 320 different texts .* received 30"):
+        run(script, monkeypatch, *required, "--texts", tmp_path / "few.txt", "--use_cpu")
+    with pytest.raises(SystemExit):
+        run(script, monkeypatch, "--help")
+    assert "torchrun" in capsys.readouterr().out
