@@ -31,6 +31,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "loss: similarity x 3": {"similarity_weight": 0.6},
     "loss: with relations": {"relations_weight": 0.1},
     "blend over 15 %": {"blend_ratio": 0.15},
+    "hidden x 3, blend over 15 %": {"hidden_weight": 0.3, "blend_ratio": 0.15},
     "learning rate x 0.5": {"learning_rate": 2.5e-4},
     "learning rate x 2": {"learning_rate": 1e-3},
     "recovery over the last 12 %": {"recovery_ratio": 0.12},

@@ -114,8 +114,11 @@ def main() -> None:
     )
     try:
         teacher = SentenceTransformer(options.teacher) if options.teacher else None
-        model = tritern.distill(
-            SentenceTransformer(name),
+        model = SentenceTransformer(name)
+        if options.model == "packaged":
+            model.model_card_data.base_model = "sentence-transformers/all-MiniLM-L6-v2"  # for the model card
+        tritern.distill(
+            model,
             options.texts,
             options.output,
             column=options.column,

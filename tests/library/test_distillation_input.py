@@ -12,6 +12,7 @@ import tritern
 from tritern import TernaryConfig, TriternError
 from tritern.distillation import TernaryDistillationArguments, TernaryDistiller, read_texts
 from tritern.distillation.data import LengthBatches, clean, joined, prefixed
+from tritern.distillation.layers import TrainableTernaryLinear
 
 SMALL = {"per_device_train_batch_size": 16, "max_steps": 2, "disable_tqdm": True, "save_strategy": "no"}
 SMALL["use_cpu"] = True
@@ -146,6 +147,7 @@ def test_wrong_settings(tiny, sentences, tmp_path):
     ):
         with pytest.raises(TriternError, match=message):
             tritern.distill(tiny, sentences, tmp_path, **{**SMALL, **settings})
+    assert not any(isinstance(m, TrainableTernaryLinear) for m in tiny.modules()), "left as it was"
     with pytest.raises(TriternError, match="column and limit go with a file or data set"):
         tritern.distill(tiny, sentences, tmp_path, limit=50, **SMALL)
     with pytest.raises(TriternError, match="holdout must be 0 or at least 12; received 5"):

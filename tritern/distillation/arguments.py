@@ -23,7 +23,7 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
             are cut.
         group_by_length: make batches of texts of similar length (less padding, several times as fast).
         cosine_weight, similarity_weight, hidden_weight, relations_weight, last_hidden_weight: of the terms in
-            ``tritern.distill.losses``; 0 leaves a term out.
+            ``tritern.distillation.losses``; 0 leaves a term out.
         balance_losses: scale the terms on the first batch so that, before their weights, their gradients at
             the first block are equally long.
         temperature: of the similarity term.
@@ -37,8 +37,8 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
         recovery_learning_rate: learning rate there as a share of the peak.
         train_embeddings: train the embedding tables too.
         train_int8_embeddings: round tables that become int8 in training too, and not only at its end.
-        cpu_bf16: on a CPU, run the teacher and the backward products in bfloat16, while the student's forward
-            stays as it will be served; None: where the CPU has instructions for it.
+        cpu_bf16: on a CPU, run the teacher, the backward products and what is blended in in bfloat16, while
+            the student's ternary forward stays as it will be served; None: where the CPU has instructions for it.
     """
 
     learning_rate: float | None = field(default=None)  # type: ignore[assignment]
@@ -53,7 +53,7 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
     group_by_length: bool = field(default=True)
     cosine_weight: float = field(default=1.0)
     similarity_weight: float = field(default=0.2)
-    hidden_weight: float = field(default=0.1)
+    hidden_weight: float = field(default=0.3)
     relations_weight: float = field(default=0.0)
     last_hidden_weight: float = field(default=0.0)
     balance_losses: bool = field(default=True)
@@ -64,7 +64,7 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
     layer_fade: float = field(default=0.2)
     learn_scale: bool = field(default=True)
     clip: float = field(default=1.0)
-    blend_ratio: float = field(default=0.0)
+    blend_ratio: float = field(default=0.15)
     recovery_ratio: float = field(default=0.0)
     recovery_learning_rate: float = field(default=0.1)
     train_embeddings: bool = field(default=True)

@@ -46,7 +46,8 @@ class TrainableTernaryLinear(nn.Module):
         activation_bits: 8 or 16.
         learn_scale: learn the scales by gradient; otherwise ``rule`` gives them at every step.
         clip: weights beyond clip * scale get no gradient.
-        backward_dtype: of the backward products where the forward is float32; None: float32.
+        backward_dtype: of the backward products, and of what is blended in, where the forward is float32;
+            None: float32.
     """
 
     packed: Tensor
@@ -133,8 +134,10 @@ class TrainableTernaryLinear(nn.Module):
             backward_dtype=self.backward_dtype if x.dtype == torch.float32 else None,
         )
         if self.training and self.blend < 1:
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            y = torch.lerp(F.linear(x, self.weight.to(x.dtype), bias), y, self.blend)
+            dtype = self.backward_dtype or x.dtype
+            bias = None if self.bias is None else self.bias.to(dtype)
+            dense = F.linear(x.to(dtype), self.weight.to(dtype), bias)
+            y = torch.lerp(dense.to(x.dtype), y, self.blend)
         return y
 
     def extra_repr(self) -> str:

@@ -61,19 +61,15 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(p) for p in prefixes):
             children = list(module.children())
-            if children and all(any(map(_is_linear, c.modules())) for c in children):
+            if children and all(any(isinstance(m, nn.Linear) for m in c.modules()) for c in children):
                 prefixes.append(name + ".")
                 found += children
     return found
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, TrainableTernaryLinear))
-
-
 def _projections(block: nn.Module) -> list[nn.Module]:
     """Query, key and value layers of a block, or the one layer that computes all three, or nothing."""
-    linears = [(n.rpartition(".")[2], m) for n, m in block.named_modules() if _is_linear(m)]
+    linears = [(n.rpartition(".")[2], m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]
     fused = [m for n, m in linears if n in _FUSED]
     if len(fused) == 1:
         return fused
@@ -85,7 +81,7 @@ class DistillationLoss(nn.Module):
     """Weighted terms of ``losses.LOSSES`` between a student and its frozen teacher on the same texts.
 
     Args:
-        model: the student.
+        model: the student, its layers not yet replaced by trainable ones.
         teacher: a model with the same tokenizer, or None if the batches bring its vectors as labels.
         args: weights and schedules.
 
@@ -134,31 +130,36 @@ class DistillationLoss(nn.Module):
 
     def forward(self, features: list[dict[str, Tensor]], labels: Tensor | None = None) -> dict[str, Tensor]:
         """The weighted terms by name; their sum is the loss. ``features`` is one tokenized column."""
-        weights = self.args.loss_weights()
-        mask = features[0].get("attention_mask")
         teacher = self._teacher_outputs(features[0], labels)
-        with self._taps[0].open() as (hidden, qkv):
-            pooled = self.model(dict(features[0]))["sentence_embedding"]
-        student = Outputs(pooled, hidden, qkv)
-        self._check_widths(student, teacher, list(weights))
-        values = terms(
-            student,
-            teacher,
-            mask,
-            list(weights),
-            gathered=_gather(pooled, teacher.pooled) if "similarity" in weights else None,
-            dims=self.args.matryoshka_dims or (),
-            temperature=self.args.temperature,
-            heads=self.args.relation_heads,
-        )
         if torch.isnan(self.balance).any() and torch.is_grad_enabled():
-            self._measure(values, hidden[0] if hidden else pooled)
+            with _without_blend(self.model):  # as trained in the end: while blended, it may equal its teacher
+                self._measure(*self._compare(features[0], teacher))
+        values, _ = self._compare(features[0], teacher)
         fade = self.args.layer_fade if self.progress >= self.args.layer_fade_start else 1.0
-        balance = torch.nan_to_num(self.balance, nan=1.0)
+        weights, balance = self.args.loss_weights(), torch.nan_to_num(self.balance, nan=1.0)
         return {
             name: value * weights[name] * balance[LOSSES.index(name)] * (fade if name in _PER_TOKEN else 1.0)
             for name, value in values.items()
         }
+
+    def _compare(self, features: dict[str, Tensor], teacher: Outputs) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms, unweighted, and the student's first hidden state (or what else comes first)."""
+        names = list(self.args.loss_weights())
+        with self._taps[0].open() as (hidden, qkv):
+            pooled = self.model(dict(features))["sentence_embedding"]
+        student = Outputs(pooled, hidden, qkv)
+        self._check_widths(student, teacher, names)
+        values = terms(
+            student,
+            teacher,
+            features.get("attention_mask"),
+            names,
+            gathered=_gather(pooled, teacher.pooled) if "similarity" in names else None,
+            dims=self.args.matryoshka_dims or (),
+            temperature=self.args.temperature,
+            heads=self.args.relation_heads,
+        )
+        return values, hidden[0] if hidden else pooled
 
     def _teacher_outputs(self, features: dict[str, Tensor], labels: Tensor | None) -> Outputs:
         teacher, taps = self._teacher[0], self._taps[1]
@@ -208,11 +209,24 @@ class DistillationLoss(nn.Module):
         }
         reference = next(iter(norms.values()))
         for name, norm in norms.items():
-            self.balance[LOSSES.index(name)] = reference / norm.clamp(min=1e-12)
+            self.balance[LOSSES.index(name)] = reference / norm
+        self.balance[~(torch.isfinite(self.balance) & (self.balance > 0))] = 1.0
         if dist.is_initialized():
             dist.all_reduce(self.balance, op=dist.ReduceOp.SUM)
             self.balance /= dist.get_world_size()
-        self.balance.nan_to_num_(nan=1.0)
+
+
+@contextmanager
+def _without_blend(model: nn.Module) -> Iterator[None]:
+    """The model with nothing of full precision in its layers' outputs."""
+    blends = {m: m.blend for m in model.modules() if isinstance(m, TrainableTernaryLinear)}
+    for layer in blends:
+        layer.blend = 1.0
+    try:
+        yield
+    finally:
+        for layer, blend in blends.items():
+            layer.blend = blend
 
 
 def _settings(names: Iterable[str]) -> str:

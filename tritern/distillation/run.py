@@ -271,5 +271,6 @@ def _changed(args: TernaryDistillationArguments) -> dict[str, Any]:
 
 
 def _name(model: SentenceTransformer) -> str:
-    data, path = model.model_card_data, getattr(model[0], "model_name_or_path", None)
+    data, inner = model.model_card_data, getattr(model[0], "auto_model", None)
+    path = getattr(inner, "name_or_path", None)
     return data.base_model or data.model_id or (Path(path).name if path else type(model[0]).__name__)

@@ -73,6 +73,8 @@ class TernaryDistiller(SentenceTransformerTrainer):
         if frozen is not None:
             _check_tokenizer(model, frozen)
             frozen.eval().requires_grad_(False)
+        # before the layers are replaced, which take their hooks along: a refusal leaves the model as it was
+        self.objective = DistillationLoss(model, frozen, args)
         self.converted = make_trainable(
             model,
             self.ternary_config,
@@ -87,7 +89,6 @@ class TernaryDistiller(SentenceTransformerTrainer):
         if args.learning_rate is None:
             args.learning_rate = suggested_learning_rate(sum(p.numel() for p in model.parameters()))
         _without_dropout(model)
-        self.objective = DistillationLoss(model, frozen, args)
         if "data_collator" not in kwargs:
             limits = [n for n in (args.max_length, model.max_seq_length) if n]
             length = min(limits) if limits else None
