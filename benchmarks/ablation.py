@@ -15,7 +15,7 @@ import gzip
 import json
 import tempfile
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,15 @@ HELD_OUT = 400
 OFF = {f"{name}_weight": 0.0 for name in ("cosine", "similarity", "hidden", "relations", "last_hidden")}
 ARMS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "loss: hidden x 3": {"hidden_weight": 0.3},
-    "loss: hidden x 10": {"hidden_weight": 1.0},
+    "loss: hidden x 1/3": {"hidden_weight": 0.1},
+    "loss: hidden x 3": {"hidden_weight": 0.9},
     "loss: similarity x 3": {"similarity_weight": 0.6},
     "loss: with relations": {"relations_weight": 0.1},
-    "blend over 15 %": {"blend_ratio": 0.15},
-    "hidden x 3, blend over 15 %": {"hidden_weight": 0.3, "blend_ratio": 0.15},
+    "no blend": {"blend_ratio": 0.0},
+    "blend over 30 %": {"blend_ratio": 0.3},
+    "recovery over the last 12 %": {"recovery_ratio": 0.12},
     "learning rate x 0.5": {"learning_rate": 2.5e-4},
     "learning rate x 2": {"learning_rate": 1e-3},
-    "recovery over the last 12 %": {"recovery_ratio": 0.12},
     "loss: cosine alone": {**OFF, "cosine_weight": 1.0},
     "loss: similarity alone": {**OFF, "similarity_weight": 1.0},
     "loss: hidden alone": {**OFF, "hidden_weight": 1.0},
@@ -76,6 +76,17 @@ def judges(data: Path, teacher: Any, held: list[str]) -> dict[str, Any]:
 def read(file: Path) -> list[dict[str, Any]]:
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def recipe() -> dict[str, Any]:
+    """The default settings that the arms change."""
+    from tritern import TernaryConfig
+    from tritern.distillation import TernaryDistillationArguments
+    from tritern.distillation.data import JOINED_RATIO
+
+    own = vars(TernaryDistillationArguments)["__annotations__"]
+    found = {f.name: f.default for f in fields(TernaryDistillationArguments) if f.name in own}
+    return found | asdict(TernaryConfig(embedding_bits=8)) | {"joined_ratio": JOINED_RATIO}
 
 
 def distilled(path: str, texts: list[str], steps: int, batch_size: int, changes: dict[str, Any]) -> Any:
@@ -138,10 +149,10 @@ def main() -> None:
         values = list(rows[name].values())
         print(f"{name:40s}" + "".join(f"{v:18.2f}" for v in values[:-1]) + f"{seconds:10.0f}", flush=True)
         if options.json:
-            budget = {"steps": options.steps, "batch_size": options.batch_size}
-            report.write_json(
-                options.json, {"environment": report.environment(), "budget": budget, "rows": rows}
-            )
+            result = {"environment": report.environment(), "defaults": recipe()}
+            result["budget"] = {"steps": options.steps, "batch_size": options.batch_size}
+            result["changes"] = {arm: ARMS.get(arm) for arm in rows}
+            report.write_json(options.json, result | {"rows": rows})
 
     if "teacher" not in old:
         judge("teacher", teacher, 0.0)

@@ -2,8 +2,9 @@
 
     python benchmarks/train.py --texts FILE [--model NAME_OR_PATH] [--steps 12] [--json FILE]
 
-Both arms see the same batches, teacher, terms and optimizer; the full-precision student keeps its nn.Linear
-layers. Each arm runs in a process of its own; memory is that process's peak (CPU: resident; CUDA: allocated).
+All arms see the same batches, teacher, terms and optimizer, without dropout; the full-precision student keeps
+its nn.Linear layers. Each arm runs in a process of its own; memory is that process's peak (CPU: resident;
+CUDA: allocated).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, float]:
     from tritern import TernaryConfig
     from tritern.distillation import TernaryDistillationArguments, TernaryDistiller, read_texts
     from tritern.distillation.objective import DistillationLoss
+    from tritern.distillation.trainer import without_dropout
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -59,6 +61,7 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, float]:
         student = SentenceTransformer(options.model)
         if arm == "full precision":
             teacher = SentenceTransformer(options.model).eval().requires_grad_(False)
+            without_dropout(student)
             collator = SentenceTransformerTrainer.data_collator_class(
                 student.preprocess, max_length=args.max_length
             )
@@ -88,6 +91,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.steps < 4:
+        parser.error(f"--steps must be at least 4; received {options.steps}")
     options.model = options.model or packaged_model()
     if options.arm:
         print(json.dumps(measure(options.arm, options)))

@@ -1,9 +1,11 @@
 """The parts of the benchmarks that need no GPU."""
 
+import gzip
 import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +15,13 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import ablation  # noqa: E402
 import cases  # noqa: E402
 import encode  # noqa: E402
 import gemm as race  # noqa: E402
 import report  # noqa: E402
 import timing  # noqa: E402
+import train  # noqa: E402
 
 CPU_CONTESTANTS = ["tritern int8", "F.linear bf16", "F.linear fp16", "torch._int_mm int8"]
 
@@ -109,3 +113,55 @@ def test_encode_texts_are_real_and_enough():
     options = encode.arguments().parse_args([])
     texts = encode.texts_for(options, 3000)
     assert len(texts) == 3000 and len(set(texts)) > 500 and all(40 <= len(t) <= 600 for t in texts)
+
+
+def test_every_arm_of_the_ablation_changes_the_recipe():
+    recipe = ablation.recipe()
+    assert ablation.ARMS["defaults"] == {}
+    for arm, changes in ablation.ARMS.items():
+        assert set(changes) <= set(recipe), arm
+        assert arm == "defaults" or any(recipe[k] != v for k, v in changes.items()), arm
+
+
+def test_ablation(tiny_path, sentences, tmp_path, monkeypatch, capsys):
+    import zstandard
+
+    def write(file, rows):
+        file.parent.mkdir(parents=True)
+        with gzip.open(file, "wt", encoding="utf-8") as out:
+            out.writelines(json.dumps(row) + "\n" for row in rows)
+
+    pairs = zip(sentences[:30], sentences[1:31])
+    pairs = [{"sentence1": a, "sentence2": b, "score": i % 6} for i, (a, b) in enumerate(pairs)]
+    write(tmp_path / "sts/stsb/dev.jsonl.gz", pairs)
+    write(tmp_path / "sts/sickr/dev.jsonl.gz", pairs[::-1])
+    write(tmp_path / "retrieval/scifact/corpus.jsonl.gz", [{"text": t} for t in sentences[:40]])
+    (tmp_path / "train").mkdir()
+    texts = zstandard.compress("\n".join(sentences).encode())
+    (tmp_path / "train/sentences.txt.zst").write_bytes(texts)
+    file = tmp_path / "out.json"
+    monkeypatch.setattr(ablation, "HELD_OUT", 40)
+    command = ["ablation.py", "--data", tmp_path, "--model", tiny_path, "--steps", 2, "--batch-size", 16]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--json", str(file), "--arms", "defaults", "no bl"])
+    ablation.main()
+    result = json.loads(file.read_text())
+    rows = result["rows"]
+    assert list(rows) == ["teacher", "defaults", "no blend"]
+    assert rows["teacher"]["top-10 sentences"] == rows["teacher"]["top-10 abstracts"] == 100
+    assert 0 < rows["defaults"]["top-10 sentences"] < 100 and len({*map(str, rows.values())}) == 3
+    assert result["changes"]["no blend"] == {"blend_ratio": 0.0} and result["defaults"]["blend_ratio"] > 0
+    monkeypatch.setattr(ablation, "distilled", None)  # what is in the file is not run again
+    ablation.main()
+    assert json.loads(file.read_text())["rows"] == rows
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-2], "what"])
+    with pytest.raises(SystemExit):
+        ablation.main()
+    assert "--arms what match none of: defaults; " in capsys.readouterr().err
+
+
+def test_training_step_is_measured(tiny_path, sentences, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n".join(sentences))
+    options = Namespace(texts=tmp_path / "texts.txt", model=tiny_path, steps=4, batch_size=16)
+    for arm in train.ARMS:
+        found = train.measure(arm, options)
+        assert found["seconds a step"] > 0 and found["peak MB"] > 0

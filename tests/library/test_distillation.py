@@ -161,9 +161,7 @@ def test_terms_are_balanced_as_without_the_blend(tiny_path, sentences, tmp_path)
             output_dir=str(tmp_path), report_to="none", blend_ratio=blend, logging_steps=1, cpu_bf16=False,
             **{**SMALL, "max_steps": 2},
         )  # fmt: skip
-        distiller = TernaryDistiller(
-            SentenceTransformer(tiny_path, device="cpu"), args, dataset(sentences)
-        )
+        distiller = TernaryDistiller(SentenceTransformer(tiny_path, device="cpu"), args, dataset(sentences))
         distiller.train()
         found[blend] = distiller.objective.balance.tolist()
         first[blend] = distiller.state.log_history[0]["loss"]

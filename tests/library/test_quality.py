@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import eval_sets  # noqa: E402
 import quality  # noqa: E402
 
-WORDS = "red green blue dog cat bird runs sleeps sings fast slow today".split()
+WORDS = "ba de fi go ki lu mon nin per".split()  # which the tiny model knows
 TEXTS = [f"{a} {b} {c}" for a in WORDS[:3] for b in WORDS[3:6] for c in WORDS[6:9]]
 LABELS = [text.split()[1] for text in TEXTS]
 
@@ -95,31 +95,9 @@ def test_means_weigh_tasks_alike():
 
 
 @pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    """A random BERT of 16 features, saved as a sentence-transformer."""
-    import torch
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, initializer_range=0.5, max_position_embeddings=64,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder / "bert")
-    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder / "bert")
-    model = SentenceTransformer(modules=[Transformer(str(folder / "bert")), Pooling(16)], device="cpu")
-    model.save_pretrained(str(folder / "model"))
-    return str(folder / "model")
-
-
-@pytest.fixture(scope="module")
-def ternary_path(model_path):
-    folder = Path(model_path).parent / "ternary"
-    tritern.patch(SentenceTransformer(model_path, device="cpu")).save_pretrained(str(folder))
+def ternary_path(tiny_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ternary")
+    tritern.patch(SentenceTransformer(tiny_path, device="cpu")).save_pretrained(str(folder))
     return str(folder)
 
 
@@ -134,7 +112,7 @@ def data(tmp_path_factory):
     write(folder / "sts/stsb/test.jsonl.gz", rows)
     documents = {f"d{i}": t for i, t in enumerate(TEXTS)}
     grades = [("q", f"d{i}", 1 + i % 4) for i in range(0, len(TEXTS), 3)]
-    retrieval(folder / "retrieval/cranfield", {"q": "red dog"}, documents, grades)
+    retrieval(folder / "retrieval/cranfield", {"q": "ba go"}, documents, grades)
     for split in ("train", "test"):
         write(folder / f"classification/trec/{split}.jsonl.gz", labelled(TEXTS, LABELS))
     write(folder / "classification/stackoverflow20/test.jsonl.gz", labelled(TEXTS, LABELS))
@@ -142,12 +120,12 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def run(data, model_path, tmp_path, monkeypatch):
+def run(data, tiny_path, tmp_path, monkeypatch):
     """``run(*arguments)`` gives the JSON of a whole run."""
 
     def call(*arguments, source=("--data", str(data))):
         file = tmp_path / "out.json"
-        command = [*source, "--model", model_path, "--json", str(file), "--device", "cpu", *arguments]
+        command = [*source, "--model", tiny_path, "--json", str(file), "--device", "cpu", *arguments]
         monkeypatch.setattr(sys, "argv", ["quality.py", *map(str, command)])
         quality.main()
         return json.loads(file.read_text())

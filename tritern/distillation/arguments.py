@@ -38,7 +38,8 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
         train_embeddings: train the embedding tables too.
         train_int8_embeddings: round tables that become int8 in training too, and not only at its end.
         cpu_bf16: on a CPU, run the teacher, the backward products and what is blended in in bfloat16, while
-            the student's ternary forward stays as it will be served; None: where the CPU has instructions for it.
+            the student's ternary forward stays as it will be served; None: where the CPU has
+            instructions for it.
     """
 
     learning_rate: float | None = field(default=None)  # type: ignore[assignment]

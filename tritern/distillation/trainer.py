@@ -88,7 +88,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
                 module.requires_grad_(False)
         if args.learning_rate is None:
             args.learning_rate = suggested_learning_rate(sum(p.numel() for p in model.parameters()))
-        _without_dropout(model)
+        without_dropout(model)
         if "data_collator" not in kwargs:
             limits = [n for n in (args.max_length, model.max_seq_length) if n]
             length = min(limits) if limits else None
@@ -202,7 +202,7 @@ def _check_tokenizer(model: SentenceTransformer, teacher: SentenceTransformer) -
         )
 
 
-def _without_dropout(model: nn.Module) -> None:
+def without_dropout(model: nn.Module) -> None:
     """Turn dropout off in training too: modules and the float attributes that attention reads."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
