@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _projections(block: nn.Module) -> list[nn.Module]:
+def _projections(block: nn.Module) -> Sequence[nn.Module]:
     """Query, key and value layers of a block, or the one layer that computes all three, or nothing."""
     linears = [(n.rpartition(".")[2], m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]
     fused = [m for n, m in linears if n in _FUSED]
