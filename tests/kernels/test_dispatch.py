@@ -42,6 +42,29 @@ def test_cpu_sums_equal_the_reference(M, N, K):
     assert torch.equal(from_packed_order(q)[:, :K], x.to(torch.int8))
 
 
+@pytest.mark.parametrize("K", [300, cpu.LARGEST_EXACT_K, cpu.LARGEST_EXACT_K + 1])
+def test_int8_and_float32_products_give_the_same_bits(monkeypatch, K):
+    """Also where the sums are the largest and odd, so that float32 could not hold the next one."""
+    w, x = weight(3, K), torch.randn(5, K)
+    w.packed[0] = pack(torch.ones(1, K, dtype=torch.int8))
+    x[:2] = 1.0
+    results, dtypes = [], []
+    for fast in (False, True):
+        monkeypatch.setattr(cpu, "int8_is_fast", lambda fast=fast: fast)
+        results.append(linear(x, w))
+        dtypes.append(cpu._factor(w.codes(), 8).dtype)
+    assert torch.equal(*results) and cpu._factor(w.codes(), 16).dtype == torch.float32
+    assert dtypes == [torch.float32 if K <= cpu.LARGEST_EXACT_K else torch.int8, torch.int8]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_autocast_around_the_operator_changes_nothing(bits):
+    w, x = weight(70, 300), torch.randn(9, 300)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = linear(x, w, activation_bits=bits)
+    assert torch.equal(y, linear(x, w, activation_bits=bits))
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gelu", [False, True])
