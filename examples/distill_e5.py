@@ -44,7 +44,9 @@ def parse() -> tuple[argparse.Namespace, dict]:
     from tritern.distillation import TernaryDistillationArguments
 
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=form)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=form, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--model", default="intfloat/e5-small-v2", help="hub name or path (default: intfloat/e5-small-v2)")
     add("--texts", required=True, help="file (.txt, .jsonl, .csv, .parquet, also compressed) or hub data set")
@@ -62,7 +64,7 @@ def parse() -> tuple[argparse.Namespace, dict]:
     add("--activation-bits", type=int, default=8, choices=(8, 16), help="8: int8 (default)")
     add("--embedding-bits", type=int, default=8, choices=(8, 16), help="8: int8 tables (default)")
     add("--holdout", type=int, default=256, help="texts kept out, to measure closeness on (default: 256)")
-    add("--joined-ratio", type=float, help="share of longer texts made by joining several (default: 0.15)")
+    add("--joined-ratio", type=float, help="share of longer texts made by joining several (default: 0.05)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add("--help-all", action="store_true", help="list every setting of the run and exit")
     if "--help-all" in sys.argv:
@@ -81,11 +83,11 @@ def settings_of(rest: list[str], parser: argparse.ArgumentParser) -> dict:
 
     from tritern.distillation import TernaryDistillationArguments
 
-    fields = HfArgumentParser(TernaryDistillationArguments)  # pyright: ignore[reportArgumentType]
+    fields = HfArgumentParser(TernaryDistillationArguments, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
     known, unknown = fields.parse_known_args(rest)
     if unknown:
         parser.error(f"unknown options: {' '.join(unknown)} (--help-all lists every setting)")
-    given = {token[2:].partition("=")[0] for token in rest if token.startswith("--")}
+    given = {token[2:].partition("=")[0].replace("-", "_") for token in rest if token.startswith("--")}
     given |= {name.removeprefix("no_") for name in given}
     return {name: value for name, value in vars(known).items() if name in given}
 

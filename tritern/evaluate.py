@@ -52,6 +52,7 @@ def evaluate(
     k: int = 10,
     batch_size: int = 64,
     show_progress_bar: bool = False,
+    prompt: str | None = None,
 ) -> Fidelity:
     """Compare a model with a teacher on texts; cosine, top-k overlap and rank correlation.
 
@@ -61,7 +62,7 @@ def evaluate(
         texts: at least k + 2 different texts. Time and memory grow with the square of their number for the
             neighbours.
         k: neighbours to compare.
-        batch_size, show_progress_bar: passed to ``encode``.
+        batch_size, show_progress_bar, prompt: passed to ``encode``; a prompt of None is the model's default.
 
     Raises:
         TriternError: too few texts, or teacher vectors whose number does not fit.
@@ -69,6 +70,7 @@ def evaluate(
     if isinstance(texts, str) or len(texts) < k + 2:
         raise TriternError(f"texts must hold at least k + 2 = {k + 2} strings; received {len(texts)}")
     options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, "convert_to_numpy": True}
+    options |= {} if prompt is None else {"prompt": prompt}
     ours = _normalized(np.asarray(model.encode(list(texts), **options), dtype=np.float32))
     if isinstance(teacher, np.ndarray):
         theirs = _normalized(teacher.astype(np.float32))

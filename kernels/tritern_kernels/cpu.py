@@ -1,7 +1,7 @@
 """The int8 path on a CPU with what torch has: the GPU kernels' int32 sums, from one byte a weight.
 
-Where the CPU multiplies int8 slowly (no VNNI, no AMX), the same integers are multiplied in float32, which holds every
-partial sum exactly: the same bits, at the speed of float32.
+Where the CPU multiplies int8 slowly (no VNNI, no AMX), the same integers are multiplied in float32, which
+holds every partial sum exactly: the same bits, at the speed of float32.
 """
 
 from __future__ import annotations

@@ -114,5 +114,6 @@ def _launch(weight: Tensor, scale: Tensor, given: Tensor, rule: str) -> PackedTe
     check_shape(N, K)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     packed = torch.empty((N, padded_k(K) // ATOM * BYTES_PER_ATOM), dtype=torch.uint8, device=weight.device)
-    ternarize_kernel[(N,)](weight, packed, scale, given, K, weight.stride(0), packed.stride(0), RULE=rule)
+    with torch.cuda.device_of(weight):  # Triton launches on the current device
+        ternarize_kernel[(N,)](weight, packed, scale, given, K, weight.stride(0), packed.stride(0), RULE=rule)
     return PackedTernary(packed, scale, (N, K))

@@ -230,4 +230,4 @@ def test_two_processes_give_the_curve_of_one_with_twice_the_batch(tiny_path, sen
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert len(one) == 8 and one[-1] < one[1]  # the first is still blended
-    assert two == pytest.approx(one, rel=2e-3)
+    assert two == pytest.approx(one, rel=5e-4)

@@ -5,13 +5,14 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 import tritern
 from tritern import TernaryConfig, TriternError
 from tritern.distillation import TernaryDistillationArguments, TernaryDistiller, read_texts
-from tritern.distillation.data import LengthBatches, clean, joined, prefixed
+from tritern.distillation.data import LengthBatches, clean, joined, prefixed, token_counts
 from tritern.distillation.layers import TrainableTernaryLinear
 
 SMALL = {"per_device_train_batch_size": 16, "max_steps": 2, "disable_tqdm": True, "save_strategy": "no"}
@@ -85,6 +86,21 @@ def test_length_batches():
     assert [a + b for a, b in zip(halves[::2], halves[1::2])] == batches
     assert len(list(LengthBatches(lengths[:95], 20, drop_last=True))) == 4
     assert len(list(LengthBatches(lengths[:95], 20, drop_last=False))) == 5
+
+
+def test_batches_are_sorted_by_tokens_and_hold_little_padding(tiny, sentences, tmp_path):
+    wordy = ["b " * n for n in (5, 40, 90)]  # a character that is one token
+    texts = wordy + sentences[:397]
+    counts = token_counts(tiny.tokenizer, texts, 50)
+    assert counts[:3] == [7, 42, 50] and token_counts(tiny.tokenizer, texts, None)[2] == 92
+    assert token_counts(None, texts, 50)[:3] == [10, 80, 180]
+    batch = tiny.preprocess(texts[:20])
+    assert counts[3:20] == batch["attention_mask"].sum(1).tolist()[3:]
+    args = TernaryDistillationArguments(output_dir=str(tmp_path), report_to="none", max_length=50, **SMALL)
+    data = Dataset.from_dict({"text": texts})
+    masks = [b["text_attention_mask"] for b in TernaryDistiller(tiny, args, data).get_train_dataloader()]
+    assert len(masks) == 25 and max(m.shape[1] for m in masks) == 50
+    assert sum(m.numel() for m in masks) < 1.1 * sum(int(m.sum()) for m in masks)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tiny, sentences, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 
 from ..errors import TriternError
 from .losses import LOSSES
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,7 +42,7 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
         train_int8_embeddings: round tables that become int8 in training too, and not only at its end.
         cpu_bf16: on a CPU, run the teacher, the backward products and what is blended in in bfloat16, while
             the student's ternary forward stays as it will be served; None: where the CPU has
-            instructions for it.
+            instructions for it. (On CUDA, float32 gradients of a layer's input are 16-bit products.)
     """
 
     learning_rate: float | None = field(default=None)  # type: ignore[assignment]
@@ -77,6 +80,13 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
         self.learning_rate = 0.0 if rate is None else rate
         super().__post_init__()
         self.learning_rate = rate
+        if self.n_gpu > 1:
+            logger.warning(
+                "%d GPUs are visible and one is used: start with torchrun --nproc-per-node=%d to use all",
+                self.n_gpu,
+                self.n_gpu,
+            )
+            self._n_gpu = 1  # DataParallel would run the hooks of all replicas into one list
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
         for name in ("layer_fade_start", "blend_ratio", "recovery_ratio"):
             value = getattr(self, name)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from sentence_transformers.base.sampler import SetEpochMixin
 from torch import Tensor
 from torch.utils.data import BatchSampler
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import TriternError
 
@@ -27,7 +31,7 @@ _BUILDERS = {
 }
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _SHORTEST = 3
-JOINED_RATIO = 0.15
+JOINED_RATIO = 0.05
 """Share of training texts that are made by joining several: longer ones than most lines hold."""
 
 
@@ -38,22 +42,28 @@ def read_texts(source: str | Path, *, column: str | None = None, limit: int | No
         source: a file with one text a line (.txt), or .jsonl, .csv or .parquet with a text column, each also
             compressed (.gz, .zst, .bz2, .xz); otherwise the name of a data set on the hub, its train split.
         column: where the text is; default: ``text``, or else the first column that holds strings.
-        limit: read no more than so many.
+        limit: read no more than so many. Empty cells give empty strings.
 
     Raises:
-        TriternError: nothing there, no such column, bytes that are not UTF-8 (with the line).
+        TriternError: nothing there, no such column, bytes that are not UTF-8 (with the line), a file that its
+            ending does not describe.
     """
     from datasets import load_dataset
 
     path = Path(source)
     suffixes = [s for s in path.suffixes if s not in _COMPRESSED]
     kind = _BUILDERS.get(suffixes[-1] if suffixes else "")
+    if limit is not None and limit < 1:
+        raise TriternError(f"limit must be at least 1; received {limit}")
     if path.is_file():
+        kind, options = kind or "text", {"sep": "\t"} if suffixes[-1:] == [".tsv"] else {}
         try:
-            rows = load_dataset(kind or "text", data_files=str(path), split="train", streaming=True)
+            rows = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
             return _column(rows, column, limit, source)
-        except UnicodeDecodeError as error:
-            raise TriternError(_not_utf8(path, error)) from None
+        except TriternError:
+            raise
+        except ValueError as error:  # of Unicode, of pyarrow, of pandas
+            raise TriternError(_unreadable(path, kind, error)) from None
     if path.exists() or kind or path.is_absolute():
         raise TriternError(f"texts: {source} is {'a folder' if path.is_dir() else 'not there'}; name a file")
     try:
@@ -78,22 +88,24 @@ def _column(rows: Iterable[dict], column: str | None, limit: int | None, source:
             f"{', '.join(strings) or 'none'}"
         )
     rest = islice(rows, None if limit is None else limit - 1)
-    return [first[name], *(row[name] for row in rest)]
+    return [first[name], *(row[name] or "" for row in rest)]  # an empty cell is None
 
 
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
-    line = None
+def _unreadable(path: Path, kind: str, error: ValueError) -> str:
+    """What is wrong with a file that could not be read: most often bytes that are not UTF-8."""
+    where, cause = str(path), error
     if path.suffix not in _COMPRESSED:
         with path.open("rb") as file:
             for number, content in enumerate(file, 1):
                 try:
                     content.decode("utf-8")
-                except UnicodeDecodeError:
-                    line = number
+                except UnicodeDecodeError as found:
+                    where, cause = f"{path}, line {number}", found
                     break
-    where = f"{path}, line {line}" if line else str(path)
+    if not isinstance(cause, UnicodeDecodeError):
+        return f"texts: {path} cannot be read as {kind}: {error}"
     return (
-        f"texts: {where}: not UTF-8 ({error.reason}, byte {error.object[error.start]:#04x}). Convert the "
+        f"texts: {where}: not UTF-8 ({cause.reason}, byte {cause.object[cause.start]:#04x}). Convert the "
         "file, for example with iconv -f latin1 -t utf-8, or remove the line."
     )
 
@@ -147,16 +159,32 @@ def prefixed(texts: Iterable[str], prefixes: Sequence[str]) -> list[str]:
     return [prefixes[i % len(prefixes)] + text for i, text in enumerate(texts)] if prefixes else list(texts)
 
 
+def token_counts(tokenizer: Any, texts: Sequence[str], most: int | None) -> list[int]:
+    """Tokens of each text as the model will see it, cut to ``most`` (characters where there is no tokenizer).
+
+    Batches sorted by these hold far less padding than batches sorted by characters.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return [len(text) for text in texts]
+    counts: list[int] = []
+    for start in tqdm(range(0, len(texts), 10_000), "Counting tokens", disable=len(texts) < 500_000):
+        part = list(texts[start : start + 10_000])
+        encoded = tokenizer(part, truncation=most is not None, max_length=most, return_attention_mask=False)
+        counts += [len(ids) for ids in encoded["input_ids"]]
+    return counts
+
+
 class LengthBatches(SetEpochMixin, BatchSampler):
     """Shuffled batches of texts of similar length.
 
     Texts are shuffled, sorted by length within pools, cut into global batches (one batch for each process)
-    and the global batches shuffled: two processes see, together, what one with twice the batch sees.
+    and the global batches shuffled: two processes see, together, what one with twice the batch sees. What
+    does not fill a global batch comes last, unsorted, or is left out: a random choice in every epoch.
 
     Args:
         lengths: of the texts, in any unit.
         batch_size: texts in a batch of one process.
-        drop_last: leave out an incomplete last batch.
+        drop_last: leave out an incomplete last global batch.
         processes: their number.
         seed: of the order, with the epoch.
     """
@@ -172,18 +200,18 @@ class LengthBatches(SetEpochMixin, BatchSampler):
         self.epoch = 0
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.lengths), self.batch_size)
-        return whole if self.drop_last else whole + bool(rest)
+        if self.drop_last:
+            return len(self.lengths) // (self.batch_size * self.processes) * self.processes
+        return math.ceil(len(self.lengths) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         size = self.batch_size * self.processes
+        shuffled = torch.randperm(len(self.lengths), generator=generator)
+        whole, rest = shuffled.tensor_split([len(shuffled) // size * size])
         batches: list[Tensor] = []
-        for pool in torch.randperm(len(self.lengths), generator=generator).split(size * self.POOL):
+        for pool in whole.split(size * self.POOL):
             batches += pool[self.lengths[pool].argsort(stable=True)].split(size)
-        whole = [b for b in batches if len(b) == size]
-        order = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
-        for batch in order + [b for b in batches if len(b) < size]:
-            for part in batch.split(self.batch_size):
-                if len(part) == self.batch_size or not self.drop_last:
-                    yield part.tolist()
+        order = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        for batch in order if self.drop_last or not len(rest) else [*order, rest]:
+            yield from (part.tolist() for part in batch.split(self.batch_size))

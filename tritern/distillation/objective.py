@@ -147,12 +147,17 @@ class DistillationLoss(nn.Module):
         names = list(self.args.loss_weights())
         with self._taps[0].open() as (hidden, qkv):
             pooled = self.model(dict(features))["sentence_embedding"]
-        student = Outputs(pooled, hidden, qkv)
+        student, mask = Outputs(pooled, hidden, qkv), features.get("attention_mask")
+        if mask is None and (per_token := [n for n in names if n in _PER_TOKEN]):
+            raise TriternError(
+                f"{_settings(per_token)} need padded batches with an attention mask, and this model's are "
+                "flattened for flash attention: set model[0].unpad_inputs = False, for the teacher too"
+            )
         self._check_widths(student, teacher, names)
         values = terms(
             student,
             teacher,
-            features.get("attention_mask"),
+            mask,
             names,
             gathered=_gather(pooled, teacher.pooled) if "similarity" in names else None,
             dims=self.args.matryoshka_dims or (),
@@ -203,17 +208,14 @@ class DistillationLoss(nn.Module):
 
     def _measure(self, values: dict[str, Tensor], at: Tensor) -> None:
         """Set ``balance`` so that every term's gradient at the first block is as long as the first term's."""
-        norms = {
-            name: torch.autograd.grad(value, at, retain_graph=True)[0].float().norm().detach()
-            for name, value in values.items()
-        }
-        reference = next(iter(norms.values()))
-        for name, norm in norms.items():
-            self.balance[LOSSES.index(name)] = reference / norm
-        self.balance[~(torch.isfinite(self.balance) & (self.balance > 0))] = 1.0
+        # times 2^14, which cancels: the smallest gradients must not vanish in float16
+        gradients = [torch.autograd.grad(v * 2.0**14, at, retain_graph=True)[0] for v in values.values()]
+        squares = torch.stack([g.float().square().sum() for g in gradients])
         if dist.is_initialized():
-            dist.all_reduce(self.balance, op=dist.ReduceOp.SUM)
-            self.balance /= dist.get_world_size()
+            dist.all_reduce(squares)  # of the whole batch, as if one process had it
+        for name, ratio in zip(values, (squares[0] / squares).sqrt()):
+            self.balance[LOSSES.index(name)] = ratio
+        self.balance[~(torch.isfinite(self.balance) & (self.balance > 0))] = 1.0
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class FidelityEvaluator(BaseEvaluator):
     evaluator. Its primary metric is the top-10 overlap.
 
     Args:
-        texts: at least 12.
+        texts: at least 12, with their prompts, if any, before them.
         teacher: the teacher or its vectors.
         name: prefix of the metrics.
     """
@@ -50,7 +50,7 @@ class FidelityEvaluator(BaseEvaluator):
     ) -> None:
         super().__init__()
         self.texts, self.name = list(texts), name
-        self.teacher = teacher if isinstance(teacher, np.ndarray) else teacher.encode(self.texts)
+        self.teacher = teacher if isinstance(teacher, np.ndarray) else teacher.encode(self.texts, prompt="")
         self.primary_metric = "overlap"
         self.latest: Fidelity | None = None
 
@@ -58,7 +58,7 @@ class FidelityEvaluator(BaseEvaluator):
         self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
         """Metrics ``{name}_cosine``, ``{name}_overlap`` and ``{name}_rank_correlation``."""
-        self.latest = evaluate(model, self.teacher, self.texts)
+        self.latest = evaluate(model, self.teacher, self.texts, prompt="")
         values = {k: getattr(self.latest, k) for k in ("cosine", "overlap", "rank_correlation")}
         return self.prefix_name_to_metrics(values, self.name)
 
@@ -94,9 +94,10 @@ def distill(
             the model itself, before training.
         config: what becomes ternary and how; by default ``TernaryConfig(embedding_bits=8)``.
         column, limit: of ``read_texts``, where ``texts`` is a source.
-        prefixes: put before the texts in turn; by default the model's own prompts. Pass () for none.
+        prefixes: put before the texts in turn; by default the model's own prompts, an empty one among them.
+            Pass () for none.
         holdout: texts kept out of training, to measure closeness on; 0: none.
-        joined_ratio: share of the training texts made by joining several into a longer one; default 0.15, or
+        joined_ratio: share of the training texts made by joining several into a longer one; default 0.05, or
             0 with teacher vectors.
         evaluator: evaluates during training instead of closeness on the holdout (see ``eval_strategy``).
         callbacks: of transformers' Trainer, such as ``EarlyStoppingCallback``.
@@ -124,15 +125,22 @@ def distill(
         raise TriternError("column and limit go with a file or data set; texts are given already")
     texts = list(texts)
     if prefixes is None:
-        prefixes = [p for p in model.prompts.values() if p]
+        found = list(dict.fromkeys(model.prompts.values()))
+        prefixes = found if any(found) else []
     vectors = teacher if isinstance(teacher, np.ndarray) else None
     if vectors is None:
         ratio = JOINED_RATIO if joined_ratio is None else joined_ratio
         train, held = _split(texts, prefixes, holdout, ratio, args)
-        held_vectors = (teacher or model).encode(held) if held else None  # pyright: ignore[reportAttributeAccessIssue]
+        guide: Any = teacher or model
+        held_vectors = guide.encode(held, prompt="", show_progress_bar=False) if held else None
     else:
         train, held = _split_with_vectors(texts, vectors, prefixes, holdout, joined_ratio)
         held_vectors = vectors[:holdout]
+    if len(train) < (least := args.train_batch_size * args.world_size):
+        raise TriternError(
+            f"{len(train)} training texts are left after holdout ({holdout}) and joining, and a batch takes "
+            f"{least}: lower per_device_train_batch_size, holdout or joined_ratio, or bring more"
+        )
     closeness = FidelityEvaluator(held, held_vectors) if held and held_vectors is not None else None
     trainer = TernaryDistiller(
         model,

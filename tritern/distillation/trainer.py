@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import logging
 from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_model, save_file, save_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.base.sampler import BatchSamplers
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -19,12 +25,18 @@ from ..config import TernaryConfig
 from ..errors import CheckpointError, TriternError
 from ..linear import TernaryLinear
 from .arguments import TernaryDistillationArguments, suggested_learning_rate
-from .data import LengthBatches
+from .data import LengthBatches, token_counts
 from .layers import TrainableTernaryLinear, make_trainable, pack_trained, packed_form
 from .objective import DistillationLoss
 
+logger = logging.getLogger(__name__)
+
 STATE_FILE = "training_state.safetensors"
 """Latent weights and scales of a checkpoint, beside its packed model."""
+
+
+_IDENTITY = ("max_steps", "num_train_epochs", "blend_ratio", "recovery_ratio", "learn_scale", "clip", "seed")
+"""Settings that a resumed run may not change: schedules are shares of the steps, batches follow the seed."""
 
 
 class TernaryDistiller(SentenceTransformerTrainer):
@@ -61,6 +73,8 @@ class TernaryDistiller(SentenceTransformerTrainer):
         **kwargs: Any,
     ) -> None:
         self.ternary_config = config or TernaryConfig()
+        if any(isinstance(m, TrainableTernaryLinear) for m in model.modules()):
+            raise TriternError("the student is left from a run that ended early: load it again to start anew")
         if any(isinstance(m, TernaryLinear) for m in model.modules()):
             raise TriternError(
                 "the student is already packed and its codes cannot be trained: start from the "
@@ -68,6 +82,11 @@ class TernaryDistiller(SentenceTransformerTrainer):
             )
         if isinstance(teacher, str) and teacher != "labels":
             raise TriternError(f"teacher must be a model, None or 'labels'; received {teacher!r}")
+        if {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}:
+            logger.warning(
+                "the student is cast to float32, where small steps are not lost; bf16=True computes in bf16"
+            )
+            model.float()
         own = teacher is None or teacher is model
         frozen = copy.deepcopy(model) if own else None if isinstance(teacher, str) else teacher
         if frozen is not None:
@@ -89,12 +108,17 @@ class TernaryDistiller(SentenceTransformerTrainer):
         if args.learning_rate is None:
             args.learning_rate = suggested_learning_rate(sum(p.numel() for p in model.parameters()))
         without_dropout(model)
+        self._length = min((n for n in (args.max_length, model.max_seq_length) if n), default=None)
         if "data_collator" not in kwargs:
-            limits = [n for n in (args.max_length, model.max_seq_length) if n]
-            length = min(limits) if limits else None
-            kwargs["data_collator"] = self.data_collator_class(model.preprocess, max_length=length)
+            kwargs["data_collator"] = self.data_collator_class(
+                model.preprocess,
+                prompts=args.prompts,
+                router_mapping=args.router_mapping,
+                max_length=self._length,
+            )
         super().__init__(model=model, args=args, train_dataset=train_dataset, loss=self.objective, **kwargs)
         self.args: TernaryDistillationArguments
+        self._batches: LengthBatches | None = None
         self.add_callback(_Schedule(self))
 
     def layers(self) -> Iterator[TrainableTernaryLinear]:
@@ -103,16 +127,27 @@ class TernaryDistiller(SentenceTransformerTrainer):
 
     def pack(self) -> SentenceTransformer:
         """End training: the model with packed layers, in place."""
+        # mixed precision wraps forward in autocast, which the packed model shall not keep
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         pack_trained(self.model, self.ternary_config, self.converted)
         return self.model
 
     def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **kwargs: Any) -> Any:
-        """Batches of similar length where ``args.group_by_length`` asks for them."""
+        """Batches of similar length if ``args.group_by_length`` asks for it and no other sampler is set."""
         texts = [c for c in dataset.column_names if c not in self.data_collator.valid_label_columns]
-        if not self.args.group_by_length or len(texts) != 1 or not hasattr(dataset, "__len__"):
+        usual = self.args.batch_sampler == BatchSamplers.BATCH_SAMPLER
+        if not (self.args.group_by_length and usual and len(texts) == 1 and hasattr(dataset, "__len__")):
             return super().get_batch_sampler(dataset, batch_size, drop_last, **kwargs)
-        lengths = [len(text) for text in dataset[texts[0]]]
-        return LengthBatches(lengths, batch_size, drop_last, self.args.world_size, kwargs.get("seed", 0))
+        lengths = token_counts(self.model.tokenizer, dataset[texts[0]], self._length)
+        self._batches = LengthBatches(
+            lengths, batch_size, drop_last, self.args.world_size, kwargs.get("seed", 0)
+        )
+        return self._batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; wrappers of the sampler do not always pass it on."""
+        if self._batches is not None:
+            self._batches.set_epoch(epoch)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The usual schedule up to the recovery phase, then a small rate falling to 0."""
@@ -130,8 +165,9 @@ class TernaryDistiller(SentenceTransformerTrainer):
         batch = dict(inputs)
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        except RuntimeError as error:
+            out_of_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+            if out_of_memory and not self.args.auto_find_batch_size:  # which waits for the error as it is
                 raise TriternError(
                     f"out of memory ({error}). Lower per_device_train_batch_size (now "
                     f"{self.args.per_device_train_batch_size}; gradient_accumulation_steps makes up for it), "
@@ -148,6 +184,22 @@ class TernaryDistiller(SentenceTransformerTrainer):
             )
         return loss
 
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one it continues."""
+        settings = {name: getattr(self.args, name) for name in _IDENTITY}
+        texts = {"training texts": self._digest}
+        return json.loads(json.dumps(asdict(self.ternary_config) | settings | texts))
+
+    @cached_property
+    def _digest(self) -> str:
+        data: Any = self.train_dataset
+        digest = hashlib.sha256()
+        if hasattr(data, "column_names") and hasattr(data, "__len__"):
+            for column in data.column_names:
+                if column not in self.data_collator.valid_label_columns:
+                    digest.update("\0".join(map(str, data[column])).encode())
+        return digest.hexdigest()[:12]
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +208,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
                 layer.refresh()
             frozen = any(layer.frozen for layer in self.layers())
             balance = ",".join(str(float(b)) for b in self.objective.balance)
-            metadata = {"frozen": str(int(frozen)), "balance": balance}
+            metadata = {"frozen": str(int(frozen)), "balance": balance, "run": json.dumps(self.identity())}
             save_model(self.model, str(folder / STATE_FILE), metadata)
         with packed_form(self.model, self.ternary_config, self.converted):
             super()._save(str(folder), state_dict)
@@ -168,9 +220,16 @@ class TernaryDistiller(SentenceTransformerTrainer):
                 f"{checkpoint_path} has no {STATE_FILE}: it is not a checkpoint of a distillation run "
                 "(packed models cannot be trained further)"
             )
-        load_model(self.model, file)
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata()
+        was, now = json.loads(metadata["run"]), self.identity()
+        if other := [name for name in now if now[name] != was.get(name)]:
+            raise TriternError(
+                f"{checkpoint_path} is of a run with other "
+                + ", ".join(f"{n} ({was.get(n)}, now {now[n]})" for n in other)
+                + ": go on with what it was started with, or start a new run in another folder"
+            )
+        load_model(self.model, file)
         for layer in self.layers():
             layer.frozen = metadata["frozen"] == "1"
         with torch.no_grad():
@@ -182,6 +241,9 @@ class _Schedule(TrainerCallback):
 
     def __init__(self, trainer: TernaryDistiller) -> None:
         self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.set_epoch(int((state.epoch or 0) + 1e-6))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         progress = state.global_step / max(1, state.max_steps)
