@@ -87,6 +87,17 @@ def ternary_linear(
     return _TernaryLinear.apply(x, weight, scale, bias, codes, activation_bits, clip, frozen, dtype)
 
 
+def blended_weight(weight: Tensor, scale: Tensor, codes: Codes, blend: float, clip: float = 1.0) -> Tensor:
+    """``(1 - blend) * weight + blend * scale * codes`` [N, K], with the gradients of each.
+
+    Those of the second part are ``ternary_linear``'s: straight-through inside the clip, learned scales.
+    """
+    ratio = weight / scale[:, None]
+    through = ratio.masked_fill(ratio.detach().abs() > clip, 0.0)
+    value = _codes_of(codes.packed, weight.shape[1]).to(through.dtype)
+    return torch.lerp(weight, (through + (value - through).detach()) * scale[:, None], blend)
+
+
 class _TernaryLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, scale, bias, codes, *options):  # noqa: ANN001, ANN002, ANN205
@@ -154,6 +165,11 @@ def _input_gradient(grad: Tensor, scale: Tensor, packed: Tensor, transposed: Ten
     return torch.ops.tritern.linear(scaled, transposed, ones, None, grad.shape[1], 16, False)
 
 
+def _codes_of(packed: Tensor, K: int) -> Tensor:
+    """int8 [N, K]; on the CPU kept from when they were packed."""
+    return unpack(packed, K, check=False) if packed.is_cuda else cpu.codes_of(packed, K)
+
+
 def _weight_gradients(
     grad: Tensor,
     kept: Tensor,
@@ -168,7 +184,7 @@ def _weight_gradients(
     product = (grad.t() @ x.to(grad.dtype)).float()
     if scale_x is not None and kept.is_cuda:
         product = from_packed_order(product)[:, :K]
-    codes = unpack(packed, K, check=False) if packed.is_cuda else cpu.codes_of(packed, K)
+    codes = _codes_of(packed, K)
     dscale = torch.linalg.vecdot(product, codes.float())
     dweight = product.masked_fill_(weight.abs() > clip * scale[:, None], 0.0)
     dscale -= torch.linalg.vecdot(dweight, weight.float()) / scale

@@ -5,7 +5,7 @@ import torch
 
 from tritern_kernels import PackedTernary, linear, pack, reference, ternarize_weight, unpack
 from tritern_kernels.ternarize import ternarize_given as ternarize_given_kernel
-from tritern_kernels.training import Codes, ternarize_given, ternary_linear
+from tritern_kernels.training import Codes, blended_weight, ternarize_given, ternary_linear
 
 
 def problem(M=33, N=24, K=40, dtype=torch.float32, device="cpu"):
@@ -83,6 +83,20 @@ def test_gradients_equal_autograd_through_fake_quantization(activation_bits, cli
     for name, a, b in zip(("x", "weight", "scale", "bias"), ours, theirs):
         assert (a.grad - b.grad).abs().max() <= tolerance * b.grad.abs().max(), name
     assert (ours[1].grad == 0).any() == (clip < 2)  # the clip leaves some weights out
+
+
+@pytest.mark.parametrize("clip", [1.0, 1e9])
+def test_blended_weight_has_the_gradients_of_both_parts(clip, device):
+    _, weight, scale, _ = problem(device=device)
+    codes, upstream = ternarize_given(weight, scale), torch.randn(24, 40, device=device)
+    value = blended_weight(weight, scale, codes, 0.25, clip)
+    ternary = unpack(codes.packed, 40) * scale[:, None]
+    assert torch.allclose(value, 0.75 * weight + 0.25 * ternary)
+    value.backward(upstream)
+    inside = (weight.abs() <= clip * scale[:, None]).float()
+    expected = upstream * (unpack(codes.packed, 40) - inside * weight / scale[:, None])
+    assert torch.allclose(weight.grad, 0.75 * upstream + 0.25 * inside * upstream)
+    assert torch.allclose(scale.grad, 0.25 * expected.sum(1), atol=1e-6)
 
 
 def test_frozen_codes_train_scales_only(device):

@@ -31,7 +31,7 @@ def test_a_file_in_a_ternary_model_out(script, monkeypatch, tiny_path, sentences
         script, monkeypatch, "--model", tiny_path, "--texts", texts, "--output", output, "--steps", 2,
         "--limit", 200, "--holdout", 20, "--joined-ratio", 0, "--activation-bits", 16,
         "--prefixes", "ba ", "da ",
-        "--per_device_train_batch_size", 16, "--use_cpu", "--disable_tqdm", "True", "--no_group_by_length",
+        "--per-device-train-batch-size", 16, "--use_cpu", "--disable_tqdm", "True", "--no-group-by-length",
     )  # fmt: skip
     record = json.loads((output / "distillation.json").read_text())
     assert record["steps"] == 2 and record["data"] == {"source": str(texts), "texts": 180}
@@ -48,6 +48,9 @@ def test_wrong_options(script, monkeypatch, tiny_path, sentences, tmp_path, caps
     with pytest.raises(SystemExit):
         run(script, monkeypatch, *required, "--texts", "a.txt", "--batchsize", "3")
     assert "unknown options: --batchsize 3 (--help-all lists every setting)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(script, monkeypatch, *required, "--texts", "a.txt", "--learning_rat", "1e-4")
+    assert "unknown options: --learning_rat 1e-4" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="distill_e5.py: texts: .*a.txt is not there"):
         run(script, monkeypatch, *required, "--texts", tmp_path / "a.txt")
     (tmp_path / "few.txt").write_text("\n".join(sentences[:30]))

@@ -65,6 +65,10 @@ def test_an_interrupted_run_resumed_equals_one_that_was_not(tiny_path, sentences
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     ours, theirs = models["parts"].state_dict(), models["whole"].state_dict()
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    with pytest.raises(TriternError, match=r"a run with other max_steps \(12, now 20\), training texts \("):
+        student = SentenceTransformer(tiny_path, device="cpu")
+        changed = {**settings, "max_steps": 20}
+        tritern.distill(student, sentences[1:], tmp_path / "whole", holdout=0, resume=True, **changed)
     with pytest.raises(
         TriternError, match="already holds checkpoints of a run .checkpoint-12.; go on with res"
     ):
@@ -90,6 +94,24 @@ def test_codes_freeze_for_the_recovery_phase(tiny, sentences, tmp_path):
     rates = [entry["learning_rate"] for entry in distiller.state.log_history if "learning_rate" in entry]
     assert max(rates) == pytest.approx(3e-3) and rates[9] == pytest.approx(3e-4)
     assert rates[8] < rates[4] and rates[11] == pytest.approx(1e-4)
+
+
+def test_mixed_precision_ends_with_training(tiny, sentences, tmp_path):
+    model = tritern.distill(tiny, sentences, tmp_path, holdout=64, bf16=True, **SMALL)
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    assert np.array_equal(loaded.encode(sentences[:20]), model.encode(sentences[:20]))
+
+
+def test_the_order_of_an_epoch_follows_its_number(tiny, sentences, tmp_path):
+    """Also where wrappers of the sampler would not pass it on, as in a resumed run of several processes."""
+    args = TernaryDistillationArguments(output_dir=str(tmp_path), report_to="none", **SMALL)
+    distiller = TernaryDistiller(tiny, args, dataset(sentences))
+    distiller.get_train_dataloader()
+    schedule = next(c for c in distiller.callback_handler.callbacks if type(c).__name__ == "_Schedule")
+    for epoch, expected in ((None, 0), (0.99999999, 1), (1.37, 1)):
+        distiller.state.epoch = epoch
+        schedule.on_epoch_begin(args, distiller.state, distiller.control)
+        assert distiller._batches.epoch == expected
 
 
 def dataset(texts):

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+from functools import cached_property
 
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from transformers import TrainingArguments
 
 import tritern
 from tritern import TernaryConfig, TriternError
@@ -30,18 +32,29 @@ def test_texts_from_files_of_all_kinds(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": 1, "text": t}) for t in texts))
     (tmp_path / "a.csv").write_text("id,body\n" + "\n".join(f'{i},"{t}"' for i, t in enumerate(texts)))
     pyarrow.parquet.write_table(pyarrow.table({"text": texts, "other": texts[::-1]}), tmp_path / "a.parquet")
-    for name in ("a.txt", "a.txt.gz", "a.jsonl", "a.csv", "a.parquet"):
+    (tmp_path / "a.tsv").write_text("id\tbody\n" + "\n".join(f"{i}\t{t}" for i, t in enumerate(texts)))
+    for name in ("a.txt", "a.txt.gz", "a.jsonl", "a.csv", "a.tsv", "a.parquet"):
         assert read_texts(tmp_path / name) == texts, name
         assert read_texts(tmp_path / name, limit=2) == texts[:2], name
     assert read_texts(tmp_path / "a.parquet", column="other") == texts[::-1]
     with pytest.raises(TriternError, match="no text column 'title'; its columns with strings: text"):
         read_texts(tmp_path / "a.jsonl", column="title")
+    (tmp_path / "gap.csv").write_text("id,text\n1,first\n2,\n3,third\n")
+    assert read_texts(tmp_path / "gap.csv") == ["first", "", "third"]
+    with pytest.raises(TriternError, match="limit must be at least 1; received 0"):
+        read_texts(tmp_path / "a.txt", limit=0)
 
 
 def test_texts_that_cannot_be_read(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"fine\nalso fine\n" + b"na\xefve\n")
     with pytest.raises(TriternError, match="bad.txt, line 3: not UTF-8 .*byte 0xef.*iconv"):
         read_texts(tmp_path / "bad.txt")
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "na\xefve"}\n')
+    with pytest.raises(TriternError, match="bad.jsonl, line 2: not UTF-8 .*byte 0xef"):
+        read_texts(tmp_path / "bad.jsonl")
+    (tmp_path / "cut.jsonl").write_text('{"text": "fine"}\n{"text": "fi\n')
+    with pytest.raises(TriternError, match="cut.jsonl cannot be read as json: "):
+        read_texts(tmp_path / "cut.jsonl")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(TriternError, match="empty.txt is empty"):
         read_texts(tmp_path / "empty.txt")
@@ -84,8 +97,18 @@ def test_length_batches():
     assert batches != list(one)
     halves = list(LengthBatches(lengths, 10, drop_last=False, processes=2))
     assert [a + b for a, b in zip(halves[::2], halves[1::2])] == batches
-    assert len(list(LengthBatches(lengths[:95], 20, drop_last=True))) == 4
-    assert len(list(LengthBatches(lengths[:95], 20, drop_last=False))) == 5
+    for processes, size in ((1, 20), (2, 10)):
+        kept = LengthBatches(lengths[:95], size, drop_last=True, processes=processes)
+        left_out = []
+        for epoch in range(3):
+            kept.set_epoch(epoch)
+            batches = list(kept)
+            assert len(batches) == len(kept) == 4 * processes
+            left_out.append(set(range(95)) - {i for b in batches for i in b})
+        assert left_out[0] != left_out[1] != left_out[2]  # by chance, and not always the longest
+        every = LengthBatches(lengths[:95], size, drop_last=False, processes=processes)
+        assert len(every) == len(list(every)) == (5 if processes == 1 else 10)
+        assert sorted(i for b in every for i in b) == list(range(95))
 
 
 def test_batches_are_sorted_by_tokens_and_hold_little_padding(tiny, sentences, tmp_path):
@@ -122,6 +145,8 @@ def test_out_of_memory_says_what_to_lower(tiny, sentences, tmp_path, monkeypatch
     monkeypatch.setattr(TernaryDistiller, "compute_loss", fail)
     with pytest.raises(TriternError, match="per_device_train_batch_size .now 16.*max_length .now 128"):
         tritern.distill(tiny, sentences, tmp_path, holdout=0, **SMALL)
+    with pytest.raises(TriternError, match="the student is left from a run that ended early: load it again"):
+        tritern.distill(tiny, sentences, tmp_path, holdout=0, **SMALL)
 
 
 def test_students_and_teachers_that_do_not_fit(tiny, tiny_path, minilm, sentences, tmp_path):
@@ -152,6 +177,71 @@ def test_texts_longer_than_the_maximum_are_cut(tiny_path, sentences, tmp_path):
         assert batch["text_input_ids"].shape == (2, expected)
 
 
+def test_a_half_precision_student_is_trained_in_float32(tiny, tmp_path, caplog):
+    args = TernaryDistillationArguments(output_dir=str(tmp_path), report_to="none", **SMALL)
+    TernaryDistiller(tiny.half(), args)
+    assert "the student is cast to float32" in caplog.text
+    assert {p.dtype for p in tiny.parameters()} == {torch.float32}
+
+
+def test_prompts_and_samplers_of_the_trainer_are_heard(tiny_path, sentences, tmp_path):
+    batches = []
+    for extra in ({}, {"prompts": {"text": "ba da "}, "batch_sampler": "no_duplicates"}):
+        args = TernaryDistillationArguments(output_dir=str(tmp_path), report_to="none", **SMALL, **extra)
+        student = SentenceTransformer(tiny_path, device="cpu")
+        distiller = TernaryDistiller(student, args, Dataset.from_dict({"text": sentences}))
+        ids = next(iter(distiller.get_train_dataloader()))["text_input_ids"]
+        batches.append(student.tokenizer.batch_decode(ids))
+        spread = {row.count("[PAD]") for row in batches[-1]}
+        assert (max(spread) < 5) == (not extra)  # sorted by length, or not
+    assert all(row.startswith("[CLS] ba da ") for row in batches[1])
+    assert not any(row.startswith("[CLS] ba da ") for row in batches[0])
+
+
+def test_every_prompt_of_the_model_is_trained_with_also_an_empty_one(tiny, sentences, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def stop(model, args, train_dataset, **kwargs):
+        raise Seen(train_dataset["text"][:2])
+
+    monkeypatch.setattr("tritern.distillation.run.TernaryDistiller", stop)
+    for prompts, expected in (
+        ({"query": "ask ", "document": ""}, ["ask " + sentences[0], sentences[1]]),
+        ({"query": "", "document": ""}, sentences[:2]),
+    ):
+        tiny.prompts = prompts
+        with pytest.raises(Seen) as seen:
+            tritern.distill(tiny, sentences, tmp_path, holdout=0, joined_ratio=0, **SMALL)
+        assert seen.value.args[0] == expected
+
+
+def test_several_visible_gpus_in_one_process(tmp_path, monkeypatch, caplog):
+    one = TrainingArguments._setup_devices.func
+
+    def two(self):
+        device, self._n_gpu = one(self), 2
+        return device
+
+    devices = cached_property(two)
+    devices.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
+    args = TernaryDistillationArguments(output_dir=str(tmp_path), per_device_train_batch_size=16)
+    assert args.n_gpu == 1 and args.train_batch_size == 16
+    assert "2 GPUs are visible and one is used: start with torchrun --nproc-per-node=2" in caplog.text
+
+
+def test_flattened_batches_are_refused(tiny, sentences, tmp_path, monkeypatch):
+    args = TernaryDistillationArguments(output_dir=str(tmp_path), report_to="none", **SMALL)
+    distiller = TernaryDistiller(tiny, args)
+    features = {k: v for k, v in tiny.preprocess(sentences[:4]).items() if k != "attention_mask"}
+    student = {"sentence_embedding": torch.randn(4, 32)}
+    for model in (tiny, distiller.objective._teacher[0]):
+        monkeypatch.setattr(model, "forward", lambda features: student)
+    with pytest.raises(TriternError, match=r"hidden_weight need padded batches .*unpad_inputs = False"):
+        distiller.objective([features])
+
+
 def test_wrong_settings(tiny, sentences, tmp_path):
     for settings, message in (
         ({"blend_ratio": 1.5}, "blend_ratio is a share of the steps, from 0 to 1; received 1.5"),
@@ -166,6 +256,10 @@ def test_wrong_settings(tiny, sentences, tmp_path):
     assert not any(isinstance(m, TrainableTernaryLinear) for m in tiny.modules()), "left as it was"
     with pytest.raises(TriternError, match="column and limit go with a file or data set"):
         tritern.distill(tiny, sentences, tmp_path, limit=50, **SMALL)
+    with pytest.raises(
+        TriternError, match=r"10 training texts are left after holdout .0. and joining.*takes 16"
+    ):
+        tritern.distill(tiny, sentences[:40], tmp_path, holdout=0, joined_ratio=1.0, **SMALL)
     with pytest.raises(TriternError, match="holdout must be 0 or at least 12; received 5"):
         tritern.distill(tiny, sentences, tmp_path, holdout=5, **SMALL)
     with pytest.raises(TriternError, match="rule must be one of"):

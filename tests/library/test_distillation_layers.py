@@ -13,6 +13,7 @@ from tritern.distillation.layers import (
     pack_trained,
     packed_form,
 )
+from tritern_kernels import ternarize_weight
 
 
 def layer(**options):
@@ -53,12 +54,13 @@ def test_it_starts_as_the_patched_layer():
 def test_blend_goes_from_full_precision_to_ternary_in_training_only():
     linear, x = nn.Linear(40, 24), torch.randn(50, 40)
     module = TrainableTernaryLinear(copy.deepcopy(linear)).train()
-    ternary = module.packed_layer()(x)
+    packed = module.packed_layer()
     module.blend = 0.0
     assert torch.allclose(module(x), linear(x), atol=1e-6)
     module.blend = 0.25
-    assert torch.allclose(module(x), 0.75 * linear(x) + 0.25 * ternary, atol=1e-6)
-    assert torch.equal(module.eval()(x), ternary)
+    weight = 0.75 * linear.weight + 0.25 * ternarize_weight(linear.weight).dequantize()
+    assert torch.allclose(module(x), nn.functional.linear(x, weight, linear.bias), atol=1e-6)
+    assert torch.equal(module.eval()(x), packed(x))
 
 
 def test_frozen_codes_stay_while_scales_learn():

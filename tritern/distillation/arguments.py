@@ -40,7 +40,7 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
         recovery_learning_rate: learning rate there as a share of the peak.
         train_embeddings: train the embedding tables too.
         train_int8_embeddings: round tables that become int8 in training too, and not only at its end.
-        cpu_bf16: on a CPU, run the teacher, the backward products and what is blended in in bfloat16, while
+        cpu_bf16: on a CPU, run the teacher, the backward products and the blended layers in bfloat16, while
             the student's ternary forward stays as it will be served; None: where the CPU has
             instructions for it. (On CUDA, float32 gradients of a layer's input are 16-bit products.)
     """
@@ -119,7 +119,7 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
         return torch.bfloat16 if wanted and self.device.type == "cpu" else None
 
     def blend(self, progress: float) -> float:
-        """Share of the ternary product at a share of the steps."""
+        """Share of the ternary weights at a share of the steps."""
         return min(1.0, progress / self.blend_ratio) if self.blend_ratio else 1.0
 
     def frozen(self, step: int, steps: int) -> bool:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tritern_kernels import PackedTernary, ternarize_weight
 from tritern_kernels.reference import Rule, quantize_activations
-from tritern_kernels.training import Codes, ternarize_given, ternary_linear, transpose
+from tritern_kernels.training import Codes, blended_weight, ternarize_given, ternary_linear, transpose
 
 from .. import hf
 from ..config import TernaryConfig
@@ -29,15 +29,15 @@ class TrainableTernaryLinear(nn.Module):
     """A ``TernaryLinear`` in training: latent weights, ternarized anew at every step.
 
     In evaluation it returns the very bits of ``packed_layer()``. In training the gradients are those of
-    ``tritern_kernels.training.ternary_linear`` (straight-through, learned scales), and the output is
-    ``(1 - blend) * full precision + blend * ternary``.
+    ``tritern_kernels.training.ternary_linear`` (straight-through, learned scales). While ``blend`` is below 1
+    it is a dense layer of the weight ``(1 - blend) * latent + blend * ternary``, activations as they are.
 
     Attributes:
         weight: parameter, the latent weight [out_features, in_features].
         weight_scale: parameter, float32 [out_features].
         bias: parameter [out_features] or None.
         packed: buffer, uint8 [out_features, padded_k(in_features) / 4], codes of the latent weight.
-        blend: share of the ternary product in the output while training, from 0 to 1.
+        blend: share of the ternary weight while training, from 0 to 1.
         frozen: codes no longer follow the latent weight, which gets no gradient.
 
     Args:
@@ -46,8 +46,8 @@ class TrainableTernaryLinear(nn.Module):
         activation_bits: 8 or 16.
         learn_scale: learn the scales by gradient; otherwise ``rule`` gives them at every step.
         clip: weights beyond clip * scale get no gradient.
-        backward_dtype: of the backward products, and of what is blended in, where the forward is float32;
-            None: float32.
+        backward_dtype: of the backward products, and of the product while blended, where x is float32; None:
+            float32.
     """
 
     packed: Tensor
@@ -122,7 +122,12 @@ class TrainableTernaryLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         codes = self.refresh()
-        y = ternary_linear(
+        if self.training and self.blend < 1:
+            weight = blended_weight(self.weight, self.weight_scale, codes, self.blend, self.clip)
+            dtype = (self.backward_dtype if x.dtype == torch.float32 else None) or x.dtype
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return F.linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
+        return ternary_linear(
             x,
             self.weight,
             self.weight_scale,
@@ -133,12 +138,6 @@ class TrainableTernaryLinear(nn.Module):
             frozen=self.frozen,
             backward_dtype=self.backward_dtype if x.dtype == torch.float32 else None,
         )
-        if self.training and self.blend < 1:
-            dtype = self.backward_dtype or x.dtype
-            bias = None if self.bias is None else self.bias.to(dtype)
-            dense = F.linear(x.to(dtype), self.weight.to(dtype), bias)
-            y = torch.lerp(dense.to(x.dtype), y, self.blend)
-        return y
 
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""

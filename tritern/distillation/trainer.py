@@ -167,7 +167,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
             loss = super().training_step(model, inputs, *args, **kwargs)
         except RuntimeError as error:
             out_of_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-            if out_of_memory and not self.args.auto_find_batch_size:  # which waits for the error as it is
+            if out_of_memory:
                 raise TriternError(
                     f"out of memory ({error}). Lower per_device_train_batch_size (now "
                     f"{self.args.per_device_train_batch_size}; gradient_accumulation_steps makes up for it), "
