@@ -141,8 +141,15 @@ def main() -> None:
     texts = read_texts(options.data / "train/sentences.txt.zst", limit=wanted)
     teacher = SentenceTransformer(path)
     columns = judges(options.data, teacher, texts[:HELD_OUT])
-    old = json.loads(options.json.read_text())["rows"] if options.json and options.json.exists() else {}
-    rows: dict[str, dict[str, float]] = old
+    budget = {"steps": options.steps, "batch_size": options.batch_size}
+    rows: dict[str, dict[str, float]] = {}
+    if options.json and options.json.exists():
+        kept = json.loads(options.json.read_text())
+        if (kept["budget"], kept["defaults"]) != (budget, json.loads(json.dumps(recipe()))):
+            parser.error(
+                f"{options.json} was measured with another budget or other defaults: name a new file"
+            )
+        rows = kept["rows"]
     print(f"{'':40s}" + "".join(f"{name:>18s}" for name in columns) + f"{'train s':>10s}")
 
     def judge(name: str, model: Any, seconds: float) -> None:
@@ -150,15 +157,14 @@ def main() -> None:
         values = list(rows[name].values())
         print(f"{name:40s}" + "".join(f"{v:18.2f}" for v in values[:-1]) + f"{seconds:10.0f}", flush=True)
         if options.json:
-            result = {"environment": report.environment(), "defaults": recipe()}
-            result["budget"] = {"steps": options.steps, "batch_size": options.batch_size}
+            result = {"environment": report.environment(), "defaults": recipe(), "budget": budget}
             result["changes"] = {arm: ARMS.get(arm) for arm in rows}
             report.write_json(options.json, result | {"rows": rows})
 
-    if "teacher" not in old:
+    if "teacher" not in rows:
         judge("teacher", teacher, 0.0)
     for name, changes in arms.items():
-        if name in old:
+        if name in rows:
             continue
         start = time.perf_counter()
         model = distilled(path, texts[HELD_OUT:], options.steps, options.batch_size, changes)

@@ -153,7 +153,11 @@ def test_ablation(tiny_path, sentences, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "distilled", None)  # what is in the file is not run again
     ablation.main()
     assert json.loads(file.read_text())["rows"] == rows
-    monkeypatch.setattr(sys, "argv", [*sys.argv[:-2], "what"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--steps", "3"])
+    with pytest.raises(SystemExit):
+        ablation.main()
+    assert "was measured with another budget or other defaults: name a new file" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-4], "what"])
     with pytest.raises(SystemExit):
         ablation.main()
     assert "--arms what match none of: defaults; " in capsys.readouterr().err
@@ -162,6 +166,8 @@ def test_ablation(tiny_path, sentences, tmp_path, monkeypatch, capsys):
 def test_training_step_is_measured(tiny_path, sentences, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(sentences))
     options = Namespace(texts=tmp_path / "texts.txt", model=tiny_path, steps=4, batch_size=16)
-    for arm in train.ARMS:
+    for arm in train.ARMS[1:]:
         found = train.measure(arm, options)
         assert found["seconds a step"] > 0 and found["peak MB"] > 0
+    found = train.run(train.ARMS[0], options, 4, train.FRUGAL)
+    assert found["seconds a step"] > 0 and found["peak MB"] > 0
