@@ -56,7 +56,8 @@ def read_texts(source: str | Path, *, column: str | None = None, limit: int | No
     if limit is not None and limit < 1:
         raise TriternError(f"limit must be at least 1; received {limit}")
     if path.is_file():
-        kind, options = kind or "text", {"sep": "\t"} if suffixes[-1:] == [".tsv"] else {}
+        kind = kind or "text"
+        options: dict[str, Any] = {"sep": "\t"} if suffixes[-1:] == [".tsv"] else {}
         try:
             rows = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
             return _column(rows, column, limit, source)

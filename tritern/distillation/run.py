@@ -125,7 +125,7 @@ def distill(
         raise TriternError("column and limit go with a file or data set; texts are given already")
     texts = list(texts)
     if prefixes is None:
-        found = list(dict.fromkeys(model.prompts.values()))
+        found = list(dict.fromkeys(prompt or "" for prompt in model.prompts.values()))
         prefixes = found if any(found) else []
     vectors = teacher if isinstance(teacher, np.ndarray) else None
     if vectors is None:

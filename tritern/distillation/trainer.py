@@ -113,7 +113,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
             kwargs["data_collator"] = self.data_collator_class(
                 model.preprocess,
                 prompts=args.prompts,
-                router_mapping=args.router_mapping,
+                router_mapping=args.router_mapping,  # pyright: ignore[reportArgumentType]
                 max_length=self._length,
             )
         super().__init__(model=model, args=args, train_dataset=train_dataset, loss=self.objective, **kwargs)
