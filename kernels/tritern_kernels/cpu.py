@@ -1,7 +1,7 @@
 """The int8 path on a CPU with what torch has: the GPU kernels' int32 sums, from one byte a weight.
 
 Where the CPU multiplies int8 slowly (no VNNI, no AMX), the same integers are multiplied in float32, which
-holds every partial sum exactly: the same bits, at the speed of float32.
+holds every partial sum exactly: the same bits.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _factor(codes: Tensor, activation_bits: int) -> Tensor:
 
 @cache
 def int8_is_fast() -> bool:
-    """Whether ``torch._int_mm`` beats a float32 product here: several times with VNNI, never without.
+    """Whether ``torch._int_mm`` beats a float32 product here.
 
     Timed, once a process: instruction sets differ by an order of magnitude, and no one flag names them all.
     """
