@@ -134,7 +134,7 @@ def test_ablation(tiny_path, sentences, tmp_path, monkeypatch, capsys):
     pairs = zip(sentences[:30], sentences[1:31])
     pairs = [{"sentence1": a, "sentence2": b, "score": i % 6} for i, (a, b) in enumerate(pairs)]
     write(tmp_path / "sts/stsb/dev.jsonl.gz", pairs)
-    write(tmp_path / "sts/sickr/dev.jsonl.gz", pairs[::-1])
+    write(tmp_path / "sts/sickr/train.jsonl.gz", pairs[::-1])
     write(tmp_path / "retrieval/scifact/corpus.jsonl.gz", [{"text": t} for t in sentences[:40]])
     (tmp_path / "train").mkdir()
     texts = zstandard.compress("\n".join(sentences).encode())
