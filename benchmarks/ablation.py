@@ -59,6 +59,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "no texts joined": {"joined_ratio": 0.0},
     "texts joined: 15 %": {"joined_ratio": 0.15},
     "batches of mixed length": {"group_by_length": False},
+    "step of 2 batches of half the size": {"gradient_accumulation_steps": 2},
+    "seed 1, step of 2 batches": {"gradient_accumulation_steps": 2, "seed": 1},
+    "seed 2, step of 2 batches": {"gradient_accumulation_steps": 2, "seed": 2},
+    "step of 4 batches of a quarter": {"gradient_accumulation_steps": 4},
+    "seed 1, step of 4 batches": {"gradient_accumulation_steps": 4, "seed": 1},
+    "seed 2, step of 4 batches": {"gradient_accumulation_steps": 4, "seed": 2},
 }
 
 
@@ -93,7 +99,11 @@ def recipe() -> dict[str, Any]:
     from tritern.distillation.data import JOINED_RATIO
 
     own = vars(TernaryDistillationArguments)["__annotations__"]
-    found = {f.name: f.default for f in fields(TernaryDistillationArguments) if f.name in {*own, "seed"}}
+    found = {
+        f.name: f.default
+        for f in fields(TernaryDistillationArguments)
+        if f.name in {*own, "seed", "gradient_accumulation_steps"}
+    }
     return found | asdict(TernaryConfig(embedding_bits=8)) | {"joined_ratio": JOINED_RATIO}
 
 
@@ -111,7 +121,8 @@ def distilled(path: str, texts: list[str], steps: int, batch_size: int, changes:
     texts = joined(texts, changes.pop("joined_ratio", JOINED_RATIO))
     with tempfile.TemporaryDirectory() as folder:
         common = {"output_dir": folder, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-        common |= {"max_steps": steps, "per_device_train_batch_size": batch_size, "logging_strategy": "no"}
+        common |= {"max_steps": steps, "logging_strategy": "no"}
+        common["per_device_train_batch_size"] = batch_size // changes.get("gradient_accumulation_steps", 1)
         trainer = TernaryDistiller(
             SentenceTransformer(path),
             TernaryDistillationArguments(**common, **changes),  # pyright: ignore[reportArgumentType]
