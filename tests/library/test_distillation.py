@@ -37,11 +37,15 @@ def test_raw_text_in_a_closer_ternary_model_out(tiny, tiny_path, sentences, tmp_
     before, after = record["fidelity"]["ternary, not trained"], record["fidelity"]["ternary, distilled"]
     assert after["cosine"] > before["cosine"] + 0.02 and after["overlap"] > before["overlap"]
     assert after["cosine"] == pytest.approx(tritern.evaluate(model, teacher, sentences[:64]).cosine, abs=1e-6)
-    assert record["data"] == {"source": "texts given to the call", "texts": 336}
+    assert record["data"] == {
+        "source": "texts given to the call", "texts": 336, "column": None, "limit": None, "holdout": 64,
+        "prefixes": [], "joined_ratio": 0,
+    }  # fmt: skip
     loaded = SentenceTransformer(str(tmp_path), device="cpu")
     assert np.array_equal(loaded.encode(sentences[:20]), model.encode(sentences[:20]))
     card = (tmp_path / "README.md").read_text()
     assert f"{after['cosine']:.4f}" in card and "| max_steps | 60 |" in card and "12 linear layers" in card
+    assert f"{record['bits_per_weight']:.2f} bits per weight" in card and "| holdout | 64 |" in card
     assert not any(isinstance(m, nn.Dropout) and m.p for m in model.modules())
 
 
@@ -65,14 +69,74 @@ def test_an_interrupted_run_resumed_equals_one_that_was_not(tiny_path, sentences
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     ours, theirs = models["parts"].state_dict(), models["whole"].state_dict()
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    with pytest.raises(TriternError, match=r"a run with other max_steps \(12, now 20\), training texts \("):
-        student = SentenceTransformer(tiny_path, device="cpu")
-        changed = {**settings, "max_steps": 20}
-        tritern.distill(student, sentences[1:], tmp_path / "whole", holdout=0, resume=True, **changed)
+    record = json.loads((tmp_path / "parts" / "distillation.json").read_text())
+    assert record["resumed_from"] == "checkpoint-9"
+    assert "since it was resumed from checkpoint-9" in (tmp_path / "parts" / "README.md").read_text()
+    other = SentenceTransformer(tiny_path, device="cpu")
+    with torch.no_grad():
+        other[0].auto_model.embeddings.word_embeddings.weight.mul_(1.01)
+    for texts, teacher, change, message in (
+        (sentences[1:], None, {"max_steps": 20}, r"max_steps \(12, now 20\), training texts \("),
+        (sentences, None, {"hidden_weight": 1.0}, r"hidden_weight \(3.0, now 1.0\):"),
+        (sentences, None, {"learning_rate": 1e-3}, r"learning_rate \(0.003, now 0.001\):"),
+        (sentences, None, {"per_device_train_batch_size": 8}, r"texts per batch \(16, now 8\):"),
+        (sentences, other, {}, r"teacher \(\w+, now \w+\):"),
+    ):
+        student, changed = SentenceTransformer(tiny_path, device="cpu"), {**settings, **change}
+        with pytest.raises(TriternError, match=f"is of a run with other {message}"):
+            tritern.distill(
+                student, texts, tmp_path / "whole", teacher=teacher, holdout=0, resume=True, **changed
+            )
     with pytest.raises(
         TriternError, match="already holds checkpoints of a run .checkpoint-12.; go on with res"
     ):
         tritern.distill(SentenceTransformer(tiny_path), sentences, tmp_path / "whole", **SMALL)
+
+
+def test_a_checkpoint_whose_writing_was_interrupted_is_left_out(tiny_path, sentences, tmp_path, caplog):
+    settings = {**SMALL, "max_steps": 6, "save_steps": 3, "save_strategy": "steps", "logging_steps": 1}
+    for resume in (False, True):
+        student = SentenceTransformer(tiny_path, device="cpu")
+        tritern.distill(student, sentences, tmp_path, holdout=0, resume=resume, **settings)
+        if not resume:
+            whole = losses(tmp_path)
+            (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
+    assert "checkpoint-6 is incomplete" in caplog.text and losses(tmp_path) == whole
+    assert json.loads((tmp_path / "distillation.json").read_text())["resumed_from"] == "checkpoint-3"
+    (tmp_path / "checkpoint-6" / STATE_FILE).write_bytes(b"cut")
+
+
+def test_another_model_as_the_teacher(tiny_path, sentences, tmp_path):
+    teacher = SentenceTransformer(tiny_path, device="cpu")
+    with torch.no_grad():  # other vectors from the same tokenizer
+        teacher[0].auto_model.embeddings.LayerNorm.bias.normal_(generator=torch.manual_seed(0))
+    found = {}
+    for name, given in (("itself", None), ("other", teacher)):
+        student = SentenceTransformer(tiny_path, device="cpu")
+        settings = {**SMALL, "max_steps": 60}
+        tritern.distill(student, sentences, tmp_path / name, teacher=given, holdout=64, **settings)
+        found[name] = tritern.evaluate(student, teacher, sentences[:64]).cosine
+        record = json.loads((tmp_path / name / "distillation.json").read_text())
+        assert given is None or record["fidelity"]["ternary, distilled"]["cosine"] == pytest.approx(
+            found[name], abs=1e-6
+        )
+    assert found["other"] > found["itself"] + 0.05
+
+
+def test_one_block_has_no_relations_behind_its_output(tiny_path, sentences, tmp_path):
+    student = SentenceTransformer(tiny_path, device="cpu")
+    del student[0].auto_model.encoder.layer[1]
+    settings = {**SMALL, "relations_weight": 1.0, "relation_heads": 2, "logging_steps": 1}
+    tritern.distill(student, sentences, tmp_path, holdout=0, **settings)
+    assert len(losses(tmp_path)) == 12 and all(np.isfinite(losses(tmp_path)))
+
+
+def test_evaluation_sets_do_not_take_the_order_of_the_training_set(tiny, sentences, tmp_path):
+    args = TernaryDistillationArguments(output_dir=str(tmp_path), report_to="none", **SMALL)
+    distiller = TernaryDistiller(tiny, args, dataset(sentences), eval_dataset=dataset(sentences[:32]))
+    distiller.get_train_dataloader()
+    distiller.get_eval_dataloader()
+    assert len(distiller._batches.lengths) == len(sentences)
 
 
 def test_codes_freeze_for_the_recovery_phase(tiny, sentences, tmp_path):
@@ -201,6 +265,11 @@ def test_teacher_vectors_instead_of_a_teacher(tiny_path, sentences, tmp_path):
     own = SentenceTransformer(tiny_path, device="cpu")
     tritern.distill(own, sentences, tmp_path / "b", holdout=40, joined_ratio=0, **settings)
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-3)
+    asking = SentenceTransformer(tiny_path, device="cpu", prompts={"query": "ba ", "document": "da "})
+    tritern.distill(asking, sentences, tmp_path / "e", teacher=vectors, holdout=40, **settings)
+    assert losses(tmp_path / "e") == losses(tmp_path / "a"), "the vectors are of texts without prompts"
+    with pytest.raises(TypeError, match="texts must be strings; number 1 is int"):
+        tritern.distill(own, ["one", 2], tmp_path / "c", teacher=vectors[:2], **settings)
     student = SentenceTransformer(tiny_path, device="cpu")
     with pytest.raises(TriternError, match="hidden_weight must be 0 with precomputed teacher vectors"):
         tritern.distill(student, sentences, tmp_path / "c", teacher=vectors, **SMALL)

@@ -41,6 +41,13 @@ def test_texts_from_files_of_all_kinds(tmp_path):
         read_texts(tmp_path / "a.jsonl", column="title")
     (tmp_path / "gap.csv").write_text("id,text\n1,first\n2,\n3,third\n")
     assert read_texts(tmp_path / "gap.csv") == ["first", "", "third"]
+    (tmp_path / "late.csv").write_text("title,id,text\nA,1,\nB,2,a text\n")
+    assert read_texts(tmp_path / "late.csv") == ["", "a text"]
+    assert read_texts(tmp_path / "late.csv", column="text", limit=2) == ["", "a text"]
+    many = [f"text {i}" for i in range(2500)]
+    (tmp_path / "many.txt").write_text("\n".join(many))
+    assert read_texts(tmp_path / "many.txt") == many
+    assert read_texts(tmp_path / "many.txt", limit=1500) == many[:1500]
     with pytest.raises(TriternError, match="limit must be at least 1; received 0"):
         read_texts(tmp_path / "a.txt", limit=0)
 
@@ -55,6 +62,10 @@ def test_texts_that_cannot_be_read(tmp_path):
     (tmp_path / "cut.jsonl").write_text('{"text": "fine"}\n{"text": "fi\n')
     with pytest.raises(TriternError, match="cut.jsonl cannot be read as json: "):
         read_texts(tmp_path / "cut.jsonl")
+    whole = gzip.compress("".join(f"line {i * i}\n" for i in range(5000)).encode())
+    (tmp_path / "cut.txt.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TriternError, match="cut.txt.gz cannot be read as text: "):
+        read_texts(tmp_path / "cut.txt.gz")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(TriternError, match="empty.txt is empty"):
         read_texts(tmp_path / "empty.txt")
@@ -80,6 +91,8 @@ def test_joined_and_prefixed():
     assert joined(texts, 0.0) == texts
     longer = joined(texts, 0.5)
     assert " ".join(longer) == " ".join(texts) and 10 < len(longer) < 60
+    with pytest.raises(TriternError, match="joined_ratio is a share of the texts, from 0 to 1; received 2"):
+        joined(texts, 2)
     assert longer == joined(texts, 0.5) and longer != joined(texts, 0.5, seed=1)
     assert prefixed(["a", "b", "c"], ["query: ", "passage: "]) == ["query: a", "passage: b", "query: c"]
     assert prefixed(["a"], []) == ["a"]
@@ -147,6 +160,30 @@ def test_out_of_memory_says_what_to_lower(tiny, sentences, tmp_path, monkeypatch
         tritern.distill(tiny, sentences, tmp_path, holdout=0, **SMALL)
     with pytest.raises(TriternError, match="the student is left from a run that ended early: load it again"):
         tritern.distill(tiny, sentences, tmp_path, holdout=0, **SMALL)
+
+
+def test_out_of_memory_in_the_optimizer_is_explained_too(tiny, sentences, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    with pytest.raises(TriternError, match="per_device_train_batch_size .now 16"):
+        tritern.distill(tiny, sentences, tmp_path, holdout=0, **SMALL)
+
+
+def test_a_batch_that_fits_is_found(tiny, sentences, tmp_path, monkeypatch):
+    usual, tried = TernaryDistiller.compute_loss, []
+
+    def fail(self, model, inputs, *args, **kwargs):
+        tried.append(len(inputs["text_input_ids"]))
+        if tried[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        return usual(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(TernaryDistiller, "compute_loss", fail)
+    tritern.distill(tiny, sentences, tmp_path, holdout=0, auto_find_batch_size=True, **SMALL)
+    assert tried[0] == 16 and tried == sorted(tried, reverse=True) and tried[-2:] == [tried[-1]] * 2
+    assert tried[-1] <= 4
 
 
 def test_students_and_teachers_that_do_not_fit(tiny, tiny_path, minilm, sentences, tmp_path):
@@ -248,6 +285,12 @@ def test_wrong_settings(tiny, sentences, tmp_path):
         ({"blend_ratio": 0.6, "recovery_ratio": 0.6}, "must be at most 1; received 0.6 and 0.6"),
         ({"cosine_weight": -1.0}, "cosine_weight must not be negative; received -1.0"),
         ({"temperature": 0.0}, "temperature must be positive; received 0.0"),
+        ({"max_length": 0}, "max_length must be at least 1; received 0"),
+        ({"matryoshka_dims": [8, -1]}, r"matryoshka_dims must be at least 1; received \[8, -1\]"),
+        ({"matryoshka_dims": [8, 33]}, r"at most 32, the width of the model's vectors; received \[8, 33\]"),
+        ({"relations_weight": 0.1}, "relation_heads must divide .* 32, 32, 32; received 12"),
+        ({"load_best_model_at_end": True, "eval_strategy": "no"}, "settings: --load_best_model_at_end req"),
+        ({"resume_from_checkpoint": "x"}, "resume_from_checkpoint has no effect here: pass resume=True"),
         ({"cosine_weight": 0.0, "similarity_weight": 0.0, "hidden_weight": 0.0}, "all loss weights are 0"),
         ({"batch_size": 3}, "unknown settings: batch_size"),
     ):

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import sys
 from math import log2
 from pathlib import Path
@@ -152,6 +153,21 @@ def test_whole_table(run, ternary_path, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "SICK-R (sts/sickr/test.jsonl.gz)" in printed and "medquad" in printed
     assert "retention, %" in printed and "fidelity, %" in printed
+
+
+def test_scores_are_written_into_the_model_card(run, ternary_path, tmp_path):
+    folder = tmp_path / "saved"
+    shutil.copytree(ternary_path, folder)
+    shutil.copytree(folder, folder / "checkpoint-10")  # of the run, not of the model
+    (folder / "README.md").write_text("# A model\n\n## Scores\n\nold\n\n## Training\n\nlong\n")
+    for _ in range(2):
+        row = run("--rules", "--ternary", f"saved={folder}", "--update-cards")["rows"]["saved"]
+    card = (folder / "README.md").read_text()
+    assert card.startswith("# A model\n\n\n## Training\n\nlong\n\n## Scores\n") and "old" not in card
+    score, kept = row["scores"]["STS-B"], row["retention"]["STS-B"]
+    assert card.count("| STS-B |") == 1 and f"| {score:.2f} | {kept:.1f} % |" in card
+    own = [f for f in folder.glob("*") if f.is_file() and f.name != "README.md"]
+    assert row["bytes_on_disk"] < 1.5 * sum(f.stat().st_size for f in own) + 10_000
 
 
 def test_the_cache_gives_the_same_without_the_model(run, tmp_path, monkeypatch):

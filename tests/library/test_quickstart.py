@@ -171,3 +171,24 @@ def test_missing_packages_are_named(demo, monkeypatch, missing, extra):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit, match=rf"{missing}.* is missing: pip install 'tritern\[{extra}\]'"):
         load_example()
+
+
+def test_the_whole_demo_on_few_texts_of_ones_own(demo, monkeypatch, tiny_path, tmp_path, capsys):
+    lines = [
+        f"{a} {b} {c}" for a in "ba de fi go ki".split() for b in "lu mon nin per".split() for c in "abcde"
+    ]
+    (tmp_path / "texts.txt").write_text("\n".join(lines))
+    command = ["--model", tiny_path, "--texts", tmp_path / "texts.txt", "--steps", 2, "--device", "cpu"]
+    command += ["--limit", 100, "--output", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *map(str, command)])
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    demo.main()
+    shown = capsys.readouterr().out
+    assert "97 passages from" in shown and "2 steps of 64 passages" in shown
+    assert "the same vectors, bit for bit" in shown and "before distillation" in shown
+    assert (tmp_path / "out" / "modules.json").exists()
+    (tmp_path / "texts.txt").write_text("\n".join(map(chr, range(0x4E00, 0x4E00 + 200))))
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *map(str, command[:-1]), str(tmp_path / "b")])
+    with pytest.raises(SystemExit, match="distillation: distillation needs at least 64 different texts"):
+        demo.main()

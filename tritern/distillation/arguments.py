@@ -46,6 +46,7 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
     """
 
     learning_rate: float | None = field(default=None)  # type: ignore[assignment]
+    num_train_epochs: float = field(default=1.0)
     lr_scheduler_type: str = field(default="cosine")  # type: ignore[assignment]
     warmup_steps: float = field(default=0.05)
     adam_beta2: float = field(default=0.98)
@@ -100,6 +101,9 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
         for name in (*(f"{n}_weight" for n in LOSSES), "layer_fade", "recovery_learning_rate"):
             if not getattr(self, name) >= 0:
                 raise TriternError(f"{name} must not be negative; received {getattr(self, name)}")
+        for name, values in (("max_length", [self.max_length]), ("matryoshka_dims", self.matryoshka_dims)):
+            if any(value is not None and value < 1 for value in values or ()):
+                raise TriternError(f"{name} must be at least 1; received {getattr(self, name)}")
         for name in ("temperature", "clip"):
             if not getattr(self, name) > 0:
                 raise TriternError(f"{name} must be positive; received {getattr(self, name)}")

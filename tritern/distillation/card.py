@@ -12,13 +12,19 @@ def model_card(record: dict[str, Any]) -> str:
         record: as ``distill`` writes it to distillation.json.
     """
     config, settings, data = record["config"], record["settings"], record["data"]
-    recipe = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    options = {k: v for k, v in data.items() if k not in ("source", "texts") and v not in (None, [])}
+    recipe = "\n".join(f"| {name} | {value} |" for name, value in (config | options | settings).items())
     quality = "\n".join(
         f"| {name} | {f['cosine']:.4f} | {f['overlap']:.1%} | {f['rank_correlation']:.4f} |"
         for name, f in record["fidelity"].items()
     )
+    if quality:
+        quality = f"| | cosine | top-10 overlap | rank correlation |\n|---|---|---|---|\n{quality}"
+        quality = f"On texts that were not trained on:\n\n{quality}"
     sizes = "\n".join(f"| {name} | {size / 1e6:.1f} MB |" for name, size in record["bytes"].items())
-    minutes = record["seconds"] / 60
+    minutes = f"{record['seconds'] / 60:.1f} minutes"
+    if record["resumed_from"]:
+        minutes += f" since it was resumed from {record['resumed_from']}"
     versions = ", ".join(f"{name} {v}" for name, v in record["versions"].items())
     activations = "int8 per token" if config["activation_bits"] == 8 else "as they are"
     tables = "int8 per row" if config["embedding_bits"] == 8 else "as they were"
@@ -29,7 +35,8 @@ tags: [sentence-transformers, tritern, ternary, distillation]
 
 # Ternary version of {record["model"]}
 
-{record["layers"]} linear layers hold weights in {{-1, 0, +1}}, two bits each, one scale per output row;
+{record["layers"]} linear layers hold weights in {{-1, 0, +1}}, two bits each, and one scale per output row:
+{record["bits_per_weight"]:.2f} bits per weight;
 activations are {activations}, word embeddings {tables}.
 Distilled from {record["teacher"]} with `tritern.distill`.
 
@@ -42,11 +49,7 @@ model = SentenceTransformer("path/to/this/folder")
 
 ## Closeness to the teacher
 
-On texts that were not trained on:
-
-| | cosine | top-10 overlap | rank correlation |
-|---|---|---|---|
-{quality}
+{quality or "Not measured: no texts were held out of training."}
 
 Scores published for the teacher do not hold for this model; measure it on your own task.
 
@@ -58,7 +61,7 @@ Scores published for the teacher do not hold for this model; measure it on your 
 
 ## Training
 
-{data["texts"]:,} texts from {data["source"]}, {record["steps"]:,} steps in {minutes:.1f} minutes
+{data["texts"]:,} texts from {data["source"]}, {record["steps"]:,} steps in {minutes}
 on {record["device"]}; {versions}; {record["date"]}.
 
 | setting | value |

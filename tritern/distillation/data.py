@@ -6,7 +6,7 @@ import logging
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ _BUILDERS = {
 }
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _SHORTEST = 3
+_LOOKED_AT = 1000  # rows, to tell which columns hold strings: cells may be empty
 JOINED_RATIO = 0.05
 """Share of training texts that are made by joining several: longer ones than most lines hold."""
 
@@ -63,7 +64,7 @@ def read_texts(source: str | Path, *, column: str | None = None, limit: int | No
             return _column(rows, column, limit, source)
         except TriternError:
             raise
-        except ValueError as error:  # of Unicode, of pyarrow, of pandas
+        except Exception as error:  # of Unicode, pyarrow, pandas, of every decompressor
             raise TriternError(_unreadable(path, kind, error)) from None
     if path.exists() or kind or path.is_absolute():
         raise TriternError(f"texts: {source} is {'a folder' if path.is_dir() else 'not there'}; name a file")
@@ -78,21 +79,22 @@ def read_texts(source: str | Path, *, column: str | None = None, limit: int | No
 
 def _column(rows: Iterable[dict], column: str | None, limit: int | None, source: str | Path) -> list[str]:
     rows = iter(rows)
-    first = next(rows, None)
-    if first is None:
+    head = list(islice(rows, min(_LOOKED_AT, limit or _LOOKED_AT)))
+    if not head:
         raise TriternError(f"texts: {source} is empty")
-    strings = [name for name, value in first.items() if isinstance(value, str)]
+    values = {name: next((r[name] for r in head if r[name] is not None), None) for name in head[0]}
+    strings = [name for name, value in values.items() if isinstance(value, str)]
     name = column or ("text" if "text" in strings else next(iter(strings), None))
     if name not in strings:
         raise TriternError(
             f"texts: {source} has no text column {column or 'text'!r}; its columns with strings: "
             f"{', '.join(strings) or 'none'}"
         )
-    rest = islice(rows, None if limit is None else limit - 1)
-    return [first[name], *(row[name] or "" for row in rest)]  # an empty cell is None
+    rest = islice(rows, None if limit is None else limit - len(head))
+    return [row[name] or "" for row in chain(head, rest)]  # an empty cell is None
 
 
-def _unreadable(path: Path, kind: str, error: ValueError) -> str:
+def _unreadable(path: Path, kind: str, error: Exception) -> str:
     """What is wrong with a file that could not be read: most often bytes that are not UTF-8."""
     where, cause = str(path), error
     if path.suffix not in _COMPRESSED:
@@ -104,7 +106,7 @@ def _unreadable(path: Path, kind: str, error: ValueError) -> str:
                     where, cause = f"{path}, line {number}", found
                     break
     if not isinstance(cause, UnicodeDecodeError):
-        return f"texts: {path} cannot be read as {kind}: {error}"
+        return f"texts: {path} cannot be read as {kind}: {error or type(error).__name__}"
     return (
         f"texts: {where}: not UTF-8 ({cause.reason}, byte {cause.object[cause.start]:#04x}). Convert the "
         "file, for example with iconv -f latin1 -t utf-8, or remove the line."
@@ -145,7 +147,12 @@ def joined(texts: Sequence[str], ratio: float, seed: int = 0) -> list[str]:
         texts: the texts.
         ratio: share of the results that are joined.
         seed: chooses which.
+
+    Raises:
+        TriternError: a ratio that is not from 0 to 1.
     """
+    if not 0 <= ratio <= 1:
+        raise TriternError(f"joined_ratio is a share of the texts, from 0 to 1; received {ratio}")
     generator, source = random.Random(seed), iter(texts)
     result = []
     for text in source:

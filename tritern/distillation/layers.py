@@ -42,7 +42,8 @@ class TrainableTernaryLinear(nn.Module):
 
     Args:
         linear: the layer to start from; its parameters are taken over, not copied.
-        rule: where codes and scales start (and what renews the scales if they are not learned).
+        rule: gives the scales to start from, and renews them if they are not learned. (With learned scales
+            weights beyond half a scale are not zero, from the start.)
         activation_bits: 8 or 16.
         learn_scale: learn the scales by gradient; otherwise ``rule`` gives them at every step.
         clip: weights beyond clip * scale get no gradient.

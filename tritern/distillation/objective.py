@@ -108,7 +108,12 @@ class DistillationLoss(nn.Module):
         self._check(model, teacher)
 
     def _check(self, model: SentenceTransformer, teacher: SentenceTransformer | None) -> None:
-        names = self.args.loss_weights()
+        names, width = self.args.loss_weights(), model.get_embedding_dimension()
+        if width and any(dim > width for dim in self.args.matryoshka_dims or ()):
+            raise TriternError(
+                f"matryoshka_dims must be at most {width}, the width of the model's vectors; received "
+                f"{self.args.matryoshka_dims}"
+            )
         per_token = [n for n in names if n in _PER_TOKEN]
         if not names:
             raise TriternError(f"all loss weights are 0; the terms are {_settings(LOSSES)}")
@@ -127,6 +132,15 @@ class DistillationLoss(nn.Module):
             )
         if per_token and not student_taps.blocks:
             raise TriternError(f"{_settings(per_token)} must be 0 for this model: it has no blocks of layers")
+        heads = self.args.relation_heads
+        for taps in (student_taps, teacher_taps) if "relations" in names and teacher_taps else ():
+            parts = 3 if len(taps.qkv) == 1 else 1
+            widths = [int(layer.weight.shape[0]) for layer in taps.qkv]  # pyright: ignore[reportIndexIssue]
+            if any(width % (parts * heads) for width in widths):
+                raise TriternError(
+                    f"relation_heads must divide the widths of query, key and value, "
+                    f"{', '.join(str(width // parts) for width in widths)}; received {heads}"
+                )
 
     def forward(self, features: list[dict[str, Tensor]], labels: Tensor | None = None) -> dict[str, Tensor]:
         """The weighted terms by name; their sum is the loss. ``features`` is one tokenized column."""
@@ -209,7 +223,10 @@ class DistillationLoss(nn.Module):
     def _measure(self, values: dict[str, Tensor], at: Tensor) -> None:
         """Set ``balance`` so that every term's gradient at the first block is as long as the first term's."""
         # times 2^14, which cancels: the smallest gradients must not vanish in float16
-        gradients = [torch.autograd.grad(v * 2.0**14, at, retain_graph=True)[0] for v in values.values()]
+        gradients = [
+            torch.autograd.grad(v * 2.0**14, at, retain_graph=True, materialize_grads=True)[0]
+            for v in values.values()  # zeros, and with them a factor of 1, of what does not depend on it
+        ]
         squares = torch.stack([g.float().square().sum() for g in gradients])
         if dist.is_initialized():
             dist.all_reduce(squares)  # of the whole batch, as if one process had it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
@@ -18,7 +19,8 @@ import transformers
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import TernaryConfig
 from ..errors import TriternError
@@ -94,8 +96,9 @@ def distill(
             the model itself, before training.
         config: what becomes ternary and how; by default ``TernaryConfig(embedding_bits=8)``.
         column, limit: of ``read_texts``, where ``texts`` is a source.
-        prefixes: put before the texts in turn; by default the model's own prompts, an empty one among them.
-            Pass () for none.
+        prefixes: put before the texts in turn; by default the model's own prompts, an empty one among them,
+            and with teacher vectors none: pass those that the texts had when the vectors were made. Pass ()
+            for none.
         holdout: texts kept out of training, to measure closeness on; 0: none.
         joined_ratio: share of the training texts made by joining several into a longer one; default 0.05, or
             0 with teacher vectors.
@@ -124,13 +127,15 @@ def distill(
     elif column is not None or limit is not None:
         raise TriternError("column and limit go with a file or data set; texts are given already")
     texts = list(texts)
-    if prefixes is None:
+    vectors = teacher if isinstance(teacher, np.ndarray) else None
+    if prefixes is None and vectors is None:
         found = list(dict.fromkeys(prompt or "" for prompt in model.prompts.values()))
         prefixes = found if any(found) else []
-    vectors = teacher if isinstance(teacher, np.ndarray) else None
+    prefixes = list(prefixes or ())
+    if joined_ratio is None:
+        joined_ratio = 0.0 if vectors is not None else JOINED_RATIO
     if vectors is None:
-        ratio = JOINED_RATIO if joined_ratio is None else joined_ratio
-        train, held = _split(texts, prefixes, holdout, ratio, args)
+        train, held = _split(texts, prefixes, holdout, joined_ratio, args)
         guide: Any = teacher or model
         held_vectors = guide.encode(held, prompt="", show_progress_bar=False) if held else None
     else:
@@ -163,12 +168,15 @@ def distill(
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.pack()
     judge("ternary, distilled")
-    record = _record(trainer, teacher, source, fidelity, time.perf_counter() - start)
+    record = _record(trainer, teacher, fidelity, time.perf_counter() - start)
+    record["data"] |= {"source": source, "column": column, "limit": limit, "holdout": holdout}
+    record["data"] |= {"prefixes": prefixes, "joined_ratio": joined_ratio}
+    record["resumed_from"] = Path(checkpoint).name if checkpoint else None
     if trainer.is_world_process_zero():
         vars(model)["_model_card_text"] = model_card(record)
         model.model_card_data.tags = [t for t in model.model_card_data.tags if t != "generated_from_trainer"]
         model.save_pretrained(str(output_dir))
-        (output_dir / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (output_dir / RECORD_FILE).write_text(json.dumps(_finite(record), indent=1) + "\n", encoding="utf-8")
     return model
 
 
@@ -181,9 +189,14 @@ def _arguments(
             f"unknown settings: {', '.join(sorted(unknown))}; see "
             "tritern.distillation.TernaryDistillationArguments"
         )
+    if "resume_from_checkpoint" in settings:
+        raise TriternError("resume_from_checkpoint has no effect here: pass resume=True, or resume=PATH")
     settings.setdefault("eval_strategy", "no" if evaluator is None else "steps")
     settings.setdefault("report_to", "none")
-    return TernaryDistillationArguments(output_dir=str(output_dir), **settings)
+    try:
+        return TernaryDistillationArguments(output_dir=str(output_dir), **settings)
+    except ValueError as error:
+        raise TriternError(f"settings: {error}") from error
 
 
 def _split(
@@ -201,7 +214,7 @@ def _split(
 
 
 def _split_with_vectors(
-    texts: list[str], vectors: np.ndarray, prefixes: Sequence[str], holdout: int, joined_ratio: float | None
+    texts: list[str], vectors: np.ndarray, prefixes: Sequence[str], holdout: int, joined_ratio: float
 ) -> tuple[Dataset, list[str]]:
     _check_holdout(holdout)
     if vectors.ndim != 2 or len(vectors) != len(texts):
@@ -213,9 +226,11 @@ def _split_with_vectors(
         raise TriternError("teacher vectors hold NaN or infinity")
     if joined_ratio:
         raise TriternError("joined_ratio must be 0 with teacher vectors: joined texts have none")
-    empty = next((i for i, text in enumerate(texts) if not text.strip()), None)
-    if empty is not None:
-        raise TriternError(f"texts: number {empty} is empty; remove it and its teacher vector")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts must be strings; number {i} is {type(text).__name__}")
+        if not text.strip():
+            raise TriternError(f"texts: number {i} is empty; remove it and its teacher vector")
     texts = prefixed(texts, prefixes)
     train = {"text": texts[holdout:], "label": list(vectors[holdout:].astype(np.float32))}
     return Dataset.from_dict(train), texts[:holdout]
@@ -229,7 +244,12 @@ def _check_holdout(holdout: int) -> None:
 def _checkpoint(folder: Path, resume: bool | str) -> str | None:
     if isinstance(resume, str):
         return resume
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    found = [f for f in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if f.name.rpartition("-")[2].isdigit()]
+    found.sort(key=lambda f: int(f.name.rpartition("-")[2]))
+    whole = [f for f in found if (f / TRAINER_STATE_NAME).is_file()]  # which is written last
+    last = str(whole[-1]) if whole else None
+    if found[-1:] != whole[-1:]:
+        logger.warning("%s is incomplete, its run was interrupted while saving: left out", found[-1])
     if resume and last is None:
         logger.warning("no checkpoint in %s yet: starting from the beginning", folder)
     if last is not None and not resume:
@@ -240,8 +260,17 @@ def _checkpoint(folder: Path, resume: bool | str) -> str | None:
     return last
 
 
+def _finite(value: Any) -> Any:
+    """The same without NaN and infinity, which JSON does not have: None instead."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _record(
-    trainer: TernaryDistiller, teacher: Any, source: str, fidelity: dict[str, Any], seconds: float
+    trainer: TernaryDistiller, teacher: Any, fidelity: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     from .. import __version__
 
@@ -252,11 +281,12 @@ def _record(
         "model": _name(trainer.model),
         "teacher": _name(teacher) if isinstance(teacher, SentenceTransformer) else teacher_name,
         "config": asdict(trainer.ternary_config),
-        "data": {"source": source, "texts": len(trainer.train_dataset)},  # pyright: ignore[reportArgumentType]
+        "data": {"texts": len(trainer.train_dataset)},  # pyright: ignore[reportArgumentType]
         "settings": _changed(args),
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
         "layers": len(size.layers),
+        "bits_per_weight": round(size.bits_per_weight, 3),
         "bytes": {"in full precision": size.model_bytes_before, "ternary": size.model_bytes_after},
         "fidelity": {stage: asdict(f) for stage, f in fidelity.items()},
         "device": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",

@@ -35,8 +35,16 @@ STATE_FILE = "training_state.safetensors"
 """Latent weights and scales of a checkpoint, beside its packed model."""
 
 
-_IDENTITY = ("max_steps", "num_train_epochs", "blend_ratio", "recovery_ratio", "learn_scale", "clip", "seed")
-"""Settings that a resumed run may not change: schedules are shares of the steps, batches follow the seed."""
+_INHERITED = (
+    "max_steps",
+    "seed",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+)
+_FREE = ("logging_steps", "cpu_bf16", "per_device_train_batch_size")
 
 
 class TernaryDistiller(SentenceTransformerTrainer):
@@ -92,6 +100,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
         if frozen is not None:
             _check_tokenizer(model, frozen)
             frozen.eval().requires_grad_(False)
+        self._teacher = frozen
         # before the layers are replaced, which take their hooks along: a refusal leaves the model as it was
         self.objective = DistillationLoss(model, frozen, args)
         self.converted = make_trainable(
@@ -139,10 +148,10 @@ class TernaryDistiller(SentenceTransformerTrainer):
         if not (self.args.group_by_length and usual and len(texts) == 1 and hasattr(dataset, "__len__")):
             return super().get_batch_sampler(dataset, batch_size, drop_last, **kwargs)
         lengths = token_counts(self.model.tokenizer, dataset[texts[0]], self._length)
-        self._batches = LengthBatches(
-            lengths, batch_size, drop_last, self.args.world_size, kwargs.get("seed", 0)
-        )
-        return self._batches
+        batches = LengthBatches(lengths, batch_size, drop_last, self.args.world_size, kwargs.get("seed", 0))
+        if dataset is self.train_dataset:
+            self._batches = batches
+        return batches
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch; wrappers of the sampler do not always pass it on."""
@@ -160,22 +169,28 @@ class TernaryDistiller(SentenceTransformerTrainer):
                 ]
         return self.lr_scheduler
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the parent; running out of memory says which settings to lower."""
+        try:
+            return super().train(*args, **kwargs)  # where auto_find_batch_size tries again
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+                raise
+            raise TriternError(
+                f"out of memory ({error}). Lower per_device_train_batch_size (now "
+                f"{self.args.per_device_train_batch_size}; gradient_accumulation_steps keeps the texts per "
+                f"step, each compared with fewer), max_length (now {self.args.max_length}), or set "
+                "gradient_checkpointing=True."
+            ) from error
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One step; a loss that is not finite ends the run and keeps the batch."""
         batch = dict(inputs)
-        try:
-            loss = super().training_step(model, inputs, *args, **kwargs)
-        except RuntimeError as error:
-            out_of_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-            if out_of_memory:
-                raise TriternError(
-                    f"out of memory ({error}). Lower per_device_train_batch_size (now "
-                    f"{self.args.per_device_train_batch_size}; gradient_accumulation_steps makes up for it), "
-                    f"max_length (now {self.args.max_length}), or set gradient_checkpointing=True."
-                ) from error
-            raise
+        loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
-            file = Path(str(self.args.output_dir)) / f"bad_batch-{self.state.global_step}.safetensors"
+            name = f"bad_batch-{self.state.global_step}"
+            name += f"-process-{self.args.process_index}" if self.args.world_size > 1 else ""
+            file = Path(str(self.args.output_dir)) / f"{name}.safetensors"
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({k: v.contiguous() for k, v in batch.items() if isinstance(v, Tensor)}, file)
             raise TriternError(
@@ -185,10 +200,12 @@ class TernaryDistiller(SentenceTransformerTrainer):
         return loss
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the one it continues."""
-        settings = {name: getattr(self.args, name) for name in _IDENTITY}
-        texts = {"training texts": self._digest}
-        return json.loads(json.dumps(asdict(self.ternary_config) | settings | texts))
+        """What its numbers follow from, and a resumed run must have in common with the one it continues."""
+        own = set(vars(TernaryDistillationArguments)["__annotations__"]).difference(_FREE)
+        settings = {name: getattr(self.args, name) for name in [*sorted(own), *_INHERITED]}
+        settings["texts per batch"] = self.args.train_batch_size * self.args.world_size
+        settings |= {"training texts": self._digest, "teacher": self._teacher_digest}
+        return json.loads(json.dumps(asdict(self.ternary_config) | settings))
 
     @cached_property
     def _digest(self) -> str:
@@ -196,8 +213,16 @@ class TernaryDistiller(SentenceTransformerTrainer):
         digest = hashlib.sha256()
         if hasattr(data, "column_names") and hasattr(data, "__len__"):
             for column in data.column_names:
-                if column not in self.data_collator.valid_label_columns:
-                    digest.update("\0".join(map(str, data[column])).encode())
+                labels = column in self.data_collator.valid_label_columns
+                some = data.select(range(0, len(data), len(data) // 64 + 1)) if labels else data
+                digest.update("\0".join(map(str, some[column])).encode())
+        return digest.hexdigest()[:12]
+
+    @cached_property
+    def _teacher_digest(self) -> str:
+        digest = hashlib.sha256()
+        for parameter in () if self._teacher is None else self._teacher.parameters():
+            digest.update(parameter.detach().flatten()[:1024].float().cpu().numpy().tobytes())
         return digest.hexdigest()[:12]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
