@@ -58,7 +58,8 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         args = TernaryDistillationArguments(
             output_dir=folder, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-            max_steps=options.steps, per_device_train_batch_size=options.batch_size, bf16=cuda,
+            max_steps=options.steps, per_device_train_batch_size=options.batch_size,
+            gradient_accumulation_steps=1, bf16=cuda,
             learning_rate=5e-4, group_by_length=False, cpu_bf16=False,
         )  # fmt: skip
         student = SentenceTransformer(options.model)

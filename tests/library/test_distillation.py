@@ -18,7 +18,7 @@ from tritern.distillation.trainer import STATE_FILE
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"per_device_train_batch_size": 16, "max_steps": 12, "disable_tqdm": True, "learning_rate": 3e-3}
-SMALL["use_cpu"] = True
+SMALL |= {"use_cpu": True, "gradient_accumulation_steps": 1}
 
 
 def losses(folder):
@@ -296,7 +296,8 @@ sentences = open(sys.argv[4]).read().splitlines()
 tritern.distill(
     SentenceTransformer(model, device="cpu"), sentences, folder, holdout=0, per_device_train_batch_size=batch,
     max_steps=8, logging_steps=1, use_cpu=True, disable_tqdm=True, learning_rate=1e-3, relations_weight=0.1,
-    relation_heads=2, last_hidden_weight=0.1, balance_losses=True, blend_ratio=0.15, recovery_ratio=0.25,
+    relation_heads=2, last_hidden_weight=0.1, balance_losses=True, gradient_accumulation_steps=1,
+    blend_ratio=0.15, recovery_ratio=0.25,
     cpu_bf16=False,
 )
 """

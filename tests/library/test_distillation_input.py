@@ -18,7 +18,7 @@ from tritern.distillation.data import LengthBatches, clean, joined, prefixed, to
 from tritern.distillation.layers import TrainableTernaryLinear
 
 SMALL = {"per_device_train_batch_size": 16, "max_steps": 2, "disable_tqdm": True, "save_strategy": "no"}
-SMALL["use_cpu"] = True
+SMALL |= {"use_cpu": True, "gradient_accumulation_steps": 1}
 
 
 def test_texts_from_files_of_all_kinds(tmp_path):

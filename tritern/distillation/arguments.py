@@ -22,6 +22,8 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
 
     Args:
         learning_rate: peak; None: 5e-4 at 22 million parameters, falling with the root of their number.
+        per_device_train_batch_size, gradient_accumulation_steps: a step of 2 batches of 32 texts: with
+            ``group_by_length`` a batch holds texts of one length, and steps of several lengths go further.
         max_length: tokens per text in training, at most the model's own maximum (None: that); longer texts
             are cut.
         group_by_length: make batches of texts of similar length (less padding, several times as fast).
@@ -50,7 +52,8 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
     lr_scheduler_type: str = field(default="cosine")  # type: ignore[assignment]
     warmup_steps: float = field(default=0.05)
     adam_beta2: float = field(default=0.98)
-    per_device_train_batch_size: int = field(default=64)
+    per_device_train_batch_size: int = field(default=32)
+    gradient_accumulation_steps: int = field(default=2)
     dataloader_drop_last: bool = field(default=True)
     logging_steps: float = field(default=10)
 

@@ -38,7 +38,6 @@ STATE_FILE = "training_state.safetensors"
 _INHERITED = (
     "max_steps",
     "seed",
-    "gradient_accumulation_steps",
     "weight_decay",
     "max_grad_norm",
     "bf16",
