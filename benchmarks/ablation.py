@@ -59,12 +59,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "no texts joined": {"joined_ratio": 0.0},
     "texts joined: 15 %": {"joined_ratio": 0.15},
     "batches of mixed length": {"group_by_length": False},
-    "step of 2 batches of half the size": {"gradient_accumulation_steps": 2},
-    "seed 1, step of 2 batches": {"gradient_accumulation_steps": 2, "seed": 1},
-    "seed 2, step of 2 batches": {"gradient_accumulation_steps": 2, "seed": 2},
-    "step of 4 batches of a quarter": {"gradient_accumulation_steps": 4},
-    "seed 1, step of 4 batches": {"gradient_accumulation_steps": 4, "seed": 1},
-    "seed 2, step of 4 batches": {"gradient_accumulation_steps": 4, "seed": 2},
+    "step of one batch": {"gradient_accumulation_steps": 1},
+    "step of 4 batches": {"gradient_accumulation_steps": 4},
 }
 
 
@@ -99,11 +95,7 @@ def recipe() -> dict[str, Any]:
     from tritern.distillation.data import JOINED_RATIO
 
     own = vars(TernaryDistillationArguments)["__annotations__"]
-    found = {
-        f.name: f.default
-        for f in fields(TernaryDistillationArguments)
-        if f.name in {*own, "seed", "gradient_accumulation_steps"}
-    }
+    found = {f.name: f.default for f in fields(TernaryDistillationArguments) if f.name in {*own, "seed"}}
     return found | asdict(TernaryConfig(embedding_bits=8)) | {"joined_ratio": JOINED_RATIO}
 
 
@@ -122,7 +114,10 @@ def distilled(path: str, texts: list[str], steps: int, batch_size: int, changes:
     with tempfile.TemporaryDirectory() as folder:
         common = {"output_dir": folder, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
         common |= {"max_steps": steps, "logging_strategy": "no"}
-        common["per_device_train_batch_size"] = batch_size // changes.get("gradient_accumulation_steps", 1)
+        parts = changes.get(
+            "gradient_accumulation_steps", TernaryDistillationArguments.gradient_accumulation_steps
+        )
+        common["per_device_train_batch_size"] = batch_size // parts
         trainer = TernaryDistiller(
             SentenceTransformer(path),
             TernaryDistillationArguments(**common, **changes),  # pyright: ignore[reportArgumentType]
@@ -140,7 +135,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--model", help="hub name or path; default: the packaged all-MiniLM-L6-v2")
     parser.add_argument("--steps", type=int, default=80, help="steps of every arm (default: 80)")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64, help="texts of a step (default: 64)")
     parser.add_argument(
         "--arms", nargs="+", metavar="NAME", help="only arms whose name starts with one of these"
     )
@@ -159,13 +154,14 @@ def main() -> None:
     texts = read_texts(options.data / "train/sentences.txt.zst", limit=wanted)
     teacher = SentenceTransformer(path)
     columns = judges(options.data, teacher, texts[:HELD_OUT])
-    budget = {"steps": options.steps, "batch_size": options.batch_size}
+    budget = {"steps": options.steps, "batch_size": options.batch_size, "model": options.model}
     rows: dict[str, dict[str, float]] = {}
     if options.json and options.json.exists():
         kept = json.loads(options.json.read_text())
-        if (kept["budget"], kept["defaults"]) != (budget, json.loads(json.dumps(recipe()))):
+        changed = [n for n in kept["rows"] if n != "teacher" and kept["changes"][n] != ARMS.get(n)]
+        if changed or (kept["budget"], kept["defaults"]) != (budget, json.loads(json.dumps(recipe()))):
             parser.error(
-                f"{options.json} was measured with another budget or other defaults: name a new file"
+                f"{options.json} was measured with another budget, model, defaults or arms: name a new file"
             )
         rows = kept["rows"]
     print(f"{'':40s}" + "".join(f"{name:>18s}" for name in columns) + f"{'train s':>10s}")

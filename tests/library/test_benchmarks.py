@@ -156,7 +156,10 @@ def test_ablation(tiny_path, sentences, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--steps", "3"])
     with pytest.raises(SystemExit):
         ablation.main()
-    assert "was measured with another budget or other defaults: name a new file" in capsys.readouterr().err
+    assert (
+        "was measured with another budget, model, defaults or arms: name a new file"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(sys, "argv", [*sys.argv[:-4], "what"])
     with pytest.raises(SystemExit):
         ablation.main()
