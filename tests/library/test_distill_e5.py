@@ -79,7 +79,7 @@ def test_wrong_options(script, monkeypatch, tiny_path, sentences, tmp_path, caps
     with pytest.raises(SystemExit, match="distill_e5.py: texts: .*a.txt is not there"):
         run(script, monkeypatch, *required, "--texts", tmp_path / "a.txt")
     (tmp_path / "few.txt").write_text("\n".join(sentences[:30]))
-    with pytest.raises(SystemExit, match="needs at least 320 different texts .* received 30"):
+    with pytest.raises(SystemExit, match="needs at least 288 different texts .* received 30"):
         run(script, monkeypatch, *required, "--texts", tmp_path / "few.txt", "--use_cpu")
     with pytest.raises(SystemExit):
         run(script, monkeypatch, "--help-all")

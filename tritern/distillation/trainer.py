@@ -173,7 +173,8 @@ class TernaryDistiller(SentenceTransformerTrainer):
         try:
             return super().train(*args, **kwargs)  # where auto_find_batch_size tries again
         except RuntimeError as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            known = "allocate memory", "No executable batch size"
+            if not (isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in known)):
                 raise
             raise TriternError(
                 f"out of memory ({error}). Lower per_device_train_batch_size (now "
