@@ -290,9 +290,9 @@ def main() -> None:
         info["device"] = str(model.device.type)
         details = {}
         if label in dict(options.ternary):
-            files = (f for f in Path(path).rglob("*") if f.is_file())  # but those of training
-            sizes = (f.stat().st_size for f in files if "checkpoint-" not in str(f.relative_to(path)))
-            details["bytes_on_disk"] = sum(sizes)
+            files = [f.relative_to(path) for f in Path(path).rglob("*") if f.is_file()]
+            own = [f for f in files if not f.parts[0].startswith("checkpoint-")]
+            details["bytes_on_disk"] = sum((Path(path) / f).stat().st_size for f in own)
         table.measure(label, Encoder(model, options.batch_size, options.cache), **details)
         if options.update_cards and label in dict(options.ternary) and sets:
             update_card(Path(path), name, table.rows["teacher"]["scores"], table.rows[label])

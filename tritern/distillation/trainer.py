@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.safetensors"
 """Latent weights and scales of a checkpoint, beside its packed model."""
 
-
 _INHERITED = (
     "max_steps",
     "seed",
@@ -43,7 +42,10 @@ _INHERITED = (
     "bf16",
     "fp16",
 )
+"""Settings of the parent that change a run's numbers."""
+
 _FREE = ("logging_steps", "cpu_bf16", "per_device_train_batch_size")
+"""Own settings that may differ on resuming; texts per batch are compared for all processes together."""
 
 
 class TernaryDistiller(SentenceTransformerTrainer):
