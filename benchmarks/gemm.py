@@ -51,6 +51,7 @@ from tritern_kernels import (
     tuning,
 )
 from tritern_kernels.formats import to_packed_order
+from tritern_kernels.launch import INTERPRETED
 
 DEFAULT_MODELS = ("minilm", "bge-base", "qwen3-embedding-0.6b")
 DEFAULT_TOKENS = (1, 16, 64, 128, 1024, 8192)
@@ -276,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--plot", type=Path, help="write a roofline as PNG; needs matplotlib (pip install tritern[bench])")
     add("--seed", type=int, default=0, help="seed of weights and activations (default: 0)")
     options = parser.parse_args(arguments)
-    if gemm.INTERPRETED:
+    if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: the interpreter neither compiles nor tells a speed. Unset it.")
     if options.quick and (options.shapes or options.tokens):
         parser.error("--quick brings its own shapes: leave out --shapes and --tokens")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .formats import padded_k
-from .gemm import INTERPRETED
+from .gemm import _wait_for_inputs
+from .launch import launch
 from .reference import ONE_127TH, SMALLEST_ABSMAX
 
 _ABS_BITS = tl.constexpr(0x7FFFFFFF)
@@ -53,12 +56,18 @@ def _store(
 
 @triton.jit(do_not_specialize=["M"])
 def quantize_kernel(
-    x_ptr, q_ptr, scale_ptr, M, K, K_padded, stride_x, stride_q,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ONE_TILE: tl.constexpr, ASM: tl.constexpr,
+    x_ptr, q_ptr, scale_ptr, clear_ptr, M, K, K_padded, stride_x, stride_q,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ONE_TILE: tl.constexpr, CLEAR: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] -> q int8 [M, K_padded] in packed order, scale fp32 [M]. ONE_TILE: a row fits BLOCK_K, read it
-    once.
+    once. The first program also sets CLEAR int32 to zero.
     """
+    _wait_for_inputs(PDL)
+    if CLEAR > 0:
+        if tl.program_id(0) == 0:
+            for i in tl.static_range(0, CLEAR, 128):
+                tl.store(clear_ptr + i + tl.arange(0, 128), tl.zeros((128,), tl.int32))
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     lanes = tl.arange(0, BLOCK_K)
     x = _load(x_ptr, rows, lanes, stride_x, M, K)
@@ -78,18 +87,21 @@ def quantize_kernel(
             _store(q_ptr, x, inverse, finite, rows, k + lanes, stride_q, M, K_padded, BLOCK_M, BLOCK_K, ASM)
 
 
-def quantize_blocks(K: int) -> dict[str, int | bool]:
-    """Block sizes for rows of K: about 4,096 elements a program; rows above 8,192 are read twice, in
+@cache
+def quantize_blocks(K: int) -> tuple[int, int, bool]:
+    """BLOCK_M, BLOCK_K and ONE_TILE for rows of K: about 4,096 elements a program; rows above 8,192 are read twice, in
     pieces.
     """
     width = triton.next_power_of_2(padded_k(K))
     block_k = min(width, 8192 if width <= 8192 else 4096)
     block_m = max(1, 4096 // block_k)
-    return {"BLOCK_M": block_m, "BLOCK_K": block_k, "ONE_TILE": width == block_k}
+    return block_m, block_k, width == block_k
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, clear: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantize x [M, K] (fp32, fp16 or bf16, rows contiguous) per token.
+
+    ``clear``, int32 of a multiple of 128 elements, is set to zero by the same launch: a GEMM's tickets.
 
     Returns:
         q int8 [M, padded_k(K)] in packed order, zeros beyond K; scale float32 [M].
@@ -99,9 +111,12 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.empty((M,), dtype=torch.float32, device=x.device)
     if M == 0:
         return q, scale
-    blocks = quantize_blocks(K)
-    grid = (triton.cdiv(M, blocks["BLOCK_M"]),)
-    quantize_kernel[grid](
-        x, q, scale, M, K, q.shape[1], x.stride(0), q.stride(0), **blocks, ASM=not INTERPRETED, num_warps=4
+    block_m, block_k, one_tile = quantize_blocks(K)
+    launch(
+        quantize_kernel,
+        (triton.cdiv(M, block_m), 1),
+        (x, q, scale, scale if clear is None else clear, M, K, q.shape[1], x.stride(0), q.stride(0)),
+        (block_m, block_k, one_tile, 0 if clear is None else clear.numel()),
+        num_warps=4,
     )
     return q, scale

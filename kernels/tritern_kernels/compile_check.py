@@ -28,6 +28,7 @@ from typing import Any
 import triton
 
 from . import activations, gemm, ternarize, tuning
+from .launch import INTERPRETED
 from .reference import RULES
 
 CAPABILITIES = (80, 89, 90)
@@ -79,12 +80,11 @@ def jobs(capability: int) -> Iterator[Job]:
             if c.invalid(mode, c.block_k, capability) is None:
                 yield from _gemm_jobs(mode, c, capability)
     for K in (384, 768, 4096, 16384):
-        blocks = activations.quantize_blocks(K)
-        types = {"x_ptr": "*bf16", "q_ptr": "*i8", "scale_ptr": "*fp32"}
+        blocks = dict(zip(("BLOCK_M", "BLOCK_K", "ONE_TILE"), activations.quantize_blocks(K), strict=True))
+        blocks |= {"CLEAR": 128, "ASM": True, "PDL": capability >= 90}
+        types = {"x_ptr": "*bf16", "q_ptr": "*i8", "scale_ptr": "*fp32", "clear_ptr": "*i32"}
         types |= dict.fromkeys(("M", "K", "K_padded", "stride_x", "stride_q"), "i32")
-        yield Job(
-            f"quantize bf16 K={K}", "quantize", types, blocks | {"ASM": True}, {"num_warps": 4}, capability
-        )
+        yield Job(f"quantize bf16 K={K}", "quantize", types, blocks, {"num_warps": 4}, capability)
     for rule in (*RULES, "given"):
         types = {"w_ptr": "*fp32", "packed_ptr": "*u8", "scale_ptr": "*fp32", "given_scale_ptr": "*fp32"}
         types |= dict.fromkeys(("K", "stride_w", "stride_p"), "i32")
@@ -94,7 +94,7 @@ def jobs(capability: int) -> Iterator[Job]:
 def _gemm_jobs(mode: tuning.Mode, c: tuning.KernelConfig, capability: int) -> Iterator[Job]:
     tile = f"{c.block_m}t x {c.block_n}w x {c.block_k}k"
     constants = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "GROUP": c.group_m}
-    constants |= {"HAS_BIAS": True, "ASM": True}
+    constants |= {"HAS_BIAS": True, "ASM": True, "PDL": capability >= 90}
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
     if mode == "int8":
         types = {
@@ -104,13 +104,13 @@ def _gemm_jobs(mode: tuning.Mode, c: tuning.KernelConfig, capability: int) -> It
             "scale_ptr": "*fp32",
             "bias_ptr": "*fp16",
         }
-        types |= {"y_ptr": "*fp16", "sums_ptr": "*i32", "tickets_ptr": "*i32"}
+        types |= {"y_ptr": "*fp16", "shares_ptr": "*i32", "tickets_ptr": "*i32"}
         types |= dict.fromkeys(("M", "N", "K_padded", "stride_p", "stride_y"), "i32")
         for suffix, gelu, split in (("", False, False), (" gelu", True, False), (" split", False, True)):
             K = 2 * c.block_k
             if replace(c, split_k=2 if split else 1).invalid(mode, K, capability, gelu):
                 continue
-            extra = {"GELU": gelu, "SPLIT": split}
+            extra = {"GELU": gelu, "SPLIT": 2 if split else 1}
             yield Job(f"int8 {tile}{suffix}", "int8", types, constants | extra, options, capability)
         return
     for dtype in ("fp16", "bf16"):
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--capability", type=int, action="append", help="only this one (repeatable)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)
-    if gemm.INTERPRETED:
+    if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: the interpreter does not compile. Unset it.")
     rows = check_all(tuple(options.capability or CAPABILITIES))
     bad = [r for r in rows if r.problem]

@@ -149,10 +149,14 @@ def _linear_cuda(
         return x.new_empty((*x.shape[:-1], N))
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     with torch.cuda.device(x.device):
+        config = tuning.choose(
+            "int8" if activation_bits == 8 else "16bit", M, N, K, gelu, *_device(x.device.index)
+        )
         if activation_bits == 8:
-            y = linear_int8_cuda(*activations.quantize(rows), packed, scale, bias, K, x.dtype, gelu)
+            tickets = gemm.make_tickets(rows, N, config) if config.split_k > 1 else None
+            x_q, scale_x = activations.quantize(rows, tickets)
+            y = gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, x.dtype, gelu, tickets)
         else:
-            config = tuning.choose("16bit", M, N, K, gelu, *_device(x.device.index))
             rows = rows.to(torch.bfloat16) if rows.dtype == torch.float32 else rows
             y = gemm.gemm_16bit(rows, packed, scale, bias, config, x.dtype, gelu)
     return y.view(*x.shape[:-1], N)

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 if TYPE_CHECKING:
     from .tuning import KernelConfig
-
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # inline assembly does not run in the interpreter
 
 
 @triton.jit
@@ -112,23 +112,33 @@ def _store(
     tl.store(y_ptr + m[:, None].to(tl.int64) * stride_y + n[None, :], out, mask=mask)
 
 
+@triton.jit
+def _wait_for_inputs(PDL: tl.constexpr):
+    """With programmatic dependent launch this kernel starts while the one before it ends: wait for its results,
+    and let the next one start.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 @triton.jit(do_not_specialize=["M"])
 def gemm_int8_kernel(
-    x_ptr, packed_ptr, scale_x_ptr, scale_ptr, bias_ptr, y_ptr, sums_ptr, tickets_ptr,
+    x_ptr, packed_ptr, scale_x_ptr, scale_ptr, bias_ptr, y_ptr, shares_ptr, tickets_ptr,
     M, N, K_padded, stride_p, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x int8 [M, K_padded] in packed order. With SPLIT, program_id(1) takes a share of K, int32 atomics add
-    the shares (in any order: integers), and the last program to finish a tile stores it.
+    """x int8 [M, K_padded] in packed order. With SPLIT > 1, program_id(1) takes a share of K; the last program to
+    finish a tile, which the tile's ticket tells, adds the shares and stores.
     """
     pm, pn = _tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     m = pm * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pn * BLOCK_N + tl.arange(0, BLOCK_N)
     first = 0
     last = K_padded // BLOCK_K
-    if SPLIT:
-        share = tl.cdiv(last, tl.num_programs(1))
+    if SPLIT > 1:
+        share = tl.cdiv(last, SPLIT)
         first = tl.program_id(1) * share
         last = tl.minimum(first + share, last)
     rows_m = tl.minimum(m, M - 1).to(tl.int64)  # reading a valid row twice is cheaper than masking the loads
@@ -139,19 +149,26 @@ def gemm_int8_kernel(
         + rows_n[:, None] * stride_p
         + (first * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4))[None, :]
     )
+    _wait_for_inputs(PDL)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
     for _ in tl.range(first, last):
-        acc = tl.dot(_unpack8(tl.load(w), ASM), tl.load(x), acc, out_dtype=tl.int32)
+        if BLOCK_M == 16:  # but not where one token would be read sixteen times
+            x_tile = tl.load(x, mask=(m < M)[None, :], other=0)
+        else:
+            x_tile = tl.load(x)
+        acc = tl.dot(_unpack8(tl.load(w), ASM), x_tile, acc, out_dtype=tl.int32)
         x += BLOCK_K
         w += BLOCK_K // 4
-    if SPLIT:
-        mask = (n[:, None] < N) & (m[None, :] < M)
-        sums = sums_ptr + m[None, :].to(tl.int64) * N + n[:, None]
-        tl.atomic_add(sums, acc, mask=mask, sem="relaxed")
-        tl.debug_barrier()  # every thread's additions are done before the ticket is drawn
+    if SPLIT > 1:
+        offsets = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        shares = shares_ptr + tl.program_id(0).to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M) + offsets
+        tl.store(shares + tl.program_id(1) * (BLOCK_N * BLOCK_M), acc)
+        tl.debug_barrier()  # every thread has stored its part before the ticket is drawn
         ticket = tl.atomic_add(tickets_ptr + tl.program_id(0), 1, sem="acq_rel")
-        if ticket == tl.num_programs(1) - 1:
-            acc = tl.load(sums, mask=mask, other=0, cache_modifier=".cg")
+        if ticket == SPLIT - 1:
+            acc = tl.load(shares, cache_modifier=".cg")
+            for i in tl.static_range(1, SPLIT):
+                acc += tl.load(shares + i * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
             scale_x = tl.load(scale_x_ptr + m, mask=m < M, other=0.0)
             v = acc.to(tl.float32) * scale_x[None, :]
             _store(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 1.0 / 64.0, HAS_BIAS, GELU)
@@ -165,7 +182,7 @@ def gemm_int8_kernel(
 def gemm_16bit_kernel(
     x_ptr, packed_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, K_padded, stride_x, stride_p, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr,
+    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x fp16 or bf16 [M, K] in natural order; packed as uint16 words, stride_p words a row."""
     pm, pn = _tile(M, N, BLOCK_M, BLOCK_N, GROUP)
@@ -176,9 +193,12 @@ def gemm_16bit_kernel(
     rows_n = tl.minimum(n, N - 1).to(tl.int64)
     x = x_ptr + rows_m[None, :] * stride_x + k[:, None]
     w = packed_ptr + rows_n[:, None] * stride_p + tl.arange(0, BLOCK_K // 8)[None, :]
+    _wait_for_inputs(PDL)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for step in tl.range(0, K_padded // BLOCK_K):
-        if EVEN_K:
+        if BLOCK_M == 16:
+            x_tile = tl.load(x, mask=(m < M)[None, :] & (k[:, None] < K - step * BLOCK_K), other=0.0)
+        elif EVEN_K:
             x_tile = tl.load(x)
         else:
             x_tile = tl.load(x, mask=k[:, None] < K - step * BLOCK_K, other=0.0)
@@ -194,27 +214,40 @@ def gemm_16bit_kernel(
 
 def gemm_int8(
     x_q: Tensor, scale_x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
-    config: KernelConfig, out_dtype: torch.dtype, gelu: bool = False,
+    config: KernelConfig, out_dtype: torch.dtype, gelu: bool = False, tickets: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y [M, N] in ``out_dtype`` from ``activations.quantize``'s output and a packed weight; arguments are not
     checked.
+
+    With ``split_k > 1``, ``tickets`` must be ``make_tickets``'s, set to zero (None: made here, by a launch of its
+    own).
     """
     M, K_padded = x_q.shape
     N = packed.shape[0]
     y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
-    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
-    sums = tickets = scale_x  # unused without a split
-    if config.split_k > 1:
-        workspace = torch.zeros(M * N + tiles, dtype=torch.int32, device=x_q.device)
-        sums, tickets = workspace[: M * N], workspace[M * N :]
-    gemm_int8_kernel[(tiles, config.split_k)](
-        x_q, packed, scale_x, scale, scale if bias is None else bias, y, sums, tickets,
-        M, N, K_padded, packed.stride(0), y.stride(0),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP=config.group_m,
-        SPLIT=config.split_k > 1, HAS_BIAS=bias is not None, GELU=gelu, ASM=not INTERPRETED,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+    tiles, split = config.tiles(M, N), config.split_k
+    shares = scale_x  # unused without a split
+    if split > 1:
+        size = tiles * split * config.block_m * config.block_n
+        shares = torch.empty(size, dtype=torch.int32, device=x_q.device)
+        tickets = make_tickets(x_q, N, config).zero_() if tickets is None else tickets
+    launch(
+        gemm_int8_kernel,
+        (tiles, split),
+        (
+            x_q, packed, scale_x, scale, scale if bias is None else bias, y, shares,
+            scale_x if tickets is None else tickets, M, N, K_padded, packed.stride(0), y.stride(0),
+        ),
+        (config.block_m, config.block_n, config.block_k, config.group_m, split, bias is not None, gelu),
+        config.num_warps,
+        config.num_stages,
     )  # fmt: skip
     return y
+
+
+def make_tickets(x: Tensor, N: int, config: KernelConfig) -> Tensor:
+    """int32, one for each tile of the product of x [M, K], rounded up to 128; not set."""
+    return torch.empty(-(-config.tiles(x.shape[0], N) // 128) * 128, dtype=torch.int32, device=x.device)
 
 
 def gemm_16bit(
@@ -226,12 +259,18 @@ def gemm_16bit(
     N = packed.shape[0]
     words = packed.view(torch.uint16)
     y = torch.empty((M, N), dtype=out_dtype, device=x.device)
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
-    gemm_16bit_kernel[grid](
-        x, words, scale, scale if bias is None else bias, y,
-        M, N, K, words.shape[1] * 8, x.stride(0), words.stride(0), y.stride(0),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP=config.group_m,
-        EVEN_K=K % config.block_k == 0, HAS_BIAS=bias is not None, GELU=gelu, ASM=not INTERPRETED,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+    launch(
+        gemm_16bit_kernel,
+        (config.tiles(M, N), 1),
+        (
+            x, words, scale, scale if bias is None else bias, y,
+            M, N, K, words.shape[1] * 8, x.stride(0), words.stride(0), y.stride(0),
+        ),
+        (
+            config.block_m, config.block_n, config.block_k, config.group_m,
+            K % config.block_k == 0, bias is not None, gelu,
+        ),
+        config.num_warps,
+        config.num_stages,
     )  # fmt: skip
     return y

@@ -47,6 +47,10 @@ class KernelConfig:
         x = self.block_m * self.block_k * (1 if mode == "int8" else 2)
         return self.num_stages * (x + self.block_n * self.block_k // 4)
 
+    def tiles(self, M: int, N: int) -> int:
+        """Tiles of an [M, N] result."""
+        return -(-M // self.block_m) * -(-N // self.block_n)
+
     @property
     def accumulators(self) -> int:
         """32-bit accumulator registers a thread holds."""

@@ -1,0 +1,64 @@
+"""Launching a Triton kernel with little work on the host.
+
+Triton looks at every argument at every call to find the compiled kernel. Here that is found by a short key, and
+the compiled kernel is launched directly.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # inline assembly does not run in the interpreter
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+@cache
+def overlaps(device: int) -> bool:
+    """Whether kernels on this GPU may start while the one before ends (programmatic dependent launch)."""
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def launch(
+    kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...],
+    num_warps: int, num_stages: int = 3,
+) -> None:  # fmt: skip
+    """Run ``kernel[grid](*arguments, *constants, ASM, PDL)`` on the current device and stream.
+
+    Of the arguments, the first is a tensor, and the only integer that may differ between calls with equal
+    others is the first: the number of tokens, which the kernel must not be specialized for.
+    """
+    if INTERPRETED:
+        kernel[grid](*arguments, *constants, False, False)
+        return
+    device = arguments[0].device.index
+    key: list[Any] = [kernel, device, num_warps, num_stages, constants]
+    aligned = 0
+    tokens = True
+    for a in arguments:
+        if isinstance(a, Tensor):
+            key.append(a.dtype)
+            aligned |= a.data_ptr()
+        elif tokens:
+            tokens = False
+        else:
+            key.append(a)
+    pdl = overlaps(device)
+    found = None if aligned % 16 else _compiled.get(tuple(key))
+    if found is None or triton.knobs.runtime.launch_enter_hook is not None:
+        options = {"launch_pdl": True} if pdl else {}
+        found = kernel[grid](
+            *arguments, *constants, True, pdl, num_warps=num_warps, num_stages=num_stages, **options
+        )
+        if aligned % 16 == 0:
+            _compiled[tuple(key)] = found
+        return
+    found.run(
+        grid[0], grid[1], 1, torch._C._cuda_getCurrentRawStream(device), found.function, found.packed_metadata,
+        None, None, None, *arguments, *constants, True, pdl,
+    )  # fmt: skip
