@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tritern_kernels import PackedTernary, reference, ternarize_weight
+from tritern_kernels.tune import MODELS
 
 CHUNK_BYTES = 256 * 2**20  # float64 operands of the check are made in pieces of at most this size
 
@@ -25,27 +26,6 @@ class Shape(NamedTuple):
     M: int
     N: int
     K: int
-
-
-def _bert(hidden: int, intermediate: int) -> tuple[tuple[int, int], ...]:
-    return (hidden, hidden), (intermediate, hidden), (hidden, intermediate)
-
-
-def _decoder(hidden: int, query: int, key: int, intermediate: int) -> tuple[tuple[int, int], ...]:
-    return (query, hidden), (key, hidden), (hidden, query), (intermediate, hidden), (hidden, intermediate)
-
-
-MODELS: dict[str, tuple[tuple[int, int], ...]] = {
-    **dict.fromkeys(("minilm", "e5-small", "bge-small"), _bert(384, 1536)),
-    **dict.fromkeys(("e5-base", "bge-base"), _bert(768, 3072)),
-    **dict.fromkeys(("e5-large", "bge-large", "xlm-r-large", "bge-m3"), _bert(1024, 4096)),
-    "modernbert-base": ((2304, 768), (768, 768), (768, 1152)),
-    "qwen3-embedding-0.6b": _decoder(1024, 2048, 1024, 3072),
-    "qwen3-embedding-4b": _decoder(2560, 4096, 1024, 9728),
-    "qwen3-embedding-8b": _decoder(4096, 4096, 1024, 12288),
-    "e5-mistral-7b": _decoder(4096, 4096, 1024, 14336),
-}
-"""(N, K) of the linear layers in a model's blocks, from the models' public configurations."""
 
 
 def parse_shapes(names: list[str], tokens: list[int]) -> list[Shape]:

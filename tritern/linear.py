@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tritern_kernels import PackedTernary, padded_k, ternarize_weight
-from tritern_kernels.dispatch import ACTIVATION_BITS
+from tritern_kernels.dispatch import ACTIVATION_BITS, FLOATS, linear_traced, linear_unchecked
 from tritern_kernels.formats import check_shape
 from tritern_kernels.reference import Rule
 
@@ -112,8 +112,24 @@ class TernaryLinear(nn.Module):
         """X [..., in_features] -> [..., out_features]."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return torch.ops.tritern.linear(
-            x, self.weight, self.weight_scale, self.bias, self.in_features, self.activation_bits, False
+        weights = self.weight, self.weight_scale, self.bias, self.in_features
+        if x.is_cuda and not torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
+                if self.activation_bits == 8:
+                    return linear_traced(x, *weights)
+            elif self._fits(x):
+                return linear_unchecked(x, *weights, self.activation_bits, False)
+        return torch.ops.tritern.linear(x, *weights, self.activation_bits, False)
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether the operator's checks would pass; plain tensors only, no subclasses."""
+        return (
+            type(x) is Tensor
+            and x.dtype in FLOATS
+            and x.dim() > 0
+            and x.shape[-1] == self.in_features
+            and x.device == self.weight.device == self.weight_scale.device
+            and (self.bias is None or (self.bias.device == x.device and self.bias.dtype in FLOATS))
         )
 
     def extra_repr(self) -> str:

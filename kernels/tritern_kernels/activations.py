@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .formats import padded_k
 from .gemm import _wait_for_inputs
+from .launch import ASM as _ASM
 from .launch import launch
 from .reference import ONE_127TH, SMALLEST_ABSMAX
 
@@ -116,7 +117,7 @@ def quantize(x: Tensor, clear: Tensor | None = None) -> tuple[Tensor, Tensor]:
         quantize_kernel,
         (triton.cdiv(M, block_m), 1),
         (x, q, scale, scale if clear is None else clear, M, K, q.shape[1], x.stride(0), q.stride(0)),
-        (block_m, block_k, one_tile, 0 if clear is None else clear.numel()),
+        (block_m, block_k, one_tile, 0 if clear is None else clear.numel(), _ASM),
         num_warps=4,
     )
     return q, scale

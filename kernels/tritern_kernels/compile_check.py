@@ -27,7 +27,7 @@ from typing import Any
 
 import triton
 
-from . import activations, gemm, ternarize, tuning
+from . import activations, gemm, gemm_hopper, ternarize, tuning
 from .launch import INTERPRETED
 from .reference import RULES
 
@@ -93,6 +93,20 @@ def jobs(capability: int) -> Iterator[Job]:
 
 def _gemm_jobs(mode: tuning.Mode, c: tuning.KernelConfig, capability: int) -> Iterator[Job]:
     tile = f"{c.block_m}t x {c.block_n}w x {c.block_k}k"
+    if c.loads == "tma":
+        x_layout, w_layout = gemm_hopper.layouts(c.block_m, c.block_n)
+        types = {
+            "x_desc": f"tensordesc<i8[{c.block_m}, 128],{x_layout!r}>",
+            "w_desc": f"tensordesc<u8[{c.block_n}, 32],{w_layout!r}>",
+        }
+        types |= {"scale_x_ptr": "*fp32", "scale_ptr": "*fp32", "bias_ptr": "*fp16", "y_ptr": "*fp16"}
+        types |= dict.fromkeys(("M", "N", "K_padded", "stride_y"), "i32")
+        constants = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "GROUP": c.group_m, "STAGES": c.num_stages}
+        constants |= {"HAS_BIAS": True, "PDL": True}
+        options = {"num_warps": c.num_warps}
+        unaligned = ("M", "x_desc", "w_desc")
+        yield Job(f"int8 {tile} tma", "int8 tma", types, constants, options, capability, unaligned)
+        return
     constants = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "GROUP": c.group_m}
     constants |= {"HAS_BIAS": True, "ASM": True, "PDL": capability >= 90}
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
@@ -123,6 +137,7 @@ def _gemm_jobs(mode: tuning.Mode, c: tuning.KernelConfig, capability: int) -> It
 
 _KERNELS = {
     "int8": gemm.gemm_int8_kernel,
+    "int8 tma": gemm_hopper.gemm_int8_hopper_kernel,
     "16bit": gemm.gemm_16bit_kernel,
     "quantize": activations.quantize_kernel,
     "ternarize": ternarize.ternarize_kernel,
@@ -133,6 +148,7 @@ def check(job: Job) -> Row:
     """Compile one job and read its registers, memory and main loop."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = _KERNELS[job.kernel]
     names = kernel.arg_names  # positions below are those of the kernel's own signature
@@ -140,7 +156,8 @@ def check(job: Job) -> Row:
     constants = {(names.index(n),): v for n, v in job.constants.items()}
     aligned = [i for i, n in enumerate(names) if n in job.types and n not in job.unaligned]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(kernel, signature, constants, attributes)
+    make = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = make(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=job.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
@@ -163,22 +180,21 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def _main_loop(sass: str) -> list[str]:
-    """Opcodes of the longest loop, preferring loops with tensor-core instructions."""
+    """Opcodes of the shortest loop around all tensor-core instructions, or of the longest where there are none."""
     lines = sass.splitlines()
     labels: dict[str, int] = {}
-    best: list[str] = []
+    loops: list[list[str]] = [[]]
     for i, line in enumerate(lines):
         if m := re.match(r"\s*\.(L_x_\d+):", line):
             labels[m.group(1)] = i
         if (m := re.search(r"BRA.*`\(\.(L_x_\d+)\)", line)) and m.group(1) in labels:
-            body = [_opcode(s) for s in lines[labels[m.group(1)] : i + 1]]
-            ops = [op for op in body if op]
-            if len(ops) > 1 and (any("MMA" in o for o in ops), len(ops)) > (
-                any("MMA" in o for o in best),
-                len(best),
-            ):
-                best = ops
-    return best
+            ops = [op for s in lines[labels[m.group(1)] : i + 1] if (op := _opcode(s))]
+            if len(ops) > 1:
+                loops.append(ops)
+    mma = [sum("MMA" in op for op in ops) for ops in loops]
+    if most := max(mma):
+        return min((ops for ops, n in zip(loops, mma, strict=True) if n == most), key=len)
+    return max(loops, key=len)
 
 
 def _opcode(line: str) -> str | None:
@@ -197,7 +213,7 @@ def _problem(
         return f"{registers} registers do not fit a multiprocessor"
     if job.kernel == "quantize" and "FFMA" in counts:
         return "the product is fused into the rounding: codes differ from the reference's"
-    if job.kernel not in ("int8", "16bit"):
+    if job.kernel not in ("int8", "int8 tma", "16bit"):
         return ""
     if not mma:
         return "no tensor-core instruction in the main loop"
@@ -205,6 +221,8 @@ def _problem(
         operands = re.findall(r"wgmma\.mma_async\S*\s+\{[^}]*\},\s*(\{)?", ptx)
         if not operands or not all(operands):
             return "wgmma reads the weights from shared memory"
+    if job.kernel == "int8 tma" and counts["WARPGROUP"] > 2:
+        return "ptxas waits for every product before it starts the next"
     if stores := {op: n for op, n in counts.items() if op.startswith("STS")}:
         return f"shared-memory stores in the main loop: {stores}"
     return ""

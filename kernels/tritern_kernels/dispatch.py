@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
-from .formats import PackedTernary, check_packed, check_shape, pack, padded_k, to_packed_order
+from .formats import (
+    PackedTernary,
+    check_packed,
+    check_shape,
+    from_packed_order,
+    pack,
+    padded_k,
+    to_packed_order,
+)
 from .reference import RULES, Rule
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -139,26 +147,36 @@ def _linear_cuda(
     activation_bits: int,
     gelu: bool,
 ) -> Tensor:
+    _check_linear(x, packed, scale, bias, in_features, activation_bits)
+    return linear_unchecked(x, packed, scale, bias, in_features, activation_bits, gelu)
+
+
+def linear_unchecked(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, K: int, activation_bits: int, gelu: bool
+) -> Tensor:
+    """``tritern::linear`` on CUDA, without its checks, its gradients and the cost of a call through torch's
+    dispatcher.
+    """
+    if x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return linear_unchecked(x, packed, scale, bias, K, activation_bits, gelu)
     from . import activations, gemm, tuning
 
-    _check_linear(x, packed, scale, bias, in_features, activation_bits)
-    N, K = packed.shape[0], in_features
+    N = packed.shape[0]
     rows = x.reshape(-1, K)
     M = rows.shape[0]
     if M == 0:
         return x.new_empty((*x.shape[:-1], N))
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    with torch.cuda.device(x.device):
-        config = tuning.choose(
-            "int8" if activation_bits == 8 else "16bit", M, N, K, gelu, *_device(x.device.index)
-        )
-        if activation_bits == 8:
-            tickets = gemm.make_tickets(rows, N, config) if config.split_k > 1 else None
-            x_q, scale_x = activations.quantize(rows, tickets)
-            y = gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, x.dtype, gelu, tickets)
-        else:
-            rows = rows.to(torch.bfloat16) if rows.dtype == torch.float32 else rows
-            y = gemm.gemm_16bit(rows, packed, scale, bias, config, x.dtype, gelu)
+    mode = "int8" if activation_bits == 8 else "16bit"
+    config = tuning.choose(mode, M, N, K, gelu, *_device(x.device.index))
+    if activation_bits == 8:
+        tickets = gemm.make_tickets(rows, N, config) if config.split_k > 1 else None
+        x_q, scale_x = activations.quantize(rows, tickets)
+        y = gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, x.dtype, gelu, tickets)
+    else:
+        rows = rows.to(torch.bfloat16) if rows.dtype == torch.float32 else rows
+        y = gemm.gemm_16bit(rows, packed, scale, bias, config, x.dtype, gelu)
     return y.view(*x.shape[:-1], N)
 
 
@@ -175,6 +193,8 @@ def linear_int8_cuda(
     """Y [M, N] in ``dtype`` for activations that ``activations.quantize`` has made int8."""
     from . import gemm, tuning
 
+    if x_q.shape[0] == 0:
+        return x_q.new_empty((0, packed.shape[0]), dtype=dtype)
     shape = x_q.shape[0], packed.shape[0], in_features
     config = tuning.choose("int8", *shape, gelu, *_device(x_q.device.index))
     return gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype, gelu)
@@ -186,6 +206,25 @@ def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
     _check_matrix(x)
     with torch.cuda.device(x.device):
         return activations.quantize(x if x.stride(1) == 1 else x.contiguous())
+
+
+def _linear_int8_cuda(
+    x_q: Tensor, scale_x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, K: int, dtype: torch.dtype
+) -> Tensor:
+    with torch.cuda.device(x_q.device):
+        return linear_int8_cuda(x_q, scale_x, packed, scale, bias, K, dtype)
+
+
+def linear_traced(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, K: int) -> Tensor:
+    """``tritern::linear`` with int8 activations for ``torch.compile``, without gradients.
+
+    The quantization is plain torch, which the compiler fuses into what made x and does once for layers that share
+    it. It may round 127 / absmax otherwise than the kernel: a code in a thousand may differ by one.
+    """
+    x_q, scale_x = reference.quantize_activations(x.reshape(-1, K))
+    x_q = to_packed_order(torch.nn.functional.pad(x_q, (0, padded_k(K) - K)))
+    y = torch.ops.tritern.linear_int8(x_q, scale_x, packed, scale, bias, K, x.dtype)
+    return y.view(*x.shape[:-1], packed.shape[0])
 
 
 # ---------------------------------------------------------------- CPU
@@ -206,6 +245,13 @@ def _linear_cpu(
     if rows.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], N))
     return cpu.linear(rows, packed, scale, bias, activation_bits, gelu).view(*x.shape[:-1], N)
+
+
+def _linear_int8_cpu(
+    x_q: Tensor, scale_x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, K: int, dtype: torch.dtype
+) -> Tensor:
+    natural = from_packed_order(x_q)[:, :K].contiguous()
+    return cpu.linear_int8(natural, scale_x, packed, scale, bias, dtype)
 
 
 def _quantize_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,15 +311,28 @@ _library.define(
     "int in_features, int activation_bits, bool gelu) -> Tensor"
 )
 _library.define("quantize_activations(Tensor x) -> (Tensor, Tensor)")
+_library.define(
+    "linear_int8(Tensor x_q, Tensor scale_x, Tensor packed, Tensor scale, Tensor? bias, "
+    "int in_features, ScalarType dtype) -> Tensor"
+)
 _library.define("dequantize(Tensor packed, Tensor scale, int in_features, ScalarType dtype) -> Tensor")
 _library.impl("linear", _linear_cpu, "CPU")
 _library.impl("linear", _linear_cuda, "CUDA")
 _library.impl("quantize_activations", _quantize_cpu, "CPU")
 _library.impl("quantize_activations", _quantize_cuda, "CUDA")
+_library.impl("linear_int8", _linear_int8_cpu, "CPU")
+_library.impl("linear_int8", _linear_int8_cuda, "CUDA")
 _library.impl("dequantize", _dequantize_impl, "CPU")
 _library.impl("dequantize", _dequantize_impl, "CUDA")
 torch.library.register_fake("tritern::linear", _linear_fake, lib=_library)
 torch.library.register_fake("tritern::quantize_activations", _quantize_fake, lib=_library)
+torch.library.register_fake(
+    "tritern::linear_int8",
+    lambda x_q, scale_x, packed, scale, bias, in_features, dtype: x_q.new_empty(
+        (x_q.shape[0], packed.shape[0]), dtype=dtype
+    ),
+    lib=_library,
+)
 torch.library.register_fake(
     "tritern::dequantize",
     lambda packed, scale, in_features, dtype: packed.new_empty((packed.shape[0], in_features), dtype=dtype),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import ASM, launch
 
 if TYPE_CHECKING:
     from .tuning import KernelConfig
@@ -222,6 +222,10 @@ def gemm_int8(
     With ``split_k > 1``, ``tickets`` must be ``make_tickets``'s, set to zero (None: made here, by a launch of its
     own).
     """
+    if config.loads == "tma":
+        from .gemm_hopper import gemm_int8_hopper
+
+        return gemm_int8_hopper(x_q, scale_x, packed, scale, bias, config, out_dtype)
     M, K_padded = x_q.shape
     N = packed.shape[0]
     y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
@@ -238,7 +242,7 @@ def gemm_int8(
             x_q, packed, scale_x, scale, scale if bias is None else bias, y, shares,
             scale_x if tickets is None else tickets, M, N, K_padded, packed.stride(0), y.stride(0),
         ),
-        (config.block_m, config.block_n, config.block_k, config.group_m, split, bias is not None, gelu),
+        (config.block_m, config.block_n, config.block_k, config.group_m, split, bias is not None, gelu, ASM),
         config.num_warps,
         config.num_stages,
     )  # fmt: skip
@@ -268,7 +272,7 @@ def gemm_16bit(
         ),
         (
             config.block_m, config.block_n, config.block_k, config.group_m,
-            K % config.block_k == 0, bias is not None, gelu,
+            K % config.block_k == 0, bias is not None, gelu, ASM,
         ),
         config.num_warps,
         config.num_stages,

@@ -13,7 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # inline assembly does not run in the interpreter
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+ASM = not INTERPRETED  # inline assembly does not run in the interpreter
 
 _compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -28,15 +29,16 @@ def launch(
     kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...],
     num_warps: int, num_stages: int = 3,
 ) -> None:  # fmt: skip
-    """Run ``kernel[grid](*arguments, *constants, ASM, PDL)`` on the current device and stream.
+    """Run ``kernel[grid](*arguments, *constants, PDL)`` on the current device and stream.
 
-    Of the arguments, the first is a tensor, and the only integer that may differ between calls with equal
-    others is the first: the number of tokens, which the kernel must not be specialized for.
+    Arguments are tensors, tensor descriptors (whose blocks the constants tell) and integers. Of the integers only
+    the first, the number of tokens, may differ between calls that are otherwise alike: the kernel must not be
+    specialized for it.
     """
     if INTERPRETED:
-        kernel[grid](*arguments, *constants, False, False)
+        kernel[grid](*arguments, *constants, False)
         return
-    device = arguments[0].device.index
+    device = torch.cuda.current_device()
     key: list[Any] = [kernel, device, num_warps, num_stages, constants]
     aligned = 0
     tokens = True
@@ -44,21 +46,21 @@ def launch(
         if isinstance(a, Tensor):
             key.append(a.dtype)
             aligned |= a.data_ptr()
-        elif tokens:
+        elif isinstance(a, int):
+            if not tokens:
+                key.append(a)
             tokens = False
-        else:
-            key.append(a)
     pdl = overlaps(device)
     found = None if aligned % 16 else _compiled.get(tuple(key))
     if found is None or triton.knobs.runtime.launch_enter_hook is not None:
         options = {"launch_pdl": True} if pdl else {}
         found = kernel[grid](
-            *arguments, *constants, True, pdl, num_warps=num_warps, num_stages=num_stages, **options
+            *arguments, *constants, pdl, num_warps=num_warps, num_stages=num_stages, **options
         )
         if aligned % 16 == 0:
             _compiled[tuple(key)] = found
         return
     found.run(
         grid[0], grid[1], 1, torch._C._cuda_getCurrentRawStream(device), found.function, found.packed_metadata,
-        None, None, None, *arguments, *constants, True, pdl,
+        None, None, None, *arguments, *constants, pdl,
     )  # fmt: skip

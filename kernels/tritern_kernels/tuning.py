@@ -16,11 +16,15 @@ from typing import Literal
 from .formats import ATOM, padded_k
 
 Mode = Literal["int8", "16bit"]
+Loads = Literal["pointers", "tma"]
 CONFIG_DIR = Path(__file__).parent / "configs"
 SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 """KiB of shared memory one program may use, by compute capability (CUDA programming guide, technical
 specifications).
 """
+
+MOST_TOKENS = 16384
+"""More tokens than this are computed as this many are."""
 
 MOST_ACCUMULATORS = {"plain": 128, "gelu": 64, "split": 32}
 """Accumulators a thread can hold without spills, by what follows the loop; read off compiled code
@@ -31,7 +35,7 @@ MOST_ACCUMULATORS = {"plain": 128, "gelu": 64, "split": 32}
 @dataclass(frozen=True)
 class KernelConfig:
     """One way to launch a GEMM kernel: tile of ``block_m`` tokens x ``block_n`` weight rows x ``block_k``
-    along K.
+    along K. ``loads`` names the kernel: ``gemm``'s, or ``gemm_hopper``'s (``tma``).
     """
 
     block_m: int
@@ -41,6 +45,7 @@ class KernelConfig:
     group_m: int = 8
     num_warps: int = 4
     num_stages: int = 4
+    loads: Loads = "pointers"
 
     def shared_bytes(self, mode: Mode) -> int:
         """Shared memory of the pipelined operands, in bytes."""
@@ -74,6 +79,13 @@ class KernelConfig:
         most = MOST_ACCUMULATORS["split" if self.split_k > 1 else "gelu" if gelu else "plain"]
         if self.accumulators > most:
             return f"{self.accumulators} accumulators a thread spill; at most {most} here: use more warps"
+        if self.loads == "tma":
+            if mode != "int8" or capability != 90 or gelu or not gluon_available():
+                return "tma loads are for int8 on sm_90, without gelu, with a Triton that has Gluon for Hopper"
+            if self.block_k != ATOM or self.split_k != 1 or self.block_n != 16 * self.num_warps:
+                return "tma loads take block_k = 128, split_k = 1 and 16 weight rows a warp"
+            if self.num_warps % 4 or self.block_m > 256 or self.num_stages < 2:
+                return "tma loads take whole warpgroups, block_m up to 256 and at least 2 stages"
         if self.group_m < 1 or self.num_stages < 1:
             return f"group_m and num_stages must be at least 1; received {self.group_m} and {self.num_stages}"
         limit = shared_memory_limit(capability)
@@ -82,6 +94,16 @@ class KernelConfig:
                 f"operands take {self.shared_bytes(mode)} bytes of shared memory; sm_{capability} has {limit}"
             )
         return None
+
+
+@cache
+def gluon_available() -> bool:
+    """Whether this Triton has the Gluon that ``gemm_hopper`` is written in."""
+    try:
+        from . import gemm_hopper  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def shared_memory_limit(capability: int) -> int:
@@ -102,6 +124,9 @@ def formula_tiles(mode: Mode, capability: int) -> list[KernelConfig]:
             KernelConfig(64, 128, 128, num_warps=4, num_stages=4),
             KernelConfig(128, 128, 128, num_warps=8, num_stages=4),
             KernelConfig(128, 256, 128, num_warps=8, num_stages=3),
+            KernelConfig(128, 128, 128, num_warps=8, num_stages=4, loads="tma"),
+            KernelConfig(128, 256, 128, num_warps=16, num_stages=5, loads="tma"),
+            KernelConfig(256, 128, 128, num_warps=8, num_stages=4, loads="tma"),
         ]
     return [
         KernelConfig(16, 128, 128, num_warps=4, num_stages=4),
@@ -199,10 +224,15 @@ def _choose(
     return found or formula(mode, M, N, K, capability, processors, gelu)
 
 
+def bucket(M: int) -> int:
+    """The number of tokens that M counts as: the next power of two, from 16 to ``MOST_TOKENS``."""
+    return min(1 << (max(M, 16) - 1).bit_length(), MOST_TOKENS)
+
+
 def choose(
     mode: Mode, M: int, N: int, K: int, gelu: bool, gpu: str, capability: int, processors: int
 ) -> KernelConfig:
-    """Configuration for M tokens; M counts as the next power of two, so that few distinct kernels are ever
-    needed.
+    """Configuration for M tokens; M counts as the next power of two, from 16 to ``MOST_TOKENS``, so that few
+    distinct kernels are ever needed.
     """
-    return _choose(mode, 1 << (M - 1).bit_length(), N, K, gelu, gpu, capability, processors)
+    return _choose(mode, bucket(M), N, K, gelu, gpu, capability, processors)

@@ -1,0 +1,348 @@
+"""Find the fastest kernel configuration for shapes on this GPU and write its table.
+
+    python -m tritern_kernels.tune --models bge-base qwen3-embedding-0.6b
+    python -m tritern_kernels.tune --shapes 4096x1024 --tokens 1 64 4096 --json my-gpu.json
+
+For every weight [N, K], number of tokens M and kind of activations, all valid candidates are compiled in
+parallel, checked (int8: the same bits as every other candidate; 16-bit: against float64) and timed in CUDA graphs,
+with weights that are out of the L2 cache where a large model's would be. The table goes to the package's own
+``configs`` folder, or to --json FILE; entries of an older table for other shapes are kept. Calls look the table up;
+they never tune.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import activations, gemm, tuning
+from .formats import padded_k
+from .launch import INTERPRETED
+from .ternarize import ternarize
+from .tuning import KernelConfig, Mode
+
+TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Numbers of tokens tuned by default. A call looks up its own number rounded up to a power of two."""
+COLD_BYTES = 180_000_000
+"""Packed weights to walk through before the first comes again: three times an H200's L2 cache."""
+
+
+def _bert(hidden: int, intermediate: int) -> tuple[tuple[int, int], ...]:
+    return (hidden, hidden), (intermediate, hidden), (hidden, intermediate)
+
+
+def _decoder(hidden: int, query: int, key: int, intermediate: int) -> tuple[tuple[int, int], ...]:
+    return (query, hidden), (key, hidden), (hidden, query), (intermediate, hidden), (hidden, intermediate)
+
+
+MODELS: dict[str, tuple[tuple[int, int], ...]] = {
+    **dict.fromkeys(("minilm", "e5-small", "bge-small"), _bert(384, 1536)),
+    **dict.fromkeys(("e5-base", "bge-base", "vit-b"), _bert(768, 3072)),
+    **dict.fromkeys(("e5-large", "bge-large", "xlm-r-large", "bge-m3", "vit-l"), _bert(1024, 4096)),
+    "modernbert-base": ((2304, 768), (768, 768), (768, 1152)),
+    "qwen3-embedding-0.6b": _decoder(1024, 2048, 1024, 3072),
+    "qwen3-embedding-4b": _decoder(2560, 4096, 1024, 9728),
+    "qwen3-embedding-8b": _decoder(4096, 4096, 1024, 12288),
+    "e5-mistral-7b": _decoder(4096, 4096, 1024, 14336),
+}
+"""(N, K) of the linear layers in a model's blocks, from the models' public configurations."""
+
+
+def candidates(mode: Mode, M: int, N: int, K: int, capability: int) -> list[KernelConfig]:
+    """Valid configurations worth timing for a shape."""
+    limit = tuning.shared_memory_limit(capability)
+    found = (_small if M <= 128 else _large)(mode, M)
+    found = [replace(c, block_k=min(c.block_k, padded_k(K) & -padded_k(K))) for c in found]
+    return [
+        c
+        for c in dict.fromkeys(found)
+        if c.invalid(mode, K, capability) is None
+        and c.shared_bytes(mode) < limit
+        and (c.split_k == 1 or c.tiles(M, N) * c.split_k <= 1024)
+    ]
+
+
+def _small(mode: Mode, M: int) -> Iterator[KernelConfig]:
+    """Up to 128 tokens: one row of tiles that holds them all, or two; split along K where that fills the GPU."""
+    needed = max(16, 1 << (M - 1).bit_length())
+    sizes = (needed, needed // 2) if M > 32 else (needed,)
+    for block_m, (block_n, warps) in product(sizes, ((32, 4), (64, 4), (128, 4), (128, 8))):
+        if block_m * block_n > 128 * 128 or (block_m >= 64 and block_n == 32):
+            continue
+        for block_k, stages in ((128, 4), (256, 3), (256, 5), (512, 3)):
+            if block_k * block_m > 512 * 32 or (mode == "16bit" and block_k == 512):
+                continue
+            splits = (1, 2, 4, 8) if mode == "int8" and block_k >= 256 and block_n >= 64 else (1,)
+            for split in splits:
+                yield KernelConfig(block_m, block_n, block_k, split, num_warps=warps, num_stages=stages)
+    if mode == "int8" and M >= 64:
+        yield from (
+            KernelConfig(block_m, block_n, 128, num_warps=block_n // 16, num_stages=6, loads="tma")
+            for block_m in (64, 128)
+            for block_n in (64, 128)
+        )
+
+
+def _large(mode: Mode, M: int) -> Iterator[KernelConfig]:
+    """Above 128 tokens: large tiles."""
+    if mode == "16bit":
+        for block_m, block_n, warps in ((64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 128, 8), (128, 256, 16)):
+            yield from (
+                KernelConfig(block_m, block_n, 128, num_warps=warps, num_stages=stages) for stages in (2, 3, 4)
+            )
+        return
+    for block_m, block_n, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (128, 256, 8)):
+        yield from (KernelConfig(block_m, block_n, 128, num_warps=warps, num_stages=stages) for stages in (3, 4))
+    for block_m, block_n, depths in (
+        (64, 64, (6,)), (64, 128, (4, 6)), (64, 256, (4, 6)), (128, 64, (4, 6)), (128, 128, (3, 4, 5)),
+        (128, 256, (4, 5, 6)), (256, 64, (4,)), (256, 128, (3, 4, 5)),
+    ):  # fmt: skip
+        for stages, group in product(depths, (8, 16) if M >= 4096 else (8,)):
+            yield KernelConfig(
+                block_m, block_n, 128, group_m=group, num_warps=block_n // 16, num_stages=stages, loads="tma"
+            )
+
+
+class Bench:
+    """Operands of one shape, and the time and the result of a configuration on them."""
+
+    def __init__(self, M: int, N: int, K: int, seed: int = 0) -> None:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        weight = ternarize(0.02 * torch.randn(N, K, device="cuda", generator=generator), "twn")
+        self.x = torch.randn(M, K, device="cuda", generator=generator).bfloat16()
+        self.codes, self.scale, self.N = weight.codes(), weight.scale, N
+        self.x_q, self.scale_x = activations.quantize(self.x)
+        cold = M <= 256 and weight.packed.numel() >= 1_000_000
+        self.packed = [weight.packed.clone() for _ in range(1 + COLD_BYTES // weight.packed.numel() if cold else 1)]
+
+    def call(self, mode: Mode, config: KernelConfig, packed: Tensor) -> Tensor:
+        """The product. With a split, quantization is part of it, for it clears the tickets."""
+        if mode == "16bit":
+            return gemm.gemm_16bit(self.x, packed, self.scale, None, config, torch.bfloat16)
+        x_q, scale_x, tickets = self.x_q, self.scale_x, None
+        if self.x.shape[0] <= 128:
+            tickets = gemm.make_tickets(self.x, self.N, config) if config.split_k > 1 else None
+            x_q, scale_x = activations.quantize(self.x, tickets)
+        return gemm.gemm_int8(x_q, scale_x, packed, self.scale, None, config, torch.bfloat16, tickets=tickets)
+
+    def correct(self, mode: Mode, y: Tensor) -> bool:
+        """Whether y is the product, rounded to bf16 once, on up to 256 tokens spread over all of them."""
+        rows = torch.arange(0, self.x.shape[0], max(1, self.x.shape[0] // 256), device="cuda")
+        if mode == "16bit":
+            exact = self.x[rows].double() @ self.codes.double().T
+        else:
+            from .formats import from_packed_order
+
+            x_q = from_packed_order(self.x_q)[rows, : self.x.shape[1]]
+            exact = x_q.double() @ self.codes.double().T * self.scale_x[rows].double()[:, None]
+        error = y[rows].double() - exact * self.scale.double()
+        return bool(error.square().mean() <= (2.5e-3 * self.scale.double() * exact).square().mean())
+
+    def microseconds(self, mode: Mode, config: KernelConfig) -> float:
+        """Median time of a call in a CUDA graph that walks through all copies of the weights."""
+        start = time.perf_counter()
+        self.call(mode, config, self.packed[0])
+        torch.cuda.synchronize()
+        once = time.perf_counter() - start
+        count = max(len(self.packed), min(20, max(3, int(2e-3 / once))))
+        return graph_microseconds([
+            partial(self.call, mode, config, self.packed[i % len(self.packed)]) for i in range(count)
+        ])  # fmt: skip
+
+
+def graph_microseconds(calls: list[Callable[[], Any]], replays: int = 5) -> float:
+    """Median microseconds of a call in replays of one CUDA graph of all calls."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    graph.replay()
+    samples = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(1e3 * start.elapsed_time(end) / len(calls))
+    return statistics.median(samples)
+
+
+def compile_one(mode: Mode, config: KernelConfig) -> str:
+    """Compile a configuration into Triton's cache, in a process of its own; why it does not, or nothing."""
+    try:
+        bench = Bench(32, 512, 1024)
+        bench.call(mode, config, bench.packed[0])
+        torch.cuda.synchronize()
+    except Exception as error:  # a compiler may raise anything
+        return f"{config}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    return ""
+
+
+def compile_all(work: Iterable[tuple[Mode, KernelConfig]], workers: int | None = None) -> list[str]:
+    """Compile in parallel; the failures."""
+    todo = list(work)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return [why for why in pool.map(compile_one, *zip(*todo, strict=True)) if why]
+
+
+def tune(
+    shapes: Iterable[tuple[int, int, int]],
+    modes: Iterable[Mode] = ("int8", "16bit"),
+    report: Callable[[str], Any] = print,
+    done: Callable[[dict[str, Any]], Any] = lambda entry: None,
+    seconds: float = float("inf"),
+) -> list[dict[str, Any]]:
+    """Entries of a table for shapes (M, N, K): the fastest correct configuration of each and its time.
+
+    Args:
+        shapes: M tokens, N out_features, K in_features. M counts as the next power of two.
+        modes: "int8", "16bit" or both.
+        report: takes a line of text for each shape, and for each candidate that is wrong or does not run.
+        done: takes each entry as soon as it is there.
+        seconds: stop before the next shape after this time.
+
+    Raises:
+        RuntimeError: there is no CUDA GPU.
+    """
+    if INTERPRETED or not torch.cuda.is_available():
+        raise RuntimeError("tuning times kernels on a CUDA GPU; there is none, or TRITON_INTERPRET is set")
+    end = time.monotonic() + seconds
+    major, minor = torch.cuda.get_device_capability()
+    cases = [(mode, *shape) for mode, shape in product(modes, shapes)]
+    choices = {case: candidates(*case, 10 * major + minor) for case in cases}
+    work = dict.fromkeys((case[0], replace(c, group_m=8)) for case in cases for c in choices[case])
+    for why in compile_all(work):
+        report(f"does not compile: {why}")
+    entries = []
+    for case in cases:
+        if time.monotonic() > end:
+            report(f"out of time: {len(cases) - len(entries)} shapes not tuned")
+            break
+        entry = _tune_case(*case, choices[case], report)
+        if entry:
+            entries.append(entry)
+            done(entry)
+    return entries
+
+
+def _tune_case(
+    mode: Mode, M: int, N: int, K: int, choices: list[KernelConfig], report: Callable[[str], Any]
+) -> dict[str, Any] | None:
+    bench = Bench(M, N, K)
+    expected: Tensor | None = None
+    found: list[tuple[float, KernelConfig]] = []
+    for config in choices:
+        try:
+            y = bench.call(mode, config, bench.packed[0])
+            good = bench.correct(mode, y) if expected is None or mode == "16bit" else torch.equal(y, expected)
+            if not good:
+                report(f"WRONG RESULT, left out: {mode} {M}x{N}x{K} {config}")
+                continue
+            expected = y if expected is None else expected
+            found.append((bench.microseconds(mode, config), config))
+        except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
+            if "CUDA error" in str(error):
+                raise
+            report(f"does not run: {mode} {M}x{N}x{K} {config}: {(str(error).splitlines() or [''])[0][:200]}")
+    if not found:
+        return None
+    found.sort(key=lambda f: f[0])
+    us, best = found[0]
+    rate = 2e-6 * M * N * K / us
+    report(f"{mode:5s} {M:5d} x {N:5d} x {K:5d} {us:8.2f} us {rate:6.0f} TOP/s  {describe(best)}")
+    runners = [{"config": asdict(c), "us": round(t, 3)} for t, c in found[1:4]]
+    return {
+        "mode": mode, "M": M, "N": N, "K": K, "config": asdict(best), "us": round(us, 3), "next": runners
+    }  # fmt: skip
+
+
+def describe(c: KernelConfig) -> str:
+    """A configuration in words."""
+    split = f" split {c.split_k}" if c.split_k > 1 else ""
+    tile = f"{c.block_m}t x {c.block_n}w x {c.block_k}k{split}"
+    return f"{tile}, {c.num_warps} warps, {c.num_stages} stages" + (", tma" if c.loads == "tma" else "")
+
+
+def write_table(path: Path, entries: list[dict[str, Any]]) -> None:
+    """Write entries over those for the same shapes in the table at ``path``, if there is one."""
+    old = json.loads(path.read_text())["entries"] if path.exists() else []
+    merged = {(e["mode"], e["M"], e["N"], e["K"]): e for e in (*old, *entries)}
+    table = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "entries": [{k: v for k, v in merged[key].items() if k != "next"} for key in sorted(merged)],
+    }
+    head = json.dumps({k: v for k, v in table.items() if k != "entries"}, indent=1)[:-2]
+    rows = ",\n".join("  " + json.dumps(e) for e in table["entries"])
+    partial_file = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_file.write_text(f'{head},\n "entries": [\n{rows}\n ]\n}}\n')
+    partial_file.replace(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of ``python -m tritern_kernels.tune``."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = ", ".join(MODELS)
+    parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help=f"all, or of {names}")
+    parser.add_argument("--shapes", nargs="+", default=[], metavar="NxK", help="weights: out x in features")
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="M", help=f"default: {' '.join(map(str, TOKENS))}")
+    parser.add_argument("--modes", nargs="+", default=["int8", "16bit"], choices=["int8", "16bit"])
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop before the next shape after this")
+    parser.add_argument("--json", type=Path, help="the table; default: this GPU's in the package")
+    options = parser.parse_args(arguments)
+    known = list(MODELS) if "all" in options.models else options.models
+    if bad := [n for n in known if n not in MODELS] + [
+        s for s in options.shapes if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", s)
+    ]:
+        parser.error(f"models are all or of {names}, shapes are like 4096x1024; received {bad[0]!r}")
+    weights = [w for n in known for w in MODELS[n]] + [
+        tuple(map(int, s.split("x"))) for s in options.shapes
+    ]  # fmt: skip
+    if not weights:
+        parser.error("name models with --models or weights with --shapes")
+    tokens = [1 << (max(M, 1) - 1).bit_length() for M in options.tokens or TOKENS]
+    shapes = [(M, N, K) for N, K in dict.fromkeys(weights) for M in dict.fromkeys(tokens)]
+    if INTERPRETED or not torch.cuda.is_available():
+        parser.error("tuning times kernels on a CUDA GPU; there is none, or TRITON_INTERPRET is set")
+    path = options.json or tuning.CONFIG_DIR / f"{tuning.gpu_slug(torch.cuda.get_device_name())}.json"
+    entries: list[dict[str, Any]] = []
+
+    def done(entry: dict[str, Any]) -> None:
+        entries.append(entry)
+        write_table(path, entries)
+
+    tune(shapes, options.modes, lambda line: print(line, flush=True), done, options.seconds)  # noqa: T201
+    sys.stdout.write(f"{len(entries)} entries written to {path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
