@@ -1,0 +1,289 @@
+"""Whole models on a GPU: original against ternary; eager, compiled and in CUDA graphs.
+
+    python benchmarks/encode_gpu.py                                       all models, random weights
+    python benchmarks/encode_gpu.py --models minilm --path DIR            and encode() of a real MiniLM on real text
+    python benchmarks/encode_gpu.py --models bge-base --shapes 32x128 512x64 --json encode.json
+
+Models are built from their public configurations with random weights (a forward pass takes as long as with the
+real ones); Qwen3-Embedding-8B with 8 of its 36 blocks. A shape is texts x tokens without padding. An arm's time is the
+median of a forward pass on token ids that are on the GPU; "speed" is the time of the fastest 16-bit arm of that shape,
+eager or compiled or graphed, over this one's: below 1 is a loss. "compiled" compiles each block with torch.compile;
+"graph" replays the forward pass as one CUDA graph. Memory: weights held, and the most held during the pass.
+With --path also tokenization, forward pass and copying of encode(), as shares of its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from torch import Tensor, nn
+
+import tritern
+
+MODELS: dict[str, dict[str, Any]] = {
+    "minilm": {"type": "bert", "hidden": 384, "layers": 6, "heads": 12, "intermediate": 1536},
+    "bge-base": {"type": "bert", "hidden": 768, "layers": 12, "heads": 12, "intermediate": 3072},
+    "bge-large": {"type": "bert", "hidden": 1024, "layers": 24, "heads": 16, "intermediate": 4096},
+    "qwen3-0.6b": {"type": "qwen3", "hidden": 1024, "layers": 28, "heads": 16, "intermediate": 3072},
+    "qwen3-8b": {"type": "qwen3", "hidden": 4096, "layers": 8, "of": 36, "heads": 32, "intermediate": 12288},
+}
+SHAPES = ((1, 16), (32, 128), (256, 128))
+WARMUP_SECONDS, SECONDS = 0.1, 0.4
+
+
+def build(name: str, dtype: torch.dtype, device: str) -> nn.Module:
+    """A model with random weights, the same for every dtype up to rounding."""
+    from transformers import AutoModel, BertConfig, Qwen3Config
+
+    m = MODELS[name]
+    common = {"hidden_size": m["hidden"], "num_hidden_layers": m["layers"], "num_attention_heads": m["heads"]}
+    common |= {"intermediate_size": m["intermediate"]}
+    if m["type"] == "bert":
+        config = BertConfig(**common)
+    else:
+        config = Qwen3Config(**common, num_key_value_heads=8, head_dim=128, use_cache=False)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    return model.eval()
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a model."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=len))
+
+
+def forward(model: nn.Module, ids: Tensor) -> Tensor:
+    """Normalized embeddings [texts, hidden]: the last token's of a decoder, the mean of an encoder."""
+    hidden = model(input_ids=ids).last_hidden_state
+    decoder = getattr(model.config, "model_type", "") == "qwen3"
+    return nn.functional.normalize(hidden[:, -1] if decoder else hidden.mean(1), dim=-1)
+
+
+def graphed(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The call as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def milliseconds(call: Callable[[], Tensor]) -> dict[str, float]:
+    """p50 and p99 of single calls, each waited for; after a warm-up."""
+    sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    samples: list[float] = []
+    end = time.perf_counter() + WARMUP_SECONDS
+    while len(samples) < 2 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        sync()
+        samples.append(1e3 * (time.perf_counter() - start))
+    samples.clear()
+    end = time.perf_counter() + SECONDS
+    while len(samples) < 5 or (time.perf_counter() < end and len(samples) < 1000):
+        start = time.perf_counter()
+        call()
+        sync()
+        samples.append(1e3 * (time.perf_counter() - start))
+    return {"p50_ms": statistics.median(samples), "p99_ms": sorted(samples)[int(0.99 * (len(samples) - 1))]}
+
+
+def held(model: nn.Module) -> float:
+    """MB of a model's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / 1e6
+
+
+def measure(
+    name: str, arm: str, model: nn.Module, kinds: tuple[str, ...], shapes: list[tuple[int, int]], device: str
+) -> list[dict[str, Any]]:
+    """Rows of one model in one precision; a failure becomes its row's reason."""
+    rows = []
+    for compiled in sorted({"compiled" in k for k in kinds}):
+        if compiled:
+            torch._dynamo.reset()
+            for block in blocks(model):
+                block.compile(dynamic=False)
+        for texts, tokens in shapes:
+            ids = torch.randint(1000, 30000, (texts, tokens), device=device)
+            for kind in (k for k in kinds if ("compiled" in k) == compiled):
+                row: dict[str, Any] = {"model": name, "arm": arm, "kind": kind, "texts": texts, "tokens": tokens}
+                rows.append(row)
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                start = time.perf_counter()
+                try:
+                    call = partial(forward, model, ids)
+                    call()
+                    row |= {"first_call_s": round(time.perf_counter() - start, 2)}
+                    row |= milliseconds(graphed(call) if "graph" in kind else call)
+                except Exception as error:  # an arm that does not run is a row that says so
+                    row["reason"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+                    continue
+                row |= {"sentences_per_second": 1e3 * texts / row["p50_ms"], "held_mb": held(model)}
+                if device == "cuda":
+                    row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+    return rows
+
+
+def with_speeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row with its speed over the fastest 16-bit arm of its model and shape, and over that of its kind."""
+    for row in rows:
+        same = [
+            r for r in rows
+            if (r["model"], r["texts"], r["tokens"]) == (row["model"], row["texts"], row["tokens"])
+            and r["arm"] in ("fp16", "bf16") and "p50_ms" in r
+        ]  # fmt: skip
+        if same and "p50_ms" in row:
+            row["speed"] = min(r["p50_ms"] for r in same) / row["p50_ms"]
+            kind = [r["p50_ms"] for r in same if r["kind"] == row["kind"]]
+            row["speed_of_kind"] = min(kind) / row["p50_ms"] if kind else None
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as aligned text."""
+    lines = [
+        f"{'model':11s} {'texts x tokens':>14s} {'arm':10s} {'kind':15s} {'p50 ms':>8s} {'p99 ms':>8s} "
+        f"{'texts/s':>9s} {'speed':>6s} {'of kind':>7s} {'held MB':>8s} {'peak MB':>8s}"
+    ]
+    for r in rows:
+        head = f"{r['model']:11s} {r['texts']:6d} x {r['tokens']:5d} {r['arm']:10s} {r['kind']:15s}"
+        if "reason" in r:
+            lines.append(f"{head} not measured: {r['reason']}")
+            continue
+        of_kind = f"{r['speed_of_kind']:7.2f}" if r.get("speed_of_kind") else f"{'-':>7s}"
+        speed = f"{r['speed']:6.2f}" if "speed" in r else f"{'-':>6s}"
+        lines.append(
+            f"{head} {r['p50_ms']:8.3f} {r['p99_ms']:8.3f} {r['sentences_per_second']:9.0f} {speed} {of_kind} "
+            f"{r['held_mb']:8.1f} {r.get('peak_mb', float('nan')):8.0f}"
+        )
+    return "\n".join(lines)
+
+
+def end_to_end(path: str, device: str, sentences: int, compiled: bool) -> list[dict[str, Any]]:
+    """encode() of a real sentence-transformer on real text: rate, and where the time goes."""
+    from encode import texts_for
+    from sentence_transformers import SentenceTransformer
+
+    texts = texts_for(argparse.Namespace(texts=None), sentences)
+    rows = []
+    for arm in ("fp16", "ternary"):
+        model = SentenceTransformer(path, device=device, model_kwargs={"dtype": torch.float16})
+        if arm == "ternary":
+            tritern.patch(model)
+        for kind in ("eager", "compiled")[: 2 if compiled else 1]:
+            if kind == "compiled":
+                torch._dynamo.reset()
+                for block in blocks(model):
+                    block.compile(dynamic=True)
+            for batch in (32, 128, 512):
+                run = partial(model.encode, batch_size=batch, show_progress_bar=False, convert_to_tensor=True)
+                run(texts)
+                seconds, parts = [], {"tokenize": 0.0, "forward": 0.0, "copy": 0.0}
+                for _ in range(3):
+                    start = time.perf_counter()
+                    run(texts).cpu()
+                    seconds.append(time.perf_counter() - start)
+                for i in range(0, sentences, batch):
+                    marks = [time.perf_counter()]
+                    features = model.preprocess(texts[i : i + batch])
+                    marks.append(time.perf_counter())
+                    features = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in features.items()}
+                    with torch.inference_mode():
+                        out = model(features)["sentence_embedding"]
+                        if device == "cuda":
+                            torch.cuda.synchronize()
+                        marks.append(time.perf_counter())
+                        out.cpu()
+                    marks.append(time.perf_counter())
+                    for part, a, b in zip(parts, marks, marks[1:]):
+                        parts[part] += b - a
+                total = sum(parts.values())
+                rows.append({
+                    "model": path, "arm": arm, "kind": kind, "batch": batch,
+                    "sentences_per_second": sentences / statistics.median(seconds),
+                    "shares": {k: v / total for k, v in parts.items()},
+                })  # fmt: skip
+                shares = ", ".join(f"{k} {100 * v:.0f} %" for k, v in rows[-1]["shares"].items())
+                rate = rows[-1]["sentences_per_second"]
+                print(f"encode() {arm:8s} {kind:9s} batch {batch:4d} {rate:9.0f} sentences/s; {shares}", flush=True)
+    return rows
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="default: all")
+    parser.add_argument("--shapes", nargs="+", help="texts x tokens, such as 32x128; default: 1x16 32x128 256x128")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled arms, which take minutes")
+    parser.add_argument("--path", help="a sentence-transformer for encode(), such as a folder with all-MiniLM-L6-v2")
+    parser.add_argument("--sentences", type=int, default=8192, help="texts for encode() (default: 8192)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further model after this")
+    parser.add_argument("--json", type=Path, help="write all rows, rewritten after each model")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        shapes = [(int(a), int(b)) for a, b in (s.split("x") for s in options.shapes)] if options.shapes else SHAPES
+    except ValueError:
+        parser.error(f"shapes are texts x tokens, such as 32x128; received {' '.join(options.shapes)}")
+    import transformers
+
+    facts = report.environment() | {"transformers": transformers.__version__, "models": MODELS}
+    rows: list[dict[str, Any]] = []
+    encodes: list[dict[str, Any]] = []
+    kinds = ("eager", "graph", "compiled", "compiled graph") if device == "cuda" else ("eager", "compiled")
+    kinds = tuple(k for k in kinds if not (options.no_compile and "compiled" in k))
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        for name in options.models:
+            if time.perf_counter() - begin > options.seconds:
+                print(f"out of time: {name} not measured")
+                continue
+            found: list[dict[str, Any]] = []
+            for arm in ("fp32", "bf16", "fp16", "ternary", "ternary 16"):
+                dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(arm, torch.float16)
+                if arm in ("fp32", "bf16", "ternary 16") and name not in ("minilm", "bge-base"):
+                    continue
+                model = build(name, dtype, device)
+                if arm.startswith("ternary"):
+                    tritern.patch(model, activation_bits=16 if "16" in arm else 8)
+                main_arm = arm in ("fp16", "ternary")
+                found += measure(name, arm, model, kinds if main_arm else ("eager",), list(shapes), device)
+                del model
+                gc.collect()
+            rows += with_speeds(found)
+            print(table(found) + "\n", flush=True)
+            if options.json:
+                report.write_json(options.json, facts | {"rows": rows, "encode": encodes})
+    if options.path:
+        encodes = end_to_end(options.path, device, options.sentences, not options.no_compile)
+        if options.json:
+            report.write_json(options.json, facts | {"rows": rows, "encode": encodes})
+
+
+if __name__ == "__main__":
+    main()
