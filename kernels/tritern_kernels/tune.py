@@ -233,7 +233,7 @@ def tune(
     major, minor = torch.cuda.get_device_capability()
     cases = [(mode, *shape) for mode, shape in product(modes, shapes)]
     choices = {case: candidates(*case, 10 * major + minor) for case in cases}
-    work = dict.fromkeys((case[0], replace(c, group_m=8)) for case in cases for c in choices[case])
+    work = dict.fromkeys((case[0], c) for case in cases for c in choices[case])
     for why in compile_all(work):
         report(f"does not compile: {why}")
     entries = []
