@@ -27,7 +27,7 @@ from typing import Any
 
 import triton
 
-from . import activations, gemm, gemm_hopper, ternarize, tuning
+from . import activations, gemm, ternarize, tuning
 from .launch import INTERPRETED
 from .reference import RULES
 
@@ -85,28 +85,20 @@ def jobs(capability: int) -> Iterator[Job]:
         types = {"x_ptr": "*bf16", "q_ptr": "*i8", "scale_ptr": "*fp32", "clear_ptr": "*i32"}
         types |= dict.fromkeys(("M", "K", "K_padded", "stride_x", "stride_q"), "i32")
         yield Job(f"quantize bf16 K={K}", "quantize", types, blocks, {"num_warps": 4}, capability)
+    yield _expand_job(capability)
     for rule in (*RULES, "given"):
         types = {"w_ptr": "*fp32", "packed_ptr": "*u8", "scale_ptr": "*fp32", "given_scale_ptr": "*fp32"}
         types |= dict.fromkeys(("K", "stride_w", "stride_p"), "i32")
         yield Job(f"ternarize {rule}", "ternarize", types, {"RULE": rule}, {"num_warps": 4}, capability)
 
 
+def _expand_job(capability: int) -> Job:
+    types = {"packed_ptr": "*u8", "scale_ptr": "*fp32", "out_ptr": "*bf16", "K": "i32", "stride_p": "i32"}
+    return Job("expand bf16", "expand", types, {"ATOMS": 16}, {"num_warps": 4}, capability)
+
+
 def _gemm_jobs(mode: tuning.Mode, c: tuning.KernelConfig, capability: int) -> Iterator[Job]:
     tile = f"{c.block_m}t x {c.block_n}w x {c.block_k}k"
-    if c.loads == "tma":
-        x_layout, w_layout = gemm_hopper.layouts(c.block_m, c.block_n)
-        types = {
-            "x_desc": f"tensordesc<i8[{c.block_m}, 128],{x_layout!r}>",
-            "w_desc": f"tensordesc<u8[{c.block_n}, 32],{w_layout!r}>",
-        }
-        types |= {"scale_x_ptr": "*fp32", "scale_ptr": "*fp32", "bias_ptr": "*fp16", "y_ptr": "*fp16"}
-        types |= dict.fromkeys(("M", "N", "K_padded", "stride_y"), "i32")
-        constants = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "GROUP": c.group_m, "STAGES": c.num_stages}
-        constants |= {"HAS_BIAS": True, "PDL": True}
-        options = {"num_warps": c.num_warps}
-        unaligned = ("M", "x_desc", "w_desc")
-        yield Job(f"int8 {tile} tma", "int8 tma", types, constants, options, capability, unaligned)
-        return
     constants = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "GROUP": c.group_m}
     constants |= {"HAS_BIAS": True, "ASM": True, "PDL": capability >= 90}
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
@@ -124,20 +116,20 @@ def _gemm_jobs(mode: tuning.Mode, c: tuning.KernelConfig, capability: int) -> It
             K = 2 * c.block_k
             if replace(c, split_k=2 if split else 1).invalid(mode, K, capability, gelu):
                 continue
-            extra = {"GELU": gelu, "SPLIT": 2 if split else 1}
+            extra = {"GELU": gelu, "SPLIT": 2 if split else 1, "LINES": c.lines(4096)}
             yield Job(f"int8 {tile}{suffix}", "int8", types, constants | extra, options, capability)
         return
     for dtype in ("fp16", "bf16"):
         types = {"x_ptr": f"*{dtype}", "packed_ptr": "*u16", "scale_ptr": "*fp32", "bias_ptr": f"*{dtype}"}
         types |= {"y_ptr": f"*{dtype}"}
         types |= dict.fromkeys(("M", "N", "K", "K_padded", "stride_x", "stride_p", "stride_y"), "i32")
-        extra = {"GELU": False, "EVEN_K": True}
+        extra = {"GELU": False, "EVEN_K": True, "LINES": c.lines(4096)}
         yield Job(f"{dtype} {tile}", "16bit", types, constants | extra, options, capability)
 
 
 _KERNELS = {
+    "expand": ternarize.expand_kernel,
     "int8": gemm.gemm_int8_kernel,
-    "int8 tma": gemm_hopper.gemm_int8_hopper_kernel,
     "16bit": gemm.gemm_16bit_kernel,
     "quantize": activations.quantize_kernel,
     "ternarize": ternarize.ternarize_kernel,
@@ -148,7 +140,6 @@ def check(job: Job) -> Row:
     """Compile one job and read its registers, memory and main loop."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = _KERNELS[job.kernel]
     names = kernel.arg_names  # positions below are those of the kernel's own signature
@@ -156,8 +147,7 @@ def check(job: Job) -> Row:
     constants = {(names.index(n),): v for n, v in job.constants.items()}
     aligned = [i for i, n in enumerate(names) if n in job.types and n not in job.unaligned]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    make = GluonASTSource if kernel.is_gluon() else ASTSource
-    source = make(kernel, signature, constants, attributes)
+    source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=job.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
@@ -213,7 +203,7 @@ def _problem(
         return f"{registers} registers do not fit a multiprocessor"
     if job.kernel == "quantize" and "FFMA" in counts:
         return "the product is fused into the rounding: codes differ from the reference's"
-    if job.kernel not in ("int8", "int8 tma", "16bit"):
+    if job.kernel not in ("int8", "16bit"):
         return ""
     if not mma:
         return "no tensor-core instruction in the main loop"
@@ -221,8 +211,6 @@ def _problem(
         operands = re.findall(r"wgmma\.mma_async\S*\s+\{[^}]*\},\s*(\{)?", ptx)
         if not operands or not all(operands):
             return "wgmma reads the weights from shared memory"
-    if job.kernel == "int8 tma" and counts["WARPGROUP"] > 2:
-        return "ptxas waits for every product before it starts the next"
     if stores := {op: n for op, n in counts.items() if op.startswith("STS")}:
         return f"shared-memory stores in the main loop: {stores}"
     return ""

@@ -174,6 +174,12 @@ def linear_unchecked(
         tickets = gemm.make_tickets(rows, N, config) if config.split_k > 1 else None
         x_q, scale_x = activations.quantize(rows, tickets)
         y = gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, x.dtype, gelu, tickets)
+    elif config.expand and x.dtype != torch.float32:
+        from .ternarize import expand
+
+        weight = expand(packed, scale, K, x.dtype)
+        y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
+        y = torch.nn.functional.gelu(y) if gelu else y
     else:
         rows = rows.to(torch.bfloat16) if rows.dtype == torch.float32 else rows
         y = gemm.gemm_16bit(rows, packed, scale, bias, config, x.dtype, gelu)
@@ -283,6 +289,10 @@ def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dequantize_impl(packed: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    if packed.is_cuda:
+        from .ternarize import expand
+
+        return expand(packed, scale, in_features, dtype)
     return PackedTernary(packed, scale, (packed.shape[0], in_features)).dequantize(dtype)
 
 

@@ -122,12 +122,30 @@ def _wait_for_inputs(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def _prefetch(w_ptr, rows, stride, first, last, LINES: tl.constexpr, ASM: tl.constexpr):
+    """Ask for lines of 128 bytes, ``first`` to ``last`` - 1 bytes into these rows of packed weights, to come to the
+    L2 cache: all at once, and while the kernel before may still run, for it does not write weights that are read.
+    """
+    if ASM:
+        line = tl.minimum(first + tl.arange(0, LINES) * 128, last - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [w_ptr + rows[:, None] * stride + line[None, :]],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
 @triton.jit(do_not_specialize=["M"])
 def gemm_int8_kernel(
     x_ptr, packed_ptr, scale_x_ptr, scale_ptr, bias_ptr, y_ptr, shares_ptr, tickets_ptr,
     M, N, K_padded, stride_p, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, LINES: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """x int8 [M, K_padded] in packed order. With SPLIT > 1, program_id(1) takes a share of K; the last program to
     finish a tile, which the tile's ticket tells, adds the shares and stores.
@@ -149,6 +167,8 @@ def gemm_int8_kernel(
         + rows_n[:, None] * stride_p
         + (first * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4))[None, :]
     )
+    if LINES > 0:
+        _prefetch(packed_ptr, rows_n, stride_p, first * (BLOCK_K // 4), last * (BLOCK_K // 4), LINES, ASM)
     _wait_for_inputs(PDL)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
     for _ in tl.range(first, last):
@@ -182,7 +202,8 @@ def gemm_int8_kernel(
 def gemm_16bit_kernel(
     x_ptr, packed_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, K_padded, stride_x, stride_p, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    LINES: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """x fp16 or bf16 [M, K] in natural order; packed as uint16 words, stride_p words a row."""
     pm, pn = _tile(M, N, BLOCK_M, BLOCK_N, GROUP)
@@ -193,6 +214,8 @@ def gemm_16bit_kernel(
     rows_n = tl.minimum(n, N - 1).to(tl.int64)
     x = x_ptr + rows_m[None, :] * stride_x + k[:, None]
     w = packed_ptr + rows_n[:, None] * stride_p + tl.arange(0, BLOCK_K // 8)[None, :]
+    if LINES > 0:
+        _prefetch(packed_ptr.to(tl.pointer_type(tl.uint8)), rows_n, stride_p * 2, 0, K_padded // 4, LINES, ASM)
     _wait_for_inputs(PDL)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for step in tl.range(0, K_padded // BLOCK_K):
@@ -212,6 +235,12 @@ def gemm_16bit_kernel(
     _store(y_ptr, acc, scale_ptr, bias_ptr, m, n, M, N, stride_y, 0.5, HAS_BIAS, GELU)
 
 
+def constants(config: KernelConfig, K_padded: int, has_bias: bool, gelu: bool) -> tuple[int | bool, ...]:
+    """Compile-time arguments of ``gemm_int8_kernel`` but the last."""
+    tile = config.block_m, config.block_n, config.block_k, config.group_m
+    return *tile, config.split_k, config.lines(K_padded), has_bias, gelu, ASM
+
+
 def gemm_int8(
     x_q: Tensor, scale_x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
     config: KernelConfig, out_dtype: torch.dtype, gelu: bool = False, tickets: Tensor | None = None,
@@ -222,10 +251,6 @@ def gemm_int8(
     With ``split_k > 1``, ``tickets`` must be ``make_tickets``'s, set to zero (None: made here, by a launch of its
     own).
     """
-    if config.loads == "tma":
-        from .gemm_hopper import gemm_int8_hopper
-
-        return gemm_int8_hopper(x_q, scale_x, packed, scale, bias, config, out_dtype)
     M, K_padded = x_q.shape
     N = packed.shape[0]
     y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
@@ -242,7 +267,7 @@ def gemm_int8(
             x_q, packed, scale_x, scale, scale if bias is None else bias, y, shares,
             scale_x if tickets is None else tickets, M, N, K_padded, packed.stride(0), y.stride(0),
         ),
-        (config.block_m, config.block_n, config.block_k, config.group_m, split, bias is not None, gelu, ASM),
+        constants(config, K_padded, bias is not None, gelu),
         config.num_warps,
         config.num_stages,
     )  # fmt: skip
@@ -271,7 +296,7 @@ def gemm_16bit(
             M, N, K, words.shape[1] * 8, x.stride(0), words.stride(0), y.stride(0),
         ),
         (
-            config.block_m, config.block_n, config.block_k, config.group_m,
+            config.block_m, config.block_n, config.block_k, config.group_m, config.lines(words.shape[1] * 8),
             K % config.block_k == 0, bias is not None, gelu, ASM,
         ),
         config.num_warps,

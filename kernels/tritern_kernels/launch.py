@@ -31,8 +31,7 @@ def launch(
 ) -> None:  # fmt: skip
     """Run ``kernel[grid](*arguments, *constants, PDL)`` on the current device and stream.
 
-    Arguments are tensors, tensor descriptors (whose blocks the constants tell) and integers. Of the integers only
-    the first, the number of tokens, may differ between calls that are otherwise alike: the kernel must not be
+    Arguments are tensors and integers. Of the integers only the first, the number of tokens, may differ between calls that are otherwise alike: the kernel must not be
     specialized for it.
     """
     if INTERPRETED:

@@ -1,4 +1,4 @@
-"""Weight matrix -> codes, scale and packed bytes in one kernel launch."""
+"""Weight matrix -> codes, scale and packed bytes in one kernel launch, and back."""
 
 from __future__ import annotations
 
@@ -117,3 +117,31 @@ def _launch(weight: Tensor, scale: Tensor, given: Tensor, rule: str) -> PackedTe
     with torch.cuda.device_of(weight):  # Triton launches on the current device
         ternarize_kernel[(N,)](weight, packed, scale, given, K, weight.stride(0), packed.stride(0), RULE=rule)
     return PackedTernary(packed, scale, (N, K))
+
+
+@triton.jit
+def expand_kernel(packed_ptr, scale_ptr, out_ptr, K, stride_p, ATOMS: tl.constexpr):
+    """ATOMS atoms of one row: scale * code, in natural order."""
+    row = tl.program_id(0).to(tl.int64)
+    atom = tl.program_id(1) * ATOMS + tl.arange(0, ATOMS)
+    inside = atom * 128 < K
+    byte = tl.load(
+        packed_ptr + row * stride_p + atom[:, None] * 32 + tl.arange(0, 32)[None, :], mask=inside[:, None], other=0
+    ).to(tl.int32)
+    codes = (byte[:, :, None] << (30 - 2 * tl.arange(0, 4))[None, None, :]) >> 30
+    codes = tl.permute(tl.reshape(codes, (ATOMS, 16, 2, 4)), (0, 2, 3, 1))  # [atom, h, j, w]: see formats
+    value = tl.reshape(codes, (ATOMS * 128,)).to(tl.float32) * tl.load(scale_ptr + row)
+    k = tl.program_id(1) * (ATOMS * 128) + tl.arange(0, ATOMS * 128)
+    tl.store(out_ptr + row * K + k, value.to(out_ptr.dtype.element_ty), mask=k < K)
+
+
+def expand(packed: Tensor, scale: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    """The matrix [N, K] in ``dtype``, ``scale[:, None] * codes``, in one launch."""
+    N = packed.shape[0]
+    out = torch.empty((N, K), dtype=dtype, device=packed.device)
+    atoms = min(16, triton.next_power_of_2(padded_k(K) // ATOM))
+    with torch.cuda.device_of(packed):
+        expand_kernel[(N, triton.cdiv(padded_k(K) // ATOM, atoms))](
+            packed, scale, out, K, packed.stride(0), ATOMS=atoms
+        )
+    return out

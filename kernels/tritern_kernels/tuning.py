@@ -16,7 +16,6 @@ from typing import Literal
 from .formats import ATOM, padded_k
 
 Mode = Literal["int8", "16bit"]
-Loads = Literal["pointers", "tma"]
 CONFIG_DIR = Path(__file__).parent / "configs"
 SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 """KiB of shared memory one program may use, by compute capability (CUDA programming guide, technical
@@ -35,7 +34,8 @@ MOST_ACCUMULATORS = {"plain": 128, "gelu": 64, "split": 32}
 @dataclass(frozen=True)
 class KernelConfig:
     """One way to launch a GEMM kernel: tile of ``block_m`` tokens x ``block_n`` weight rows x ``block_k``
-    along K. ``loads`` names the kernel: ``gemm``'s, or ``gemm_hopper``'s (``tma``).
+    along K. ``expand``: where the activations have 16 bits, write the weights out in that dtype and leave the
+    product to torch (with many tokens the faster way); the tile is then for float32 activations.
     """
 
     block_m: int
@@ -45,7 +45,7 @@ class KernelConfig:
     group_m: int = 8
     num_warps: int = 4
     num_stages: int = 4
-    loads: Loads = "pointers"
+    expand: bool = False
 
     def shared_bytes(self, mode: Mode) -> int:
         """Shared memory of the pipelined operands, in bytes."""
@@ -55,6 +55,15 @@ class KernelConfig:
     def tiles(self, M: int, N: int) -> int:
         """Tiles of an [M, N] result."""
         return -(-M // self.block_m) * -(-N // self.block_n)
+
+    def lines(self, K_padded: int) -> int:
+        """Lines of 128 bytes of packed weights, rounded up to a power of two, that a program asks for ahead in each
+        of its rows. None with more than 64 tokens: there the products take longer than the weights.
+        """
+        if self.block_m > 64:
+            return 0
+        steps = -(-(K_padded // self.block_k) // self.split_k)
+        return 1 << (-(-steps * self.block_k // 512) - 1).bit_length()
 
     @property
     def accumulators(self) -> int:
@@ -71,6 +80,8 @@ class KernelConfig:
             return f"block_k must divide K padded to {padded_k(K)}; received {self.block_k}"
         if self.num_warps not in (1, 2, 4, 8, 16):
             return f"num_warps must be a power of two up to 16; received {self.num_warps}"
+        if self.expand and mode == "int8":
+            return "expand is for 16-bit activations"
         if self.split_k != 1 and mode == "16bit":
             return f"split_k is for int8 sums, which add up exactly in any order; received {self.split_k}"
         steps = padded_k(K) // self.block_k
@@ -79,13 +90,6 @@ class KernelConfig:
         most = MOST_ACCUMULATORS["split" if self.split_k > 1 else "gelu" if gelu else "plain"]
         if self.accumulators > most:
             return f"{self.accumulators} accumulators a thread spill; at most {most} here: use more warps"
-        if self.loads == "tma":
-            if mode != "int8" or capability != 90 or gelu or not gluon_available():
-                return "tma loads are for int8 on sm_90, without gelu, with a Triton that has Gluon for Hopper"
-            if self.block_k != ATOM or self.split_k != 1 or self.block_n != 16 * self.num_warps:
-                return "tma loads take block_k = 128, split_k = 1 and 16 weight rows a warp"
-            if self.num_warps % 4 or self.block_m > 256 or self.num_stages < 2:
-                return "tma loads take whole warpgroups, block_m up to 256 and at least 2 stages"
         if self.group_m < 1 or self.num_stages < 1:
             return f"group_m and num_stages must be at least 1; received {self.group_m} and {self.num_stages}"
         limit = shared_memory_limit(capability)
@@ -94,16 +98,6 @@ class KernelConfig:
                 f"operands take {self.shared_bytes(mode)} bytes of shared memory; sm_{capability} has {limit}"
             )
         return None
-
-
-@cache
-def gluon_available() -> bool:
-    """Whether this Triton has the Gluon that ``gemm_hopper`` is written in."""
-    try:
-        from . import gemm_hopper  # noqa: F401
-    except (ImportError, AttributeError):
-        return False
-    return True
 
 
 def shared_memory_limit(capability: int) -> int:
@@ -124,9 +118,6 @@ def formula_tiles(mode: Mode, capability: int) -> list[KernelConfig]:
             KernelConfig(64, 128, 128, num_warps=4, num_stages=4),
             KernelConfig(128, 128, 128, num_warps=8, num_stages=4),
             KernelConfig(128, 256, 128, num_warps=8, num_stages=3),
-            KernelConfig(128, 128, 128, num_warps=8, num_stages=4, loads="tma"),
-            KernelConfig(128, 256, 128, num_warps=16, num_stages=5, loads="tma"),
-            KernelConfig(256, 128, 128, num_warps=8, num_stages=4, loads="tma"),
         ]
     return [
         KernelConfig(16, 128, 128, num_warps=4, num_stages=4),

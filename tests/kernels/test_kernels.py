@@ -7,7 +7,7 @@ import torch
 
 from tritern_kernels import activations, gemm, pack, padded_k, reference, tuning
 from tritern_kernels.formats import to_packed_order
-from tritern_kernels.ternarize import ternarize
+from tritern_kernels.ternarize import expand, ternarize
 
 pytestmark = [pytest.mark.usefixtures("poisoned")]
 
@@ -195,3 +195,11 @@ def test_every_tile_on_the_gpu(M):
             config = replace(tile, split_k=split)
             if config.invalid("int8", 1024, capability) is None:
                 assert torch.equal(sums(x_packed, packed, config).to(torch.int32), exact), config
+
+
+@pytest.mark.parametrize(("N", "K"), [*SHAPES, (5, 128 * 19 + 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_expand_equals_the_reference(N, K, dtype, device):
+    codes, scale = torch.randint(-1, 2, (N, K), dtype=torch.int8), torch.rand(N)
+    got = expand(pack(codes).to(device), scale.to(device), K, dtype)
+    assert torch.equal(got.cpu(), (codes * scale[:, None]).to(dtype))
