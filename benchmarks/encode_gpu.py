@@ -4,12 +4,14 @@
     python benchmarks/encode_gpu.py --models minilm --path DIR            and encode() of a real MiniLM on real text
     python benchmarks/encode_gpu.py --models bge-base --shapes 32x128 512x64 --json encode.json
 
-Models are built from their public configurations with random weights (a forward pass takes as long as with the
-real ones); Qwen3-Embedding-8B with 8 of its 36 blocks. A shape is texts x tokens without padding. An arm's time is the
-median of a forward pass on token ids that are on the GPU; "speed" is the time of the fastest 16-bit arm of that shape,
-eager or compiled or graphed, over this one's: below 1 is a loss. "compiled" compiles each block with torch.compile;
-"graph" replays the forward pass as one CUDA graph. Memory: weights held, and the most held during the pass.
-With --path also tokenization, forward pass and copying of encode(), as shares of its time.
+Models are built from their public configurations with random weights (a forward pass takes as long as with
+the real ones); Qwen3-Embedding-8B with 8 of its 36 blocks. A shape is texts x tokens without padding. An arm's
+time is the median of a forward pass on token ids that are on the GPU; "speed" is the time of the fastest 16-bit
+arm of that shape, eager or compiled or graphed, over this one's: below 1 is a loss. "compiled" compiles each block
+with torch.compile; "graph" replays the forward pass as one CUDA graph. Memory: weights held, and the most held
+during the pass. Before: all linear layers of bge-base on 16 tokens in one CUDA graph. After: forward passes of new
+lengths after tritern.warmup, which must not stall. With --path also tokenization, forward pass and copying of
+encode(), as shares of its time.
 """
 
 from __future__ import annotations
@@ -125,9 +127,10 @@ def measure(
             for block in blocks(model):
                 block.compile(dynamic=False)
         for texts, tokens in shapes:
-            ids = torch.randint(1000, 30000, (texts, tokens), device=device)
+            ids = torch.randint(1000, 30000, (texts, tokens)).to(device)  # not by a CUDA generator
             for kind in (k for k in kinds if ("compiled" in k) == compiled):
-                row: dict[str, Any] = {"model": name, "arm": arm, "kind": kind, "texts": texts, "tokens": tokens}
+                row: dict[str, Any] = {"model": name, "arm": arm, "kind": kind}
+                row |= {"texts": texts, "tokens": tokens}
                 rows.append(row)
                 if device == "cuda":
                     torch.cuda.empty_cache()
@@ -138,7 +141,7 @@ def measure(
                     call()
                     row |= {"first_call_s": round(time.perf_counter() - start, 2)}
                     row |= milliseconds(graphed(call) if "graph" in kind else call)
-                except Exception as error:  # an arm that does not run is a row that says so
+                except Exception as error:  # a row that says so
                     row["reason"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
                     continue
                 row |= {"sentences_per_second": 1e3 * texts / row["p50_ms"], "held_mb": held(model)}
@@ -182,6 +185,58 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def linears_in_a_graph(name: str, tokens: int) -> list[dict[str, Any]]:
+    """All linear layers of a BERT's blocks, one after the other in one CUDA graph: 16-bit against ternary."""
+    m = MODELS[name]
+    h, i = m["hidden"], m["intermediate"]
+    x = {size: torch.randn(tokens, size, device="cuda", dtype=torch.bfloat16) for size in (h, i)}
+    rows: list[dict[str, Any]] = []
+    for arm in ("bf16", "ternary", "ternary 16"):
+        shapes = [(h, h), (h, h), (h, h), (h, h), (i, h), (h, i)] * m["layers"]
+        layers = [nn.Linear(K, N, device="cuda", dtype=torch.bfloat16) for N, K in shapes]
+        if arm != "bf16":
+            bits = 16 if "16" in arm else 8
+            layers = [tritern.TernaryLinear.from_linear(layer, activation_bits=bits) for layer in layers]
+
+        def call(layers: list[Any] = layers) -> Tensor:
+            return [layer(x[layer.in_features]) for layer in layers][-1]
+
+        row = {"model": name, "arm": arm, "layers": len(layers), "tokens": tokens} | milliseconds(
+            graphed(call)
+        )
+        rows.append(row | {"speed": (rows[0] if rows else row)["p50_ms"] / row["p50_ms"]})
+        print(
+            f"{len(layers)} linears of {name}, {tokens} tokens, one graph: {arm:10s} {row['p50_ms']:.3f} ms"
+        )
+    return rows
+
+
+def new_lengths(device: str, count: int = 60) -> dict[str, Any]:
+    """Times of forward passes whose numbers of tokens come for the first time, after ``tritern.warmup``."""
+    found: dict[str, Any] = {}
+    for arm in ("fp16", "ternary"):
+        model = build("minilm", torch.float16, device)
+        if arm == "ternary":
+            tritern.patch(model)
+            start = time.perf_counter()
+            tritern.warmup(model)
+            found["warmup_s"] = time.perf_counter() - start
+        forward(model, torch.full((3, 7), 1000, device=device))
+        samples = []
+        for i in range(count):
+            ids = torch.full((1 + 5 * i, 8 + 3 * (i % 17)), 1000, device=device)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            forward(model, ids)
+            torch.cuda.synchronize()
+            samples.append(1e3 * (time.perf_counter() - start))
+        found[arm] = {"median_ms": statistics.median(samples), "largest_ms": max(samples)}
+    print(
+        f"new lengths, after a warm-up of {found['warmup_s']:.1f} s: {found['ternary']}; fp16 {found['fp16']}"
+    )
+    return found
+
+
 def end_to_end(path: str, device: str, sentences: int, compiled: bool) -> list[dict[str, Any]]:
     """encode() of a real sentence-transformer on real text: rate, and where the time goes."""
     from encode import texts_for
@@ -222,13 +277,13 @@ def end_to_end(path: str, device: str, sentences: int, compiled: bool) -> list[d
                         parts[part] += b - a
                 total = sum(parts.values())
                 rows.append({
-                    "model": path, "arm": arm, "kind": kind, "batch": batch,
+                    "model": Path(path).name, "arm": arm, "kind": kind, "batch": batch,
                     "sentences_per_second": sentences / statistics.median(seconds),
                     "shares": {k: v / total for k, v in parts.items()},
                 })  # fmt: skip
                 shares = ", ".join(f"{k} {100 * v:.0f} %" for k, v in rows[-1]["shares"].items())
                 rate = rows[-1]["sentences_per_second"]
-                print(f"encode() {arm:8s} {kind:9s} batch {batch:4d} {rate:9.0f} sentences/s; {shares}", flush=True)
+                print(f"encode() {arm:8s} {kind:9s} batch {batch:4d} {rate:9.0f} sentences/s; {shares}")
     return rows
 
 
@@ -237,28 +292,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="default: all")
-    parser.add_argument("--shapes", nargs="+", help="texts x tokens, such as 32x128; default: 1x16 32x128 256x128")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled arms, which take minutes")
-    parser.add_argument("--path", help="a sentence-transformer for encode(), such as a folder with all-MiniLM-L6-v2")
-    parser.add_argument("--sentences", type=int, default=8192, help="texts for encode() (default: 8192)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further model after this")
-    parser.add_argument("--json", type=Path, help="write all rows, rewritten after each model")
+    add = parser.add_argument
+    add("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="default: all")
+    add("--shapes", nargs="+", help="texts x tokens, such as 32x128; default: 1x16 32x128 256x128")
+    add("--no-compile", action="store_true", help="leave out the compiled arms, which take minutes")
+    add("--path", help="a sentence-transformer for encode(), such as a folder with all-MiniLM-L6-v2")
+    add("--sentences", type=int, default=8192, help="texts for encode() (default: 8192)")
+    add("--seconds", type=float, default=float("inf"), help="start no further model after this")
+    add("--json", type=Path, help="write all rows, rewritten after each model")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        shapes = [(int(a), int(b)) for a, b in (s.split("x") for s in options.shapes)] if options.shapes else SHAPES
+        pairs = [s.split("x") for s in options.shapes or ()]
+        shapes = [(int(a), int(b)) for a, b in pairs] or list(SHAPES)
     except ValueError:
         parser.error(f"shapes are texts x tokens, such as 32x128; received {' '.join(options.shapes)}")
     import transformers
 
     facts = report.environment() | {"transformers": transformers.__version__, "models": MODELS}
     rows: list[dict[str, Any]] = []
-    encodes: list[dict[str, Any]] = []
     kinds = ("eager", "graph", "compiled", "compiled graph") if device == "cuda" else ("eager", "compiled")
     kinds = tuple(k for k in kinds if not (options.no_compile and "compiled" in k))
     begin = time.perf_counter()
+
+    def write() -> None:
+        if options.json:
+            report.write_json(options.json, facts | {"rows": rows})
+
     with torch.inference_mode():
+        if device == "cuda":
+            facts["linears"] = linears_in_a_graph("bge-base", 16)
         for name in options.models:
             if time.perf_counter() - begin > options.seconds:
                 print(f"out of time: {name} not measured")
@@ -271,18 +334,20 @@ def main() -> None:
                 model = build(name, dtype, device)
                 if arm.startswith("ternary"):
                     tritern.patch(model, activation_bits=16 if "16" in arm else 8)
-                main_arm = arm in ("fp16", "ternary")
-                found += measure(name, arm, model, kinds if main_arm else ("eager",), list(shapes), device)
+                wanted = kinds if arm in ("fp16", "ternary") else ("eager",)
+                found += measure(name, arm, model, wanted, shapes, device)
                 del model
                 gc.collect()
             rows += with_speeds(found)
             print(table(found) + "\n", flush=True)
-            if options.json:
-                report.write_json(options.json, facts | {"rows": rows, "encode": encodes})
+            write()
+        if device == "cuda":
+            torch._dynamo.reset()
+            facts["new_lengths"] = new_lengths(device)
+            write()
     if options.path:
-        encodes = end_to_end(options.path, device, options.sentences, not options.no_compile)
-        if options.json:
-            report.write_json(options.json, facts | {"rows": rows, "encode": encodes})
+        facts["encode"] = end_to_end(options.path, device, options.sentences, not options.no_compile)
+        write()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from .evaluate import Fidelity, evaluate
 from .linear import TernaryLinear
 from .patch import patch
 from .summary import Summary, summary
+from .warmup import warmup
 
 if TYPE_CHECKING:
     from .distillation import distill
@@ -36,6 +37,7 @@ __all__ = [
     "evaluate",
     "patch",
     "summary",
+    "warmup",
 ]
 
 

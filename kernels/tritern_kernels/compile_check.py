@@ -170,7 +170,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def _main_loop(sass: str) -> list[str]:
-    """Opcodes of the shortest loop around all tensor-core instructions, or of the longest where there are none."""
+    """Opcodes of the shortest loop around all tensor-core instructions; the longest where there are none."""
     lines = sass.splitlines()
     labels: dict[str, int] = {}
     loops: list[list[str]] = [[]]

@@ -8,6 +8,7 @@ gradient with respect to x and bias that treats the activations' rounding as the
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,6 +133,9 @@ def _check_matrix(x: Tensor) -> None:
 # ---------------------------------------------------------------- CUDA
 
 
+_plans: dict[tuple[Any, ...], Any] = {}
+
+
 @cache
 def _device(index: int) -> tuple[str, int, int]:
     p = torch.cuda.get_device_properties(index)
@@ -160,7 +164,7 @@ def linear_unchecked(
     if x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return linear_unchecked(x, packed, scale, bias, K, activation_bits, gelu)
-    from . import activations, gemm, tuning
+    from . import gemm, tuning
 
     N = packed.shape[0]
     rows = x.reshape(-1, K)
@@ -168,13 +172,11 @@ def linear_unchecked(
     if M == 0:
         return x.new_empty((*x.shape[:-1], N))
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    mode = "int8" if activation_bits == 8 else "16bit"
-    config = tuning.choose(mode, M, N, K, gelu, *_device(x.device.index))
     if activation_bits == 8:
-        tickets = gemm.make_tickets(rows, N, config) if config.split_k > 1 else None
-        x_q, scale_x = activations.quantize(rows, tickets)
-        y = gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, x.dtype, gelu, tickets)
-    elif config.expand and x.dtype != torch.float32:
+        y = _linear_int8(rows, packed, scale, bias, x.dtype, gelu)
+        return y.view(*x.shape[:-1], N)
+    config = tuning.choose("16bit", M, N, K, gelu, *_device(x.device.index))
+    if config.expand and x.dtype != torch.float32:
         from .ternarize import expand
 
         weight = expand(packed, scale, K, x.dtype)
@@ -184,6 +186,30 @@ def linear_unchecked(
         rows = rows.to(torch.bfloat16) if rows.dtype == torch.float32 else rows
         y = gemm.gemm_16bit(rows, packed, scale, bias, config, x.dtype, gelu)
     return y.view(*x.shape[:-1], N)
+
+
+def _linear_int8(
+    rows: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, gelu: bool
+) -> Tensor:
+    from . import activations, gemm, tuning
+    from .plan import Plan
+
+    (M, K), N = rows.shape, packed.shape[0]
+    most = tuning.bucket(M)
+    bias_dtype = None if bias is None else bias.dtype
+    key = (N, K, most, dtype, rows.stride(0), bias_dtype, gelu, rows.device)
+    plan = _plans.get(key)
+    if plan is None:
+        config = tuning.choose("int8", M, N, K, gelu, *_device(rows.device.index))
+        plan = Plan(config, max(most, M), N, K, rows.stride(0), dtype, bias is not None, gelu, rows.device)
+        _plans[key] = plan
+    y = plan(rows, packed, scale, bias)
+    if y is None:
+        config = plan.config
+        tickets = gemm.make_tickets(rows, N, config) if config.split_k > 1 else None
+        x_q, scale_x = activations.quantize(rows, tickets)
+        y = gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype, gelu, tickets)
+    return y
 
 
 def linear_int8_cuda(
@@ -215,7 +241,13 @@ def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _linear_int8_cuda(
-    x_q: Tensor, scale_x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, K: int, dtype: torch.dtype
+    x_q: Tensor,
+    scale_x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    K: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     with torch.cuda.device(x_q.device):
         return linear_int8_cuda(x_q, scale_x, packed, scale, bias, K, dtype)
@@ -224,8 +256,8 @@ def _linear_int8_cuda(
 def linear_traced(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, K: int) -> Tensor:
     """``tritern::linear`` with int8 activations for ``torch.compile``, without gradients.
 
-    The quantization is plain torch, which the compiler fuses into what made x and does once for layers that share
-    it. It may round 127 / absmax otherwise than the kernel: a code in a thousand may differ by one.
+    The quantization is plain torch, which the compiler fuses into what made x and does once for layers that
+    share it. It may round 127 / absmax otherwise than the kernel: a code in a thousand may differ by one.
     """
     x_q, scale_x = reference.quantize_activations(x.reshape(-1, K))
     x_q = to_packed_order(torch.nn.functional.pad(x_q, (0, padded_k(K) - K)))
@@ -254,7 +286,13 @@ def _linear_cpu(
 
 
 def _linear_int8_cpu(
-    x_q: Tensor, scale_x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, K: int, dtype: torch.dtype
+    x_q: Tensor,
+    scale_x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    K: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     natural = from_packed_order(x_q)[:, :K].contiguous()
     return cpu.linear_int8(natural, scale_x, packed, scale, bias, dtype)

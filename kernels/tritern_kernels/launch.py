@@ -25,14 +25,33 @@ def overlaps(device: int) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def compile_and_run(
+    kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...],
+    num_warps: int, num_stages: int = 3,
+) -> Any:  # fmt: skip
+    """Run ``kernel[grid](*arguments, *constants, PDL)`` on the current device and stream by Triton's own way; the
+    compiled kernel.
+    """
+    pdl = overlaps(torch.cuda.current_device())
+    options = {"launch_pdl": True} if pdl else {}
+    return kernel[grid](*arguments, *constants, pdl, num_warps=num_warps, num_stages=num_stages, **options)
+
+
+def run(compiled: Any, grid: tuple[int, int], stream: int, arguments: tuple[Any, ...]) -> None:
+    """Run a compiled kernel; all arguments in order, constants and the last one, PDL, too. Pointers may be integers."""
+    compiled.run(
+        grid[0], grid[1], 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
+    )  # fmt: skip
+
+
 def launch(
     kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...],
     num_warps: int, num_stages: int = 3,
 ) -> None:  # fmt: skip
-    """Run ``kernel[grid](*arguments, *constants, PDL)`` on the current device and stream.
+    """``compile_and_run`` that finds the compiled kernel by a short key.
 
-    Arguments are tensors and integers. Of the integers only the first, the number of tokens, may differ between calls that are otherwise alike: the kernel must not be
-    specialized for it.
+    Arguments are tensors and integers. Of the integers only the first, the number of tokens, may differ between
+    calls that are otherwise alike: the kernel must not be specialized for it.
     """
     if INTERPRETED:
         kernel[grid](*arguments, *constants, False)
@@ -45,21 +64,15 @@ def launch(
         if isinstance(a, Tensor):
             key.append(a.dtype)
             aligned |= a.data_ptr()
-        elif isinstance(a, int):
+        else:
             if not tokens:
                 key.append(a)
             tokens = False
-    pdl = overlaps(device)
     found = None if aligned % 16 else _compiled.get(tuple(key))
-    if found is None or triton.knobs.runtime.launch_enter_hook is not None:
-        options = {"launch_pdl": True} if pdl else {}
-        found = kernel[grid](
-            *arguments, *constants, pdl, num_warps=num_warps, num_stages=num_stages, **options
-        )
-        if aligned % 16 == 0:
-            _compiled[tuple(key)] = found
+    if found is not None and triton.knobs.runtime.launch_enter_hook is None:
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        run(found, grid, stream, (*arguments, *constants, overlaps(device)))
         return
-    found.run(
-        grid[0], grid[1], 1, torch._C._cuda_getCurrentRawStream(device), found.function, found.packed_metadata,
-        None, None, None, *arguments, *constants, pdl,
-    )  # fmt: skip
+    found = compile_and_run(kernel, grid, arguments, constants, num_warps, num_stages)
+    if aligned % 16 == 0:
+        _compiled[tuple(key)] = found

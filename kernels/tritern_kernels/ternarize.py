@@ -126,7 +126,9 @@ def expand_kernel(packed_ptr, scale_ptr, out_ptr, K, stride_p, ATOMS: tl.constex
     atom = tl.program_id(1) * ATOMS + tl.arange(0, ATOMS)
     inside = atom * 128 < K
     byte = tl.load(
-        packed_ptr + row * stride_p + atom[:, None] * 32 + tl.arange(0, 32)[None, :], mask=inside[:, None], other=0
+        packed_ptr + row * stride_p + atom[:, None] * 32 + tl.arange(0, 32)[None, :],
+        mask=inside[:, None],
+        other=0,
     ).to(tl.int32)
     codes = (byte[:, :, None] << (30 - 2 * tl.arange(0, 4))[None, None, :]) >> 30
     codes = tl.permute(tl.reshape(codes, (ATOMS, 16, 2, 4)), (0, 2, 3, 1))  # [atom, h, j, w]: see formats

@@ -97,9 +97,16 @@ def _small(mode: Mode, M: int) -> Iterator[KernelConfig]:
 def _large(mode: Mode, M: int) -> Iterator[KernelConfig]:
     """Above 128 tokens: large tiles."""
     if mode == "16bit":
-        for block_m, block_n, warps in ((64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 128, 8), (128, 256, 16)):
+        for block_m, block_n, warps in (
+            (64, 64, 4),
+            (64, 128, 4),
+            (64, 128, 8),
+            (128, 128, 8),
+            (128, 256, 16),
+        ):
             yield from (
-                KernelConfig(block_m, block_n, 128, num_warps=warps, num_stages=stages) for stages in (2, 3, 4)
+                KernelConfig(block_m, block_n, 128, num_warps=warps, num_stages=stages)
+                for stages in (2, 3, 4)
             )
         yield KernelConfig(64, 128, 128, num_warps=8, num_stages=3, expand=True)
         return
@@ -120,12 +127,16 @@ class Bench:
         self.codes, self.scale, self.N = weight.codes(), weight.scale, N
         self.x_q, self.scale_x = activations.quantize(self.x)
         cold = M <= 256 and weight.packed.numel() >= 1_000_000
-        self.packed = [weight.packed.clone() for _ in range(1 + COLD_BYTES // weight.packed.numel() if cold else 1)]
+        self.packed = [
+            weight.packed.clone() for _ in range(1 + COLD_BYTES // weight.packed.numel() if cold else 1)
+        ]
 
     def call(self, mode: Mode, config: KernelConfig, packed: Tensor) -> Tensor:
         """The product. With a split, quantization is part of it, for it clears the tickets."""
         if config.expand:
-            return torch.nn.functional.linear(self.x, expand(packed, self.scale, self.x.shape[1], self.x.dtype))
+            return torch.nn.functional.linear(
+                self.x, expand(packed, self.scale, self.x.shape[1], self.x.dtype)
+            )
         if mode == "16bit":
             return gemm.gemm_16bit(self.x, packed, self.scale, None, config, torch.bfloat16)
         x_q, scale_x, tickets = self.x_q, self.scale_x, None
@@ -305,9 +316,13 @@ def main(arguments: list[str] | None = None) -> int:
     names = ", ".join(MODELS)
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help=f"all, or of {names}")
     parser.add_argument("--shapes", nargs="+", default=[], metavar="NxK", help="weights: out x in features")
-    parser.add_argument("--tokens", nargs="+", type=int, metavar="M", help=f"default: {' '.join(map(str, TOKENS))}")
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, metavar="M", help=f"default: {' '.join(map(str, TOKENS))}"
+    )
     parser.add_argument("--modes", nargs="+", default=["int8", "16bit"], choices=["int8", "16bit"])
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop before the next shape after this")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop before the next shape after this"
+    )
     parser.add_argument("--json", type=Path, help="the table; default: this GPU's in the package")
     options = parser.parse_args(arguments)
     known = list(MODELS) if "all" in options.models else options.models

@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+import tritern
+
+
+def test_nothing_to_compile_on_a_cpu(tiny):
+    assert tritern.warmup(tritern.patch(tiny)) == 0
+    with pytest.raises(tritern.TriternError, match="max_tokens must be at least 1; received 0"):
+        tritern.warmup(tiny, max_tokens=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 16])
+def test_after_warmup_no_number_of_tokens_compiles(bits, monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    layers = [torch.nn.Linear(384, 1536), torch.nn.Linear(1536, 384, bias=False), torch.nn.Linear(384, 1536)]
+    model = tritern.patch(torch.nn.Sequential(*layers), activation_bits=bits).cuda().half()
+    assert tritern.warmup(model) == 2
+
+    def compiles(*args, **kwargs):
+        raise AssertionError("compiled after the warm-up")
+
+    monkeypatch.setattr(JITFunction, "_do_compile", compiles)
+    with torch.inference_mode():
+        for tokens in [*range(1, 70), 100, 200, 500, 777, 1024, 3000, 5001, 9999, 16384, 16385, 40000]:
+            model(torch.randn(tokens, 384, device="cuda", dtype=torch.float16))

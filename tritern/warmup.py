@@ -1,0 +1,55 @@
+"""Compiling the kernels of a model before the first text comes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from tritern_kernels.tuning import MOST_TOKENS, bucket
+
+from .errors import TriternError
+from .linear import TernaryLinear
+
+
+def warmup(
+    model: nn.Module,
+    *,
+    max_tokens: int = MOST_TOKENS,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> int:
+    """Compile and load every kernel that the model's ternary layers call, so that no later call does.
+
+    Kernels are chosen by the number of tokens (texts times their padded length), rounded up to a power of two
+    from 16 to 16,384; larger numbers use the kernels of 16,384. Compiled kernels are kept on disk (in Triton's
+    cache), so a second process warms up in a moment.
+
+    Args:
+        model: on its GPU. On a CPU there is nothing to compile.
+        max_tokens: of the largest batch that will come.
+        dtype: of the activations; default: that of the model's parameters.
+        progress: show a progress bar.
+
+    Returns:
+        The number of kinds of layers on a GPU (by sizes, bias and activations).
+
+    Raises:
+        TriternError: ``max_tokens`` below 1.
+    """
+    if max_tokens < 1:
+        raise TriternError(f"max_tokens must be at least 1; received {max_tokens}")
+    if dtype is None:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float16)
+    kinds: dict[tuple, TernaryLinear] = {}
+    for layer in model.modules():
+        if isinstance(layer, TernaryLinear) and layer.weight.is_cuda:
+            bias = None if layer.bias is None else layer.bias.dtype
+            size = layer.out_features, layer.in_features
+            kinds.setdefault((*size, bias, layer.activation_bits, layer.weight.device), layer)
+    buckets = [1 << i for i in range(4, bucket(max_tokens).bit_length())]
+    with torch.inference_mode():
+        for layer in tqdm(kinds.values(), desc="Compiling", unit="layer", disable=not progress):
+            for tokens in buckets:
+                layer(torch.zeros(tokens, layer.in_features, dtype=dtype, device=layer.weight.device))
+    return len(kinds)
