@@ -53,9 +53,22 @@ def build(name: str, dtype: torch.dtype, device: str) -> nn.Module:
         config = BertConfig(**common)
     else:
         config = Qwen3Config(**common, num_key_value_heads=8, head_dim=128, use_cache=False)
-    torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device("meta"):
         model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    small = type(config)(
+        **(config.to_dict() | {"num_hidden_layers": 1, "vocab_size": 1000, "layer_types": None})
+    )
+    buffers = dict(AutoModel.from_config(small).named_buffers())  # positions and rotary frequencies
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.02, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
     return model.eval()
 
 

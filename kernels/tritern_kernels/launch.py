@@ -25,6 +25,17 @@ def overlaps(device: int) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def hooked() -> bool:
+    """Whether somebody, such as a profiler, asked Triton to be told of launches."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def current_stream(device: int) -> int:
+    """The current stream of a device, as the driver names it."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
 def compile_and_run(
     kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...],
     num_warps: int, num_stages: int = 3,
@@ -69,9 +80,8 @@ def launch(
                 key.append(a)
             tokens = False
     found = None if aligned % 16 else _compiled.get(tuple(key))
-    if found is not None and triton.knobs.runtime.launch_enter_hook is None:
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        run(found, grid, stream, (*arguments, *constants, overlaps(device)))
+    if found is not None and not hooked():
+        run(found, grid, current_stream(device), (*arguments, *constants, overlaps(device)))
         return
     found = compile_and_run(kernel, grid, arguments, constants, num_warps, num_stages)
     if aligned % 16 == 0:

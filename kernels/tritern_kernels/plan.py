@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from . import activations, gemm
 from .formats import padded_k
-from .launch import ASM, compile_and_run, overlaps, run
+from .launch import ASM, compile_and_run, current_stream, hooked, overlaps, run
 from .tuning import KernelConfig
 
 
@@ -43,7 +42,7 @@ class Plan:
         self.tile_bytes = 4 * self.split * config.block_m * config.block_n if self.split > 1 else 0
         block_m, block_k, one_tile = activations.quantize_blocks(K)
         self.rows_per_program = block_m
-        pdl = overlaps(torch.cuda.current_device())
+        pdl = overlaps(device.index)
         self.quantize_sizes = (K, self.K_padded, stride_x, self.K_padded)
         self.quantize_constants = (block_m, block_k, one_tile, self.tickets, ASM)
         self.multiply_sizes = (N, self.K_padded, self.K_padded // 4, N)
@@ -56,9 +55,8 @@ class Plan:
         """y [M, N]; None if a tensor is not aligned to 16 bytes or a profiler has hooked Triton's launches."""
         x_ptr, packed_ptr, scale_ptr = x.data_ptr(), packed.data_ptr(), scale.data_ptr()
         bias_ptr = scale_ptr if bias is None else bias.data_ptr()
-        if (
-            x_ptr | packed_ptr | scale_ptr | bias_ptr
-        ) & 15 or triton.knobs.runtime.launch_enter_hook is not None:
+        unaligned = (x_ptr | packed_ptr | scale_ptr | bias_ptr) & 15 or 4 * packed.stride(0) != self.K_padded
+        if unaligned or hooked():
             return None
         M = x.shape[0]
         tiles = self.config.tiles(M, self.N)
@@ -87,7 +85,7 @@ class Plan:
             self.kernels = quantize, multiply
             return y
         base = buffer.data_ptr()
-        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        stream = current_stream(self.device.index)
         quantize, multiply = self.kernels
         run(
             quantize, grids[0], stream,

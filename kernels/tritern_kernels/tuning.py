@@ -112,12 +112,11 @@ def formula_tiles(mode: Mode, capability: int) -> list[KernelConfig]:
     wide = shared_memory_limit(capability) >= 160 * 1024
     if mode == "int8":
         return [
-            KernelConfig(16, 128, 256, num_warps=4, num_stages=4),
+            KernelConfig(16, 64, 256, num_warps=4, num_stages=5),
             KernelConfig(32, 64, 256, num_warps=4, num_stages=4),
             KernelConfig(64, 64, 256, num_warps=4, num_stages=3),
-            KernelConfig(64, 128, 128, num_warps=4, num_stages=4),
-            KernelConfig(128, 128, 128, num_warps=8, num_stages=4),
-            KernelConfig(128, 256, 128, num_warps=8, num_stages=3),
+            KernelConfig(64, 128, 128, num_warps=4, num_stages=3),
+            KernelConfig(128, 128, 128, num_warps=8, num_stages=3),
         ]
     return [
         KernelConfig(16, 128, 128, num_warps=4, num_stages=4),
@@ -131,8 +130,8 @@ def formula(
     mode: Mode, M: int, N: int, K: int, capability: int, processors: int, gelu: bool = False
 ) -> KernelConfig:
     """Up to 64 tokens: the smallest tile that holds them all, int8 splitting K until every multiprocessor has
-    work.
-    Above: the largest tile that leaves no multiprocessor idle.
+    work. Above: the largest tile that leaves no multiprocessor idle; 16-bit activations expand the weights from
+    2,048 tokens on.
     """
     tiles = [
         replace(c, block_k=min(c.block_k, padded_k(K) & -padded_k(K)))
@@ -144,6 +143,8 @@ def formula(
         programs = math.ceil(N / config.block_n)
         split = min(processors // programs, padded_k(K) // config.block_k // 2, 8)
         return replace(config, split_k=split) if mode == "int8" and split > 1 else config
+    if mode == "16bit" and M >= 2048:
+        return replace(tiles[-1], expand=True)
     for config in reversed(tiles):
         if (
             config.block_m <= M

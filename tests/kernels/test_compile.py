@@ -22,7 +22,7 @@ def test_all_configurations_compile_without_spills_from_registers(tmp_path):
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert {r["capability"] for r in rows} == {80, 89, 90}
     gemms = [r for r in rows if r["name"].startswith(("int8", "fp16", "bf16"))]
-    assert len(gemms) >= 60 and all(r["spills"] == 0 and "MMA" in r["tensor_core"] for r in gemms)
+    assert len(gemms) >= 50 and all(r["spills"] == 0 and "MMA" in r["tensor_core"] for r in gemms)
     assert all("GMMA" in r["tensor_core"] for r in gemms if r["capability"] == 90)
 
 
@@ -30,11 +30,12 @@ def test_the_check_finds_spills_and_byte_wise_unpacking():
     code = """
 from dataclasses import replace
 from tritern_kernels import compile_check as cc
-tile = next(j for j in cc.jobs(90) if j.name == "int8 128t x 256w x 128k")
+tile = next(j for j in cc.jobs(90) if j.name == "int8 128t x 128w x 128k")
+tile = replace(tile, constants=tile.constants | {"BLOCK_N": 256})
 assert cc.check(tile).problem == ""
 spilling = replace(tile, constants=tile.constants | {"GELU": True})
 assert cc.check(spilling).problem.startswith("spills"), cc.check(spilling)
-plain = next(j for j in cc.jobs(90) if j.name == "int8 16t x 128w x 128k")
+plain = next(j for j in cc.jobs(90) if j.name == "int8 16t x 64w x 128k")
 fused = next(j for j in cc.jobs(90) if j.name == "quantize bf16 K=16384")
 assert cc.check(fused).problem == ""
 assert "fused" in cc.check(replace(fused, constants=fused.constants | {"ASM": False})).problem
