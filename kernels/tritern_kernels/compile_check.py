@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,22 @@ class Row:
 
 def jobs(capability: int) -> Iterator[Job]:
     """All kernels in all configurations that ``tuning.choose`` can return on sm_``capability``."""
-    tables = [entry for path in tuning.CONFIG_DIR.glob("*.json") for entry in tuning.load_table(path)]
     for mode in ("int8", "16bit"):
         configs = tuning.formula_tiles(mode, capability)
         configs += [replace(c, block_k=128) for c in configs if c.block_k > 128]
-        configs += [e.config for e in tables if e.mode == mode]
+        done = {_tile_of(c) for c in configs}
         for c in dict.fromkeys(replace(c, group_m=8, split_k=1) for c in configs):
             if c.invalid(mode, c.block_k, capability) is None:
-                yield from _gemm_jobs(mode, c, capability)
+                yield from _gemm_jobs(mode, c, capability, (False, True), (1, 2))
+        if capability != 90:  # the GPUs with tables
+            continue
+        tables = [entry for path in tuning.CONFIG_DIR.glob("*.json") for entry in tuning.load_table(path)]
+        splits: dict[tuple, set[int]] = {}
+        for e in tables:
+            if e.mode == mode and _tile_of(e.config) not in done:
+                splits.setdefault(_tile_of(e.config), set()).add(min(e.config.split_k, 2))
+        for tile, used in splits.items():
+            yield from _gemm_jobs(mode, _config_of(tile), capability, (False,), tuple(sorted(used)))
     for K in (384, 768, 4096, 16384):
         blocks = dict(zip(("BLOCK_M", "BLOCK_K", "ONE_TILE"), activations.quantize_blocks(K), strict=True))
         blocks |= {"CLEAR": 128, "ASM": True, "PDL": capability >= 90}
@@ -97,7 +106,22 @@ def _expand_job(capability: int) -> Job:
     return Job("expand bf16", "expand", types, {"ATOMS": 16}, {"num_warps": 4}, capability)
 
 
-def _gemm_jobs(mode: tuning.Mode, c: tuning.KernelConfig, capability: int) -> Iterator[Job]:
+def _tile_of(c: tuning.KernelConfig) -> tuple[int, ...]:
+    return c.block_m, c.block_n, c.block_k, c.num_warps, c.num_stages
+
+
+def _config_of(tile: tuple[int, ...]) -> tuning.KernelConfig:
+    block_m, block_n, block_k, num_warps, num_stages = tile
+    return tuning.KernelConfig(block_m, block_n, block_k, num_warps=num_warps, num_stages=num_stages)
+
+
+def _gemm_jobs(
+    mode: tuning.Mode,
+    c: tuning.KernelConfig,
+    capability: int,
+    gelus: tuple[bool, ...],
+    splits: tuple[int, ...],
+) -> Iterator[Job]:
     tile = f"{c.block_m}t x {c.block_n}w x {c.block_k}k"
     constants = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "GROUP": c.group_m}
     constants |= {"HAS_BIAS": True, "ASM": True, "PDL": capability >= 90}
@@ -112,11 +136,13 @@ def _gemm_jobs(mode: tuning.Mode, c: tuning.KernelConfig, capability: int) -> It
         }
         types |= {"y_ptr": "*fp16", "shares_ptr": "*i32", "tickets_ptr": "*i32"}
         types |= dict.fromkeys(("M", "N", "K_padded", "stride_p", "stride_y"), "i32")
-        for suffix, gelu, split in (("", False, False), (" gelu", True, False), (" split", False, True)):
-            K = 2 * c.block_k
-            if replace(c, split_k=2 if split else 1).invalid(mode, K, capability, gelu):
+        for gelu, split in product(gelus, splits):
+            if (gelu and split > 1) or replace(c, split_k=split).invalid(
+                mode, 2 * c.block_k, capability, gelu
+            ):
                 continue
-            extra = {"GELU": gelu, "SPLIT": 2 if split else 1, "LINES": c.lines(4096)}
+            suffix = " gelu" if gelu else " split" if split > 1 else ""
+            extra = {"GELU": gelu, "SPLIT": split, "LINES": c.lines(4096)}
             yield Job(f"int8 {tile}{suffix}", "int8", types, constants | extra, options, capability)
         return
     for dtype in ("fp16", "bf16"):
@@ -209,7 +235,8 @@ def _problem(
         return "no tensor-core instruction in the main loop"
     if job.capability == 90:
         operands = re.findall(r"wgmma\.mma_async\S*\s+\{[^}]*\},\s*(\{)?", ptx)
-        if not operands or not all(operands):
+        for_warpgroups = job.constants["BLOCK_N"] >= 64 and job.options["num_warps"] >= 4
+        if not all(operands) or (for_warpgroups and not operands):
             return "wgmma reads the weights from shared memory"
     if stores := {op: n for op, n in counts.items() if op.startswith("STS")}:
         return f"shared-memory stores in the main loop: {stores}"

@@ -68,7 +68,7 @@ def launch(
         kernel[grid](*arguments, *constants, False)
         return
     device = torch.cuda.current_device()
-    key: list[Any] = [kernel, device, num_warps, num_stages, constants]
+    key: list[Any] = [id(kernel), device, num_warps, num_stages, constants]
     aligned = 0
     tokens = True
     for a in arguments:

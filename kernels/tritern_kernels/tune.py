@@ -18,6 +18,7 @@ import re
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -276,10 +277,31 @@ def _tune_case(
     us, best = found[0]
     rate = 2e-6 * M * N * K / us
     report(f"{mode:5s} {M:5d} x {N:5d} x {K:5d} {us:8.2f} us {rate:6.0f} TOP/s  {describe(best)}")
-    runners = [{"config": asdict(c), "us": round(t, 3)} for t, c in found[1:4]]
+    runners = [{"config": asdict(c), "us": round(t, 3)} for t, c in found[1:8]]
     return {
         "mode": mode, "M": M, "N": N, "K": K, "config": asdict(best), "us": round(us, 3), "next": runners
     }  # fmt: skip
+
+
+def consolidate(entries: list[dict[str, Any]], slack: float = 0.04) -> list[dict[str, Any]]:
+    """The same entries with fewer different configurations, so that fewer kernels are compiled: of those within
+    ``slack`` of the fastest, that which serves most entries.
+    """
+    options = {}
+    for i, entry in enumerate(entries):
+        near = [(entry["us"], entry["config"]), *((n["us"], n["config"]) for n in entry["next"])]
+        options[i] = {
+            (entry["mode"], KernelConfig(**c)): us for us, c in near if us <= (1 + slack) * entry["us"]
+        }
+    result: dict[int, dict[str, Any]] = {}
+    while left := [i for i in options if i not in result]:
+        votes = Counter(config for i in left for config in options[i])
+        winner = max(votes, key=lambda config: votes[config])
+        for i in left:
+            if winner in options[i]:
+                us = options[i][winner]
+                result[i] = entries[i] | {"config": asdict(winner[1]), "us": us}
+    return [result[i] for i in sorted(result)]
 
 
 def describe(c: KernelConfig) -> str:
@@ -347,6 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_table(path, entries)
 
     tune(shapes, options.modes, lambda line: print(line, flush=True), done, options.seconds)  # noqa: T201
+    write_table(path, consolidate(entries))
     sys.stdout.write(f"{len(entries)} entries written to {path}\n")
     return 0
 

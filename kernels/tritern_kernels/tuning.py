@@ -88,6 +88,7 @@ class KernelConfig:
         if not 1 <= self.split_k <= steps:
             return f"split_k must be from 1 to K / block_k = {steps}; received {self.split_k}"
         most = MOST_ACCUMULATORS["split" if self.split_k > 1 else "gelu" if gelu else "plain"]
+        most = min(most, 64) if self.block_k > ATOM else most  # more unpacked weights are alive
         if self.accumulators > most:
             return f"{self.accumulators} accumulators a thread spill; at most {most} here: use more warps"
         if self.group_m < 1 or self.num_stages < 1:
