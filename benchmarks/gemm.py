@@ -4,7 +4,7 @@ A speed is reported only for a contestant whose result passed the check against 
 same data; one that fails, or is not installed, keeps its row and says why. Losses are printed like wins.
 
 Examples:
-  python benchmarks/gemm.py --quick --json gemm.json --plot gemm.png     about a minute
+  python benchmarks/gemm.py --quick --json gemm.json --plot gemm.png     about two minutes
   python benchmarks/gemm.py --shapes bge-base e5-mistral-7b --tokens 1 16 1024
   python benchmarks/gemm.py --shapes 64x12288x4096      MxNxK: tokens, out_features, in_features
 
@@ -56,8 +56,10 @@ from tritern_kernels.launch import INTERPRETED
 DEFAULT_MODELS = ("minilm", "bge-base", "qwen3-embedding-0.6b")
 DEFAULT_TOKENS = (1, 16, 64, 128, 1024, 8192)
 QUICK = (
-    *("1x4096x4096", "16x3072x768", "64x12288x4096"),  # bound by memory
-    *("1024x4096x4096", "8192x1536x384", "8192x3072x768"),  # bound by arithmetic; short K
+    *("16x4096x4096", "16x12288x4096", "64x12288x4096", "128x12288x4096"),  # bound by memory
+    *("1024x4096x4096", "8192x4096x4096"),  # bound by arithmetic
+    *("8192x3072x768", "8192x1536x384"),  # short K
+    *("16x3072x768", "128x768x768"),  # bound by launches
 )
 BASELINES = ("F.linear bf16", "F.linear fp16")
 
@@ -275,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     shapes_help = f"MxNxK, all, or models: {names} (default: {' '.join(DEFAULT_MODELS)})"
     add("--shapes", nargs="+", metavar="SHAPE", help=shapes_help)
     add("--tokens", nargs="+", type=int, metavar="M", help=f"M for the models' layers (default: {tokens})")
-    add("--quick", action="store_true", help=f"six shapes and fewer replays: {' '.join(QUICK)}")
+    add("--quick", action="store_true", help=f"ten shapes and fewer replays: {' '.join(QUICK)}")
     add("--json", type=Path, help="write all rows, failures included, rewritten after each shape")
     add("--plot", type=Path, help="write a roofline as PNG; needs matplotlib (pip install tritern[bench])")
     add("--seed", type=int, default=0, help="seed of weights and activations (default: 0)")

@@ -1,7 +1,7 @@
 """Launching a Triton kernel with little work on the host.
 
-Triton looks at every argument at every call to find the compiled kernel. Here that is found by a short key, and
-the compiled kernel is launched directly.
+Triton looks at every argument at every call to find the compiled kernel. Here that is found by a short key,
+and the compiled kernel is launched directly.
 """
 
 from __future__ import annotations
