@@ -10,7 +10,7 @@ An arm's time is the median of a forward pass on token ids that are on the GPU; 
 fastest 16-bit arm of that shape, eager, compiled or graphed, over this one's: below 1 is a loss. "compiled"
 compiles each block with torch.compile, for the last shape only; "graph" replays the forward pass as one
 CUDA graph. Memory: weights held, and the most held during the pass. Before: all linear layers of bge-base
-on 16 tokens in one CUDA graph. After: forward passes of new lengths after tritern.warmup, which must not
+on 16 tokens in one CUDA graph, and forward passes of new lengths after tritern.warmup, which must not
 stall. With --path also tokenization, forward pass and copying of encode(), as shares of its time.
 """
 
@@ -124,6 +124,17 @@ def milliseconds(call: Callable[[], Tensor]) -> dict[str, float]:
     return {"p50_ms": statistics.median(samples), "p99_ms": sorted(samples)[int(0.99 * (len(samples) - 1))]}
 
 
+def host_microseconds(call: Callable[[], Tensor]) -> float:
+    """Median time until a call returns, without waiting for the GPU."""
+    samples = []
+    for _ in range(13):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        samples.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(samples[3:])
+
+
 def held(model: nn.Module) -> float:
     """MB of a model's parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / 1e6
@@ -214,12 +225,12 @@ def linears_in_a_graph(name: str, tokens: int) -> list[dict[str, Any]]:
         def call(layers: list[Any] = layers) -> Tensor:
             return [layer(x[layer.in_features]) for layer in layers][-1]
 
-        row = {"model": name, "arm": arm, "layers": len(layers), "tokens": tokens} | milliseconds(
-            graphed(call)
-        )
+        row: dict[str, Any] = {"model": name, "arm": arm, "layers": len(layers), "tokens": tokens}
+        row |= {"host_us_per_layer": host_microseconds(call) / len(layers)} | milliseconds(graphed(call))
         rows.append(row | {"speed": (rows[0] if rows else row)["p50_ms"] / row["p50_ms"]})
         print(
-            f"{len(layers)} linears of {name}, {tokens} tokens, one graph: {arm:10s} {row['p50_ms']:.3f} ms"
+            f"{len(layers)} linears of {name}, {tokens} tokens, one graph: {arm:10s} {row['p50_ms']:.3f} ms; "
+            f"eager calls take the host {row['host_us_per_layer']:.1f} us a layer"
         )
     return rows
 
@@ -332,9 +343,11 @@ def main() -> None:
         if options.json:
             report.write_json(options.json, facts | {"rows": rows})
 
-    with torch.no_grad():  # a capture in inference mode leaves torch's CUDA generator unusable
+    with torch.no_grad():
         if device == "cuda":
             facts["linears"] = linears_in_a_graph("bge-base", 16)
+            facts["new_lengths"] = new_lengths(device)
+            write()
         for name in options.models:
             if time.perf_counter() - begin > options.seconds:
                 print(f"out of time: {name} not measured")
@@ -353,10 +366,6 @@ def main() -> None:
                 gc.collect()
             rows += with_speeds(found)
             print(table(found) + "\n", flush=True)
-            write()
-        if device == "cuda":
-            torch._dynamo.reset()
-            facts["new_lengths"] = new_lengths(device)
             write()
     if options.path:
         facts["encode"] = end_to_end(options.path, device, options.sentences, not options.no_compile)
