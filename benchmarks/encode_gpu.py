@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -335,8 +336,9 @@ def main() -> None:
 
     facts = report.environment() | {"transformers": transformers.__version__, "models": MODELS}
     rows: list[dict[str, Any]] = []
-    kinds = ("eager", "graph", "compiled", "compiled graph") if device == "cuda" else ("eager", "compiled")
-    kinds = tuple(k for k in kinds if not (options.no_compile and "compiled" in k))
+    passes = [("eager", "graph") if device == "cuda" else ("eager",)]
+    if not options.no_compile:  # after the others, for it takes longest
+        passes.append(("compiled", "compiled graph") if device == "cuda" else ("compiled",))
     begin = time.perf_counter()
 
     def write() -> None:
@@ -348,23 +350,24 @@ def main() -> None:
             facts["linears"] = linears_in_a_graph("bge-base", 16)
             facts["new_lengths"] = new_lengths(device)
             write()
-        for name in options.models:
+        for kinds, name in product(passes, options.models):
             if time.perf_counter() - begin > options.seconds:
-                print(f"out of time: {name} not measured")
+                print(f"out of time: {name} {kinds[0]} not measured")
                 continue
             found: list[dict[str, Any]] = []
             for arm in ("fp32", "bf16", "fp16", "ternary", "ternary 16"):
                 dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(arm, torch.float16)
-                if arm in ("fp32", "bf16", "ternary 16") and name not in ("minilm", "bge-base"):
+                main_arm = arm in ("fp16", "ternary")
+                if not main_arm and (name != "minilm" or kinds[0] == "compiled"):
                     continue
                 model = build(name, dtype, device)
                 if arm.startswith("ternary"):
                     tritern.patch(model, activation_bits=16 if "16" in arm else 8)
-                wanted = kinds if arm in ("fp16", "ternary") else ("eager",)
-                found += measure(name, arm, model, wanted, shapes, device)
+                found += measure(name, arm, model, kinds if main_arm else kinds[:1], shapes, device)
                 del model
                 gc.collect()
-            rows += with_speeds(found)
+            rows += found
+            with_speeds(rows)
             print(table(found) + "\n", flush=True)
             write()
     if options.path:
