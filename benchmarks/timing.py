@@ -100,8 +100,8 @@ def measure(entry: Entry, replays: int) -> tuple[Times, Times, Tensor, Tensor]:
 
 
 def measure_roofs() -> Roofs:
-    """Bandwidth of a kernel that reads and writes up to 2 GiB (the driver's own copy can be slower) and the rate
-    of a large bf16 product.
+    """Bandwidth of a kernel that reads and writes up to 2 GiB (the driver's own copy can be slower) and the
+    rate of a large bf16 product.
     """
     size = min(2**31, torch.cuda.mem_get_info()[0] // 8)
     source = torch.randn(size // 2, device="cuda", dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tritern_kernels import PackedTernary, padded_k, ternarize_weight
-from tritern_kernels.dispatch import ACTIVATION_BITS, FLOATS, linear_traced, linear_unchecked
+from tritern_kernels.dispatch import ACTIVATION_BITS, FLOATS, linear_unchecked
 from tritern_kernels.formats import check_shape
 from tritern_kernels.reference import Rule
 
@@ -112,14 +112,10 @@ class TernaryLinear(nn.Module):
         """X [..., in_features] -> [..., out_features]."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        weights = self.weight, self.weight_scale, self.bias, self.in_features
-        if x.is_cuda and not torch.is_grad_enabled():
-            if torch.compiler.is_compiling():
-                if self.activation_bits == 8:
-                    return linear_traced(x, *weights)
-            elif self._fits(x):
-                return linear_unchecked(x, *weights, self.activation_bits, False)
-        return torch.ops.tritern.linear(x, *weights, self.activation_bits, False)
+        arguments = self.weight, self.weight_scale, self.bias, self.in_features, self.activation_bits, False
+        if x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._fits(x):
+            return linear_unchecked(x, *arguments)
+        return torch.ops.tritern.linear(x, *arguments)
 
     def _fits(self, x: Tensor) -> bool:
         """Whether the operator's checks would pass; plain tensors only, no subclasses."""

@@ -21,9 +21,9 @@ def warmup(
 ) -> int:
     """Compile and load every kernel that the model's ternary layers call, so that no later call does.
 
-    Kernels are chosen by the number of tokens (texts times their padded length), rounded up to a power of two
-    from 16 to 16,384; larger numbers use the kernels of 16,384. Compiled kernels are kept on disk (in Triton's
-    cache), so a second process warms up in a moment.
+    Kernels are chosen by the number of tokens (texts times their padded length), rounded up to a power of
+    two from 16 to 16,384; larger numbers use the kernels of 16,384. Compiled kernels are kept on disk (in
+    Triton's cache), so a second process warms up in a moment.
 
     Args:
         model: on its GPU. On a CPU there is nothing to compile.

@@ -90,8 +90,8 @@ def quantize_kernel(
 
 @cache
 def quantize_blocks(K: int) -> tuple[int, int, bool]:
-    """BLOCK_M, BLOCK_K and ONE_TILE for rows of K: about 4,096 elements a program; rows above 8,192 are read twice,
-    in pieces.
+    """BLOCK_M, BLOCK_K and ONE_TILE for rows of K: about 4,096 elements a program; rows above 8,192 are
+    read twice, in pieces.
     """
     width = triton.next_power_of_2(padded_k(K))
     block_k = min(width, 8192 if width <= 8192 else 4096)

@@ -18,7 +18,6 @@ from .formats import (
     PackedTernary,
     check_packed,
     check_shape,
-    from_packed_order,
     pack,
     padded_k,
     to_packed_order,
@@ -240,31 +239,6 @@ def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
         return activations.quantize(x if x.stride(1) == 1 else x.contiguous())
 
 
-def _linear_int8_cuda(
-    x_q: Tensor,
-    scale_x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    K: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    with torch.cuda.device(x_q.device):
-        return linear_int8_cuda(x_q, scale_x, packed, scale, bias, K, dtype)
-
-
-def linear_traced(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, K: int) -> Tensor:
-    """``tritern::linear`` with int8 activations for ``torch.compile``, without gradients.
-
-    The quantization is plain torch, which the compiler fuses into what made x and does once for layers that
-    share it. It may round 127 / absmax otherwise than the kernel: a code in a thousand may differ by one.
-    """
-    x_q, scale_x = reference.quantize_activations(x.reshape(-1, K))
-    x_q = to_packed_order(torch.nn.functional.pad(x_q, (0, padded_k(K) - K)))
-    y = torch.ops.tritern.linear_int8(x_q, scale_x, packed, scale, bias, K, x.dtype)
-    return y.view(*x.shape[:-1], packed.shape[0])
-
-
 # ---------------------------------------------------------------- CPU
 
 
@@ -283,19 +257,6 @@ def _linear_cpu(
     if rows.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], N))
     return cpu.linear(rows, packed, scale, bias, activation_bits, gelu).view(*x.shape[:-1], N)
-
-
-def _linear_int8_cpu(
-    x_q: Tensor,
-    scale_x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    K: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    natural = from_packed_order(x_q)[:, :K].contiguous()
-    return cpu.linear_int8(natural, scale_x, packed, scale, bias, dtype)
 
 
 def _quantize_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -359,28 +320,15 @@ _library.define(
     "int in_features, int activation_bits, bool gelu) -> Tensor"
 )
 _library.define("quantize_activations(Tensor x) -> (Tensor, Tensor)")
-_library.define(
-    "linear_int8(Tensor x_q, Tensor scale_x, Tensor packed, Tensor scale, Tensor? bias, "
-    "int in_features, ScalarType dtype) -> Tensor"
-)
 _library.define("dequantize(Tensor packed, Tensor scale, int in_features, ScalarType dtype) -> Tensor")
 _library.impl("linear", _linear_cpu, "CPU")
 _library.impl("linear", _linear_cuda, "CUDA")
 _library.impl("quantize_activations", _quantize_cpu, "CPU")
 _library.impl("quantize_activations", _quantize_cuda, "CUDA")
-_library.impl("linear_int8", _linear_int8_cpu, "CPU")
-_library.impl("linear_int8", _linear_int8_cuda, "CUDA")
 _library.impl("dequantize", _dequantize_impl, "CPU")
 _library.impl("dequantize", _dequantize_impl, "CUDA")
 torch.library.register_fake("tritern::linear", _linear_fake, lib=_library)
 torch.library.register_fake("tritern::quantize_activations", _quantize_fake, lib=_library)
-torch.library.register_fake(
-    "tritern::linear_int8",
-    lambda x_q, scale_x, packed, scale, bias, in_features, dtype: x_q.new_empty(
-        (x_q.shape[0], packed.shape[0]), dtype=dtype
-    ),
-    lib=_library,
-)
 torch.library.register_fake(
     "tritern::dequantize",
     lambda packed, scale, in_features, dtype: packed.new_empty((packed.shape[0], in_features), dtype=dtype),

@@ -114,8 +114,8 @@ def _store(
 
 @triton.jit
 def _wait_for_inputs(PDL: tl.constexpr):
-    """With programmatic dependent launch this kernel starts while the one before it ends: wait for its results,
-    and let the next one start.
+    """With programmatic dependent launch this kernel starts while the one before it ends: wait for its
+    results, and let the next one start.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -124,8 +124,9 @@ def _wait_for_inputs(PDL: tl.constexpr):
 
 @triton.jit
 def _prefetch(w_ptr, rows, stride, first, last, LINES: tl.constexpr, ASM: tl.constexpr):
-    """Ask for lines of 128 bytes, ``first`` to ``last`` - 1 bytes into these rows of packed weights, to come to the
-    L2 cache: all at once, and while the kernel before may still run, for it does not write weights that are read.
+    """Ask for lines of 128 bytes, ``first`` to ``last`` - 1 bytes into these rows of packed weights, to
+    come to the L2 cache: all at once, and while the kernel before may still run. Nothing is read here, so
+    it does not matter if that kernel writes the weights.
     """
     if ASM:
         line = tl.minimum(first + tl.arange(0, LINES) * 128, last - 1)
@@ -147,8 +148,8 @@ def gemm_int8_kernel(
     SPLIT: tl.constexpr, LINES: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """x int8 [M, K_padded] in packed order. With SPLIT > 1, program_id(1) takes a share of K; the last program to
-    finish a tile, which the tile's ticket tells, adds the shares and stores.
+    """x int8 [M, K_padded] in packed order. With SPLIT > 1, program_id(1) takes a share of K; the last
+    program to finish a tile, which the tile's ticket tells, adds the shares and stores.
     """
     pm, pn = _tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     m = pm * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -250,8 +251,8 @@ def gemm_int8(
     """y [M, N] in ``out_dtype`` from ``activations.quantize``'s output and a packed weight; arguments are not
     checked.
 
-    With ``split_k > 1``, ``tickets`` must be ``make_tickets``'s, set to zero (None: made here, by a launch of its
-    own).
+    With ``split_k > 1``, ``tickets`` must be ``make_tickets``'s, set to zero (None: made here, by a launch
+    of its own).
     """
     M, K_padded = x_q.shape
     N = packed.shape[0]

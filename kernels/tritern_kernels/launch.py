@@ -10,10 +10,10 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = bool(knobs.runtime.interpret)
 ASM = not INTERPRETED  # inline assembly does not run in the interpreter
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -27,7 +27,7 @@ def overlaps(device: int) -> bool:
 
 def hooked() -> bool:
     """Whether somebody, such as a profiler, asked Triton to be told of launches."""
-    hook = triton.knobs.runtime.launch_enter_hook
+    hook = knobs.runtime.launch_enter_hook
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
@@ -40,8 +40,8 @@ def compile_and_run(
     kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...],
     num_warps: int, num_stages: int = 3,
 ) -> Any:  # fmt: skip
-    """Run ``kernel[grid](*arguments, *constants, PDL)`` on the current device and stream by Triton's own way; the
-    compiled kernel.
+    """Run ``kernel[grid](*arguments, *constants, PDL)`` on the current device and stream by Triton's own
+    way; the compiled kernel.
     """
     pdl = overlaps(torch.cuda.current_device())
     options = {"launch_pdl": True} if pdl else {}
@@ -49,7 +49,9 @@ def compile_and_run(
 
 
 def run(compiled: Any, grid: tuple[int, int], stream: int, arguments: tuple[Any, ...]) -> None:
-    """Run a compiled kernel; all arguments in order, constants and the last one, PDL, too. Pointers may be integers."""
+    """Run a compiled kernel; all arguments in order, constants and the last one, PDL, too. Pointers may be
+    integers.
+    """
     compiled.run(
         grid[0], grid[1], 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
     )  # fmt: skip
@@ -61,8 +63,8 @@ def launch(
 ) -> None:  # fmt: skip
     """``compile_and_run`` that finds the compiled kernel by a short key.
 
-    Arguments are tensors and integers. Of the integers only the first, the number of tokens, may differ between
-    calls that are otherwise alike: the kernel must not be specialized for it.
+    Arguments are tensors and integers. Of the integers only the first, the number of tokens, may differ
+    between calls that are otherwise alike: the kernel must not be specialized for it.
     """
     if INTERPRETED:
         kernel[grid](*arguments, *constants, False)

@@ -1,7 +1,7 @@
 """The int8 linear layer with everything decided: which kernels, compiled, and what lies where in one buffer.
 
-Up to some hundred tokens the host sets the pace, not the GPU. After the first call of its kind, a call costs the host
-two allocations and two launches.
+Up to some hundred tokens the host sets the pace, not the GPU. After the first call of its kind, a call
+costs the host two allocations and two launches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from .tuning import KernelConfig
 
 
 class Plan:
-    """Quantize x [M, K] and multiply by packed weights [N, K], for up to ``most`` tokens in ``config``'s tiles.
+    """Quantize x [M, K] and multiply by packed weights [N, K], for up to ``most`` tokens in ``config``'s
+    tiles.
 
     ``stride_x`` is the distance of x's rows, ``dtype`` that of the result.
     """
@@ -52,7 +53,7 @@ class Plan:
         self.kernels: tuple[Any, Any] | None = None
 
     def __call__(self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor | None:
-        """y [M, N]; None if a tensor is not aligned to 16 bytes or a profiler has hooked Triton's launches."""
+        """y [M, N]; None if a tensor is not aligned to 16 bytes or a profiler has hooked launches."""
         x_ptr, packed_ptr, scale_ptr = x.data_ptr(), packed.data_ptr(), scale.data_ptr()
         bias_ptr = scale_ptr if bias is None else bias.data_ptr()
         unaligned = (x_ptr | packed_ptr | scale_ptr | bias_ptr) & 15 or 4 * packed.stride(0) != self.K_padded
@@ -94,8 +95,8 @@ class Plan:
         run(
             multiply, grids[1], stream,
             (
-                base, packed_ptr, base + scale_x, scale_ptr, bias_ptr, y.data_ptr(), base + shares, base + tickets,
-                M, *self.multiply_tail,
+                base, packed_ptr, base + scale_x, scale_ptr, bias_ptr, y.data_ptr(), base + shares,
+                base + tickets, M, *self.multiply_tail,
             ),
         )  # fmt: skip
         return y

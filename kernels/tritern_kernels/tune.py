@@ -4,10 +4,10 @@
     python -m tritern_kernels.tune --shapes 4096x1024 --tokens 1 64 4096 --json my-gpu.json
 
 For every weight [N, K], number of tokens M and kind of activations, all valid candidates are compiled in
-parallel, checked (int8: the same bits as every other candidate; 16-bit: against float64) and timed in CUDA graphs,
-with weights that are out of the L2 cache where a large model's would be. The table goes to the package's own
-``configs`` folder, or to --json FILE; entries of an older table for other shapes are kept. Calls look the table up;
-they never tune.
+parallel, checked (int8: the same bits as every other candidate; 16-bit: against float64) and timed in CUDA
+graphs, with weights that are out of the L2 cache where a large model's would be. The table goes to the
+package's own ``configs`` folder, or to --json FILE; entries of an older table for other shapes are kept.
+Calls look the table up; they never tune.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def candidates(mode: Mode, M: int, N: int, K: int, capability: int) -> list[Kern
 
 
 def _small(mode: Mode, M: int) -> Iterator[KernelConfig]:
-    """Up to 128 tokens: one row of tiles that holds them all, or two; split along K where that fills the GPU."""
+    """Up to 128 tokens: one row of tiles that holds them all, or two; split along K where that fills the
+    GPU.
+    """
     needed = max(16, 1 << (M - 1).bit_length())
     sizes = (needed, needed // 2) if M > 32 else (needed,)
     for block_m, (block_n, warps) in product(sizes, ((32, 4), (64, 4), (128, 4), (128, 8))):
@@ -235,9 +237,11 @@ def tune(
         raise RuntimeError("tuning times kernels on a CUDA GPU; there is none, or TRITON_INTERPRET is set")
     end = time.monotonic() + seconds
     major, minor = torch.cuda.get_device_capability()
-    cases = [(mode, *shape) for mode, shape in product(modes, shapes)]
+    cases: list[tuple[Mode, int, int, int]] = [(mode, *shape) for mode, shape in product(modes, shapes)]
     choices = {case: candidates(*case, 10 * major + minor) for case in cases}
-    work = dict.fromkeys((case[0], c) for case in cases for c in choices[case])
+    work: dict[tuple[Mode, KernelConfig], None] = dict.fromkeys(
+        (case[0], c) for case in cases for c in choices[case]
+    )
     for why in compile_all(work):
         report(f"does not compile: {why}")
     entries = []
@@ -284,8 +288,8 @@ def _tune_case(
 
 
 def consolidate(entries: list[dict[str, Any]], slack: float = 0.04) -> list[dict[str, Any]]:
-    """The same entries with fewer different configurations, so that fewer kernels are compiled: of those within
-    ``slack`` of the fastest, that which serves most entries.
+    """The same entries with fewer different configurations, so that fewer kernels are compiled: of those
+    within ``slack`` of the fastest, that which serves most entries.
     """
     options = {}
     for i, entry in enumerate(entries):

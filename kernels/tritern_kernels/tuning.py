@@ -57,8 +57,8 @@ class KernelConfig:
         return -(-M // self.block_m) * -(-N // self.block_n)
 
     def lines(self, K_padded: int) -> int:
-        """Lines of 128 bytes of packed weights, rounded up to a power of two, that a program asks for ahead in each
-        of its rows. None with more than 64 tokens: there the products take longer than the weights.
+        """Lines of 128 bytes of packed weights, rounded up to a power of two, that a program asks for ahead
+        in each of its rows. None with more than 64 tokens: there the products take longer than the weights.
         """
         if self.block_m > 64:
             return 0
@@ -130,9 +130,9 @@ def formula_tiles(mode: Mode, capability: int) -> list[KernelConfig]:
 def formula(
     mode: Mode, M: int, N: int, K: int, capability: int, processors: int, gelu: bool = False
 ) -> KernelConfig:
-    """Up to 64 tokens: the smallest tile that holds them all, int8 splitting K until every multiprocessor has
-    work. Above: the largest tile that leaves no multiprocessor idle; 16-bit activations expand the weights from
-    2,048 tokens on.
+    """Up to 64 tokens: the smallest tile that holds them all, int8 splitting K until every multiprocessor
+    has work. Above: the largest tile that leaves no multiprocessor idle; 16-bit activations expand the
+    weights from 2,048 tokens on.
     """
     tiles = [
         replace(c, block_k=min(c.block_k, padded_k(K) & -padded_k(K)))

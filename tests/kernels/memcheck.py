@@ -2,8 +2,8 @@
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/kernels/memcheck.py
 
-Without torch's cache every tensor is an allocation of its own, so that the checker sees reads and writes beyond its
-end. compute-sanitizer comes with CUDA.
+Without torch's cache every tensor is an allocation of its own, so that the checker sees reads and writes
+beyond its end. compute-sanitizer comes with CUDA.
 """
 
 import sys

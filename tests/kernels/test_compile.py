@@ -23,7 +23,8 @@ def test_all_configurations_compile_without_spills_from_registers(tmp_path):
     assert {r["capability"] for r in rows} == {80, 89, 90}
     gemms = [r for r in rows if r["name"].startswith(("int8", "fp16", "bf16"))]
     assert len(gemms) >= 50 and all(r["spills"] == 0 and "MMA" in r["tensor_core"] for r in gemms)
-    assert all("GMMA" in r["tensor_core"] for r in gemms if r["capability"] == 90)
+    warpgroup = [r for r in gemms if r["capability"] == 90 and " 32w " not in r["name"]]  # it takes 64 rows
+    assert len(warpgroup) >= 40 and all("GMMA" in r["tensor_core"] for r in warpgroup)
 
 
 def test_the_check_finds_spills_and_byte_wise_unpacking():
