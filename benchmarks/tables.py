@@ -1,0 +1,180 @@
+"""README's tables of GPU measurements, and their roofline, from the JSON files in ``benchmarks/results``.
+
+python benchmarks/tables.py                     print them
+python benchmarks/tables.py --readme README.md  write them between the marks <!-- h200 --> and <!-- /h200 -->
+python benchmarks/tables.py --plot benchmarks/results/h200-gemm.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import report
+from cases import Errors, Roofs, Row, Times, Tolerance
+
+RESULTS = Path(__file__).parent / "results"
+MARKS = "<!-- h200 -->\n", "<!-- /h200 -->\n"
+SHOWN = (
+    "tritern int8",
+    "tritern int8 gemm",
+    "tritern bf16",
+    "torch._scaled_mm fp8",
+    "torch._int_mm int8",
+    "bitsandbytes NF4",
+    "gemlite A8W158",
+    "gemlite A16W158",
+)
+# what is compared, contestant, shape, speed that must be reached, speed aimed at
+TARGETS = (
+    ("M = 16, N = 12288, K = 4096", "tritern int8", (16, 12288, 4096), 4.5, 6.5),
+    ("M = 16, N = K = 4096", "tritern int8", (16, 4096, 4096), 2.5, 3.2),
+    ("M = 64, N = 12288, K = 4096", "tritern int8", (64, 12288, 4096), 3.0, 4.0),
+    ("M = 128, N = 12288, K = 4096", "tritern int8", (128, 12288, 4096), 1.8, 2.3),
+    ("M = 1024, N = K = 4096, product alone", "tritern int8 gemm", (1024, 4096, 4096), 1.4, 1.65),
+    ("M = 1024, N = K = 4096", "tritern int8", (1024, 4096, 4096), 1.3, 1.5),
+    ("M = 8192, N = K = 4096, product alone", "tritern int8 gemm", (8192, 4096, 4096), 1.4, 1.65),
+    ("M = 8192, N = K = 4096", "tritern int8", (8192, 4096, 4096), 1.3, 1.5),
+    ("M = 8192, N = 3072, K = 768", "tritern int8", (8192, 3072, 768), 1.25, 1.5),
+    ("M = 8192, N = 1536, K = 384", "tritern int8", (8192, 1536, 384), 1.25, 1.5),
+)
+
+
+def load(name: str) -> dict[str, Any]:
+    """A result file."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def rows_of(file: dict[str, Any]) -> list[Row]:
+    """The rows of a race."""
+    kinds = {"errors": Errors, "tolerance": Tolerance, "cold": Times, "hot": Times}
+    fields = set(Row.__dataclass_fields__)
+    return [
+        Row(**{k: kinds[k](**v) if k in kinds and v else v for k, v in record.items() if k in fields})
+        for record in file["rows"]
+    ]
+
+
+def best(rows: list[Row], shape: tuple[int, int, int], names: tuple[str, ...]) -> Row | None:
+    """The fastest row, weights cold, of these contestants at a shape."""
+    timed = [r for r in rows if (r.M, r.N, r.K) == shape and r.contestant in names and r.cold]
+    return min(timed, key=lambda r: r.cold.median if r.cold else 0.0, default=None)
+
+
+def verdict(speed: float, floor: float, aim: float) -> str:
+    """In a word, how a speed stands to what was wanted."""
+    return "aim reached" if speed >= aim else "floor reached" if speed >= floor else "missed"
+
+
+def targets(race: list[Row], gemlite: list[Row], encode: dict[str, Any]) -> str:
+    """Each regime with what was wanted and measured."""
+    lines = ["| regime | baseline | floor / aim | measured | |", "| --- | --- | --- | --- | --- |"]
+
+    def add(regime: str, baseline: str, floor: float, aim: float, speed: float) -> None:
+        what = f"{floor:g}x / {aim:g}x"
+        lines.append(f"| {regime} | {baseline} | {what} | {speed:.2f}x | {verdict(speed, floor, aim)} |")
+
+    for regime, name, shape, floor, aim in TARGETS:
+        row = best(race, shape, (name,))
+        if row and row.cold_speed:
+            add(regime, "cuBLAS, 16-bit", floor, aim, row.cold_speed)
+    for ours, theirs, shape, floor, aim in (
+        ("tritern int8", "gemlite A8W158", (1024, 4096, 4096), 2.0, 3.0),
+        ("tritern bf16", "gemlite A16W158", (1, 4096, 4096), 1.2, 1.5),
+    ):
+        a, b = (best(gemlite, shape, (name,)) for name in (ours, theirs))
+        if a and b and a.cold and b.cold:
+            regime = f"M = {shape[0]}, N = K = 4096, {ours.removeprefix('tritern ')}"
+            add(regime, theirs, floor, aim, b.cold.median / a.cold.median)
+    for row in encode["linears"][1:]:
+        bits = "16-bit" if "16" in row["arm"] else "int8"
+        regime = f"{row['layers']} linears of {row['model']} in one CUDA graph, M = 16, {bits}"
+        add(regime, "cuBLAS, bf16", 2.0, 3.0, row["speed"])
+    return "\n".join(lines)
+
+
+def shapes(race: list[Row], gemlite: list[Row]) -> str:
+    """Speeds of all contestants at all shapes, weights cold and hot."""
+    names = [n for n in SHOWN if any(r.contestant == n and r.cold for r in (*race, *gemlite))]
+    lines = ["| M, N, K | cuBLAS us | " + " | ".join(names) + " |", "| --- | --- |" + " --- |" * len(names)]
+    everything = [*gemlite, *(r for r in race if (r.M, r.N, r.K) not in {(g.M, g.N, g.K) for g in gemlite})]
+    for shape in sorted({(r.M, r.N, r.K) for r in everything}):
+        base = best(everything, shape, ("F.linear bf16", "F.linear fp16"))
+        found = {r.contestant: r for r in everything if (r.M, r.N, r.K) == shape}
+        cells = [_cell(found.get(name)) for name in names]
+        time = f"{base.cold.median:.1f}" if base and base.cold else "-"
+        lines.append(f"| {', '.join(map(str, shape))} | {time} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None or not (row.cold_speed and row.hot_speed):
+        return "-"
+    return f"{row.cold_speed:.2f} ({row.hot_speed:.2f})"
+
+
+def models(encode: dict[str, Any]) -> str:
+    """Whole models: forward passes of fp16 and ternary, one query graphed and large batches eager."""
+    lines = [
+        "| model | weights MB | one query, CUDA graph, ms | 32 texts, eager, ms | 256 texts, eager, ms |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    rows = {(r["model"], r["arm"], r["kind"], r["texts"]): r for r in encode["rows"]}
+    for name in dict.fromkeys(r["model"] for r in encode["rows"]):
+        layers = encode["models"][name]
+        note = f" ({layers['layers']} of {layers['of']} blocks)" if "of" in layers else ""
+        cells = []
+        for kind, texts in (("graph", 1), ("eager", 32), ("eager", 256)):
+            a, b = (rows.get((name, arm, kind, texts), {}).get("p50_ms") for arm in ("fp16", "ternary"))
+            cells.append(f"{a:.2f} -> {b:.2f} ({a / b:.2f}x)" if a and b else "-")
+        held = [rows[name, arm, "eager", 1]["held_mb"] for arm in ("fp16", "ternary")]
+        lines.append(f"| {name}{note} | {held[0]:.0f} -> {held[1]:.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def block() -> str:
+    """All tables as README shows them."""
+    race, gemlite, encode = (load(f"h200-{name}.json") for name in ("gemm", "gemlite", "encode"))
+    a, b = rows_of(race), rows_of(gemlite)
+    roofs = race["roofs"]
+    facts = (
+        f"{race['gpu']}, driver {race['driver']}, torch {race['torch']}, triton {race['triton']}, "
+        f"{race['date'][:10]}; reads and writes {roofs['copy_tb_s']:.2f} TB/s, multiplies bf16 at "
+        f"{roofs['bf16_tflops']:.0f} TFLOP/s, both measured."
+    )
+    return "\n\n".join([facts, targets(a, b, encode), SPEEDS, shapes(a, b), MODELS, models(encode)]) + "\n"
+
+
+SPEEDS = (
+    "Speed over the faster of cuBLAS in bf16 and fp16, weights cold (in brackets: hot in the L2 cache). "
+    'Above 1 is faster;\n"tritern int8" quantizes the activations, "tritern int8 gemm" gets them quantized, '
+    "as do fp8 and `_int_mm`, whose\nint32 sums nobody scales. A dash: no time, for the reason in the JSON."
+)
+MODELS = "Forward passes of 128 tokens a text (one query: 16 tokens), fp16 -> ternary with int8 activations:"
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--readme", type=Path, help="write the tables into this file, between the marks")
+    parser.add_argument("--plot", type=Path, help="write the roofline to this PNG; needs matplotlib")
+    options = parser.parse_args()
+    text = block()
+    if options.readme:
+        before, rest = options.readme.read_text().split(MARKS[0], 1)
+        after = rest.split(MARKS[1], 1)[1]
+        options.readme.write_text(before + MARKS[0] + text + MARKS[1] + after)
+    else:
+        print(text)
+    if options.plot:
+        race = load("h200-gemm.json")
+        title = f"{race['gpu']}, {race['date'][:10]}"
+        report.plot_roofline(rows_of(race), Roofs(**race["roofs"]), title, options.plot)
+
+
+if __name__ == "__main__":
+    main()
