@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tritern_kernels import PackedTernary, padded_k, ternarize_weight
 from tritern_kernels.dispatch import ACTIVATION_BITS, FLOATS, linear_unchecked
@@ -14,6 +15,40 @@ from tritern_kernels.formats import check_shape
 from tritern_kernels.reference import Rule
 
 from .errors import TriternError
+
+
+class RMSNorm(nn.Module):
+    """``weight * x / rms(x)`` over the last dimension; shape and dtype of x are kept.
+
+    As in Llama, Qwen3 and BitNet, the mean square and the division are in float32, the product with the
+    weight in x's dtype. (``nn.RMSNorm`` rounds only once in half precision, which gives other int8
+    activations.)
+
+    Attributes:
+        weight: parameter [features].
+        eps: added to the mean square.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        eps: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(features, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [..., features] -> [..., features]."""
+        normalized = F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        return (self.weight * normalized).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(module)``."""
+        return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
 class TernaryLinear(nn.Module):
@@ -28,14 +63,16 @@ class TernaryLinear(nn.Module):
         weight: buffer, uint8 [out_features, padded_k(in_features) / 4], the packed codes.
         weight_scale: buffer, float32 [out_features]; stays float32 when the module is cast.
         bias: parameter [out_features] or None.
+        norm: an ``RMSNorm`` through which x goes first, before it is quantized, or None.
 
     Args:
         in_features: K, from 1 to ``tritern_kernels.MAX_K``.
         out_features: N.
         bias: whether there is a bias.
         activation_bits: 8 or 16.
+        norm_eps: eps of the RMSNorm; None for a layer without one.
         device: where the buffers live.
-        dtype: of the bias.
+        dtype: of the bias and of the norm's weight.
 
     Raises:
         TriternError: an argument out of its range.
@@ -51,6 +88,7 @@ class TernaryLinear(nn.Module):
         bias: bool = True,
         *,
         activation_bits: int = 8,
+        norm_eps: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -68,6 +106,7 @@ class TernaryLinear(nn.Module):
         self.register_buffer("weight", torch.zeros(packed_shape, dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float32, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.norm = None if norm_eps is None else RMSNorm(in_features, norm_eps, device=device, dtype=dtype)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, rule: Rule = "mse", activation_bits: int = 8) -> TernaryLinear:
@@ -88,12 +127,18 @@ class TernaryLinear(nn.Module):
 
     @classmethod
     def from_packed(
-        cls, packed: PackedTernary, bias: nn.Parameter | None = None, *, activation_bits: int = 8
+        cls,
+        packed: PackedTernary,
+        bias: nn.Parameter | None = None,
+        *,
+        activation_bits: int = 8,
+        norm: RMSNorm | None = None,
     ) -> TernaryLinear:
-        """A layer around packed weights; tensors are shared, not copied."""
+        """A layer around packed weights; tensors and the norm are shared, not copied."""
         N, K = packed.shape
         layer = cls(K, N, bias=False, activation_bits=activation_bits, device="meta")
         layer.weight, layer.weight_scale, layer.bias = packed.packed, packed.scale, bias
+        layer.norm = norm
         return layer
 
     def packed(self) -> PackedTernary:
@@ -101,7 +146,16 @@ class TernaryLinear(nn.Module):
         return PackedTernary(self.weight, self.weight_scale, (self.out_features, self.in_features))
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """The ``nn.Linear`` with the same ternary weights in ``dtype``; its parameters can be trained."""
+        """The ``nn.Linear`` with the same ternary weights in ``dtype``; its parameters can be trained.
+
+        Raises:
+            TriternError: the layer has a norm, which no ``nn.Linear`` can hold.
+        """
+        if self.norm is not None:
+            raise TriternError(
+                "a TernaryLinear with an RMSNorm cannot be written as an nn.Linear; "
+                "use `layer.norm` and `layer.packed().dequantize()` one after the other"
+            )
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.packed().dequantize(dtype))
         if self.bias is not None:
@@ -110,6 +164,8 @@ class TernaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., in_features] -> [..., out_features]."""
+        if self.norm is not None:
+            x = self.norm(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         arguments = self.weight, self.weight_scale, self.bias, self.in_features, self.activation_bits, False

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from tritern import TernaryLinear, TriternError
+from tritern.linear import RMSNorm
 from tritern_kernels import MAX_K, reference
 
 
@@ -126,6 +127,57 @@ def test_training_the_codes_is_refused(pair):
         pair[1].requires_grad_()
     assert not pair[1].requires_grad_(False).bias.requires_grad
     assert [n for n, _ in pair[1].named_parameters()] == ["bias"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_is_that_of_qwen3_to_the_bit(dtype):
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    source = Qwen3RMSNorm(130, eps=1e-3).to(dtype)
+    torch.nn.init.normal_(source.weight)
+    norm = RMSNorm(130, 1e-3, dtype=dtype)
+    norm.load_state_dict(source.state_dict())
+    x = torch.randn(40, 130).to(dtype)
+    assert torch.equal(norm(x), source(x))
+
+
+@pytest.fixture
+def normed(pair):
+    norm = RMSNorm(130, 1e-3)
+    torch.nn.init.normal_(norm.weight)
+    return TernaryLinear.from_packed(pair[1].packed(), pair[1].bias, norm=norm)
+
+
+def test_a_norm_comes_before_the_quantization(pair, normed):
+    x = torch.randn(3, 130)
+    assert torch.equal(normed(x), pair[1](normed.norm(x)))
+    assert not torch.equal(normed(x), pair[1](x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert normed(x).dtype == torch.bfloat16
+    assert normed.half()(x.half()).dtype == normed.norm.weight.dtype == torch.float16
+
+
+def test_a_norm_is_compiled_with_the_layer(normed):
+    x = torch.randn(3, 130)
+    compiled = torch.compile(normed, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), normed(x))
+
+
+def test_a_norm_is_kept_in_copies_and_state_dicts(normed):
+    x = torch.randn(3, 130)
+    assert torch.equal(copy.deepcopy(normed)(x), normed(x))
+    fresh = TernaryLinear(130, 50, norm_eps=1e-3)
+    assert list(fresh.state_dict()) == ["bias", "weight", "weight_scale", "norm.weight"]
+    fresh.load_state_dict(normed.state_dict())
+    assert torch.equal(fresh(x), normed(x))
+    assert "RMSNorm(130, eps=0.001)" in repr(fresh)
+    with pytest.raises(RuntimeError, match="Missing key.*norm.weight"):
+        fresh.load_state_dict({k: v for k, v in normed.state_dict().items() if k != "norm.weight"})
+
+
+def test_a_layer_with_a_norm_is_no_linear(normed):
+    with pytest.raises(TriternError, match="RMSNorm cannot be written as an nn.Linear; use `layer.norm`"):
+        normed.to_linear()
 
 
 def test_repr(pair):
