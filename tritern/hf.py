@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from .embedding import Int8Embedding
 from .errors import CheckpointError, TriternError
 from .linear import TernaryLinear
 
+Module = TypeVar("Module", bound=nn.Module)
+
 METHOD = "tritern"
 FORMAT_VERSION = 1
 
@@ -30,6 +32,7 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         modules: names of the ternary layers, relative to the transformers model.
         activation_bits, rule, skip: as in ``TernaryConfig``.
         embeddings: names of the int8 embedding tables.
+        norms: of the ternary layers with an RMSNorm, the name and the norm's eps.
         format_version: of the packed layout; a newer one is refused.
 
     Raises:
@@ -43,6 +46,7 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         rule: str = "mse",
         skip: Iterable[str] = (),
         embeddings: list[str] | None = None,
+        norms: dict[str, float] | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
@@ -62,6 +66,7 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         self.rule = rule
         self.skip = list(skip)
         self.embeddings = list(embeddings or [])
+        self.norms = dict(norms or {})
         self.format_version = format_version
 
 
@@ -93,7 +98,8 @@ class TernaryHfQuantizer(HfQuantizer):
                 )
             new = TernaryLinear(
                 old.in_features, old.out_features, old.bias is not None,
-                activation_bits=settings.activation_bits, device="meta", dtype=old.weight.dtype,
+                activation_bits=settings.activation_bits, norm_eps=settings.norms.get(name), device="meta",
+                dtype=old.weight.dtype,
             )  # fmt: skip
             model.set_submodule(name, new)
         for name in settings.embeddings:
@@ -178,8 +184,9 @@ def attach(model: nn.Module, config: TernaryConfig) -> None:
             outermost.append(name)
             layers, tables = _names(module, TernaryLinear), _names(module, Int8Embedding)
             if layers or tables:
+                norms = {n: m.norm.eps for n, m in _named(module, TernaryLinear) if m.norm is not None}
                 settings = TernaryQuantizationConfig(
-                    layers, config.activation_bits, config.rule, config.skip, tables
+                    layers, config.activation_bits, config.rule, config.skip, tables, norms
                 )
                 module.config.quantization_config = settings
                 module.hf_quantizer = TernaryHfQuantizer(settings)  # type: ignore[assignment]
@@ -201,8 +208,12 @@ def detach(model: nn.Module) -> None:
         vars(model)["_model_card_text"] = None
 
 
-def _names(model: nn.Module, kind: type) -> list[str]:
-    return [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, kind)]
+def _named(model: nn.Module, kind: type[Module]) -> list[tuple[str, Module]]:
+    return [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, kind)]
+
+
+def _names(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    return [name for name, _ in _named(model, kind)]
 
 
 def _model_config(model: Any) -> dict[str, Any]:
