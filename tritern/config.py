@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 from tritern_kernels.dispatch import ACTIVATION_BITS
 from tritern_kernels.reference import RULES, Rule
@@ -12,7 +13,8 @@ from .errors import TriternError
 
 @dataclass(frozen=True)
 class TernaryConfig:
-    """Settings of ``tritern.patch``.
+    """Settings of ``tritern.patch``, also taken as ``quantization_config`` by transformers'
+    ``from_pretrained`` and in the ``model_kwargs`` of a SentenceTransformer, to patch while loading.
 
     Args:
         rule: how codes and scales come from a weight matrix. ``"mse"``: per row, the smallest squared error.
@@ -33,6 +35,9 @@ class TernaryConfig:
     embedding_bits: int = 16
     skip: tuple[str, ...] = ()
 
+    quant_method: ClassVar[str] = "tritern"
+    """Tells transformers which quantizer these settings are for."""
+
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise TriternError(f"rule must be one of {', '.join(map(repr, RULES))}; received {self.rule!r}")
@@ -43,3 +48,7 @@ class TernaryConfig:
         if isinstance(self.skip, str) or not all(isinstance(s, str) for s in self.skip):
             raise TriternError(f"skip must be a sequence of module names or patterns; received {self.skip!r}")
         object.__setattr__(self, "skip", tuple(self.skip))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, which transformers shows as part of a model's config."""
+        return {"quant_method": self.quant_method, **asdict(self)}

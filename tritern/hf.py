@@ -21,7 +21,7 @@ from .linear import TernaryLinear
 
 Module = TypeVar("Module", bound=nn.Module)
 
-METHOD = "tritern"
+METHOD = TernaryConfig.quant_method
 FORMAT_VERSION = 1
 
 
@@ -71,17 +71,21 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
 
 
 class TernaryHfQuantizer(HfQuantizer):
-    """Builds ternary layers before a checkpoint is loaded and writes its digest when it is saved."""
+    """Builds ternary layers before a ternary checkpoint is loaded, patches any other after it was loaded, and
+    writes the digest when a model is saved.
+    """
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse to quantize while loading."""
-        if not self.pre_quantized:
+        """Refuse to patch by anything but a ``TernaryConfig``."""
+        if not self.pre_quantized and not isinstance(self.quantization_config, TernaryConfig):
             raise TriternError(
-                "tritern does not quantize inside from_pretrained: load the model without "
-                "quantization_config and call tritern.patch(model)"
+                "quantization_config must be a tritern.TernaryConfig to make a model ternary while it is "
+                f"loaded; received a {type(self.quantization_config).__qualname__}"
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            return model
         files = kwargs.get("checkpoint_files")
         if files:
             verify(files)
@@ -118,6 +122,10 @@ class TernaryHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         # transformers forbids .half() and .float() on quantized models; ternary layers stand both.
         model.is_quantized = False  # type: ignore[assignment]
+        if isinstance(self.quantization_config, TernaryConfig):
+            from .patch import patch  # which imports this module
+
+            patch(model, self.quantization_config)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -155,6 +163,10 @@ class TernaryHfQuantizer(HfQuantizer):
                 model.set_submodule(name, module.to_embedding(dtype or torch.float32))
         return model
 
+
+# transformers compares the names of the two classes when TernaryConfig is passed for a model that is ternary
+# already: if they are the same it warns that the model's own settings are used, otherwise it raises.
+TernaryQuantizationConfig.__name__ = TernaryConfig.__name__
 
 # Called rather than used as decorators, which would hide the classes' own types.
 register_quantization_config(METHOD)(TernaryQuantizationConfig)

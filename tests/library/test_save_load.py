@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 import tritern
-from tritern import CheckpointError, TernaryLinear, TriternError
+from tritern import CheckpointError, TernaryConfig, TernaryLinear, TriternError
 
 ROOT = Path(__file__).parents[2]
 
@@ -179,11 +179,46 @@ def test_settings_that_do_not_fit_are_refused(saved, tmp_path):
     refused(folder, "unknown fields in the tritern quantization_config: group_size")
 
 
-def test_quantizing_while_loading_is_refused(minilm_path):
-    from tritern.hf import TernaryQuantizationConfig
+def same_state(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
-    with pytest.raises(TriternError, match=r"call tritern\.patch\(model\)"):
-        AutoModel.from_pretrained(minilm_path, quantization_config=TernaryQuantizationConfig())
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [(TernaryConfig(), torch.float32), (TernaryConfig("twn", 16, 8, ("*.layer.0.*",)), torch.bfloat16)],
+)
+def test_patching_while_loading_is_the_same_as_afterwards(tiny_path, tmp_path, config, dtype):
+    loaded = AutoModel.from_pretrained(tiny_path, quantization_config=config, dtype=dtype)
+    patched = tritern.patch(AutoModel.from_pretrained(tiny_path, dtype=dtype), config)
+    assert same_state(loaded, patched) and loaded.config.to_dict() == patched.config.to_dict()
+    loaded.save_pretrained(tmp_path)
+    assert same_state(AutoModel.from_pretrained(tmp_path), patched)
+
+
+def test_a_sentence_transformer_is_patched_while_loading(tiny_path, texts, tmp_path):
+    config = TernaryConfig(embedding_bits=8)
+    options = {"device": "cpu", "model_kwargs": {"quantization_config": config}}
+    loaded = SentenceTransformer(tiny_path, **options)
+    expected = tritern.patch(SentenceTransformer(tiny_path, device="cpu"), config).encode(texts)
+    assert np.array_equal(loaded.encode(texts), expected)
+    loaded.save_pretrained(str(tmp_path))
+    with pytest.warns(UserWarning, match="`quantization_config` from the model will be used"):
+        again = SentenceTransformer(str(tmp_path), **options)
+    assert np.array_equal(again.encode(texts), expected)
+
+
+def test_what_cannot_be_patched_while_loading(tiny_path, tmp_path):
+    with pytest.raises(TriternError, match="must be a tritern.TernaryConfig.*received a TernaryQuantiz"):
+        AutoModel.from_pretrained(tiny_path, quantization_config={"quant_method": "tritern"})
+    with pytest.raises(TriternError, match="skip='nope' matches no linear layer"):
+        AutoModel.from_pretrained(tiny_path, quantization_config=TernaryConfig(skip=("nope",)))
+    config = json.loads((Path(tiny_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    with pytest.raises(ValueError, match="quantized with GPTQConfig but you are passing a TernaryConfig"):
+        AutoModel.from_pretrained(tmp_path, quantization_config=TernaryConfig())
 
 
 def test_an_unwritable_path(minilm, tmp_path):
