@@ -2,61 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tritern_kernels.dispatch import FLOATS
 from tritern_kernels.formats import check_shape
 
 from . import hf
+from .choice import Choice, choose, choose_tables, matrices_of, others, starred
 from .config import TernaryConfig
 from .embedding import Int8Embedding
 from .errors import TriternError
 from .linear import TernaryLinear
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_SMALL_AND_SENSITIVE = {
-    "pooler": "pooler",
-    "head": "head",
-    "classifier": "head",
-    "pre_classifier": "head",
-    "lm_head": "head",
-    "score": "head",
-    "cls": "head",
-    "qa_outputs": "head",
-    "vocab_transform": "head",
-    "vocab_projector": "head",
-}
-"""Parts of a model that are left alone, by the component of their name: few weights, directly at the
-output.
-"""
-
-
-SMALLEST_TABLE = 1024
-"""Rows from which an embedding is a word table; positions, types and T5's relative positions have fewer and
-are worth little.
-"""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What happens to one linear layer or table: ``reason`` says why it is skipped, or is empty."""
-
-    names: tuple[str, ...]
-    module: nn.Module
-    reason: str
-
-    @property
-    def name(self) -> str:
-        """The layer's first name; shared layers have several."""
-        return self.names[0]
 
 
 def patch(
@@ -70,11 +35,12 @@ def patch(
 ) -> Model:
     """Make a model's linear layers ternary, in place, and return it.
 
-    Works on a SentenceTransformer or any ``nn.Module``. Left in full precision: poolers, heads, T5's ``wo``,
-    sentence-transformers' Dense modules, weights shared with an embedding, subclasses of ``nn.Linear``, and
-    what ``skip`` names; ``tritern.summary(model)`` lists them. Layers are converted one by one, so that
-    memory stays near the model's own. Untrained, a ternary model loses quality: measure it with
-    ``tritern.evaluate``.
+    Works on a SentenceTransformer, CrossEncoder or SparseEncoder and on any ``nn.Module``. Left in full
+    precision: poolers, heads, projections at the output, patch embeddings, routers of experts, T5's ``wo``,
+    sentence-transformers' Dense modules, weights shared with an embedding, subclasses of ``nn.Linear``,
+    matrices that are no ``nn.Linear`` (``Conv1D``, fused experts, convolutions), and what ``skip`` names;
+    ``tritern.summary(model)`` lists them. Layers are converted one by one, so that memory stays near the
+    model's own. Untrained, a ternary model loses quality: measure it with ``tritern.evaluate``.
 
     With ``embedding_bits=8`` every ``nn.Embedding`` of at least 1,024 rows becomes an ``Int8Embedding``,
     except subclasses, those with max_norm or in sentence-transformers' own modules, and weights shared with
@@ -86,8 +52,11 @@ def patch(
         skip, rule, activation_bits, embedding_bits: replace the config's field of that name.
 
     Raises:
-        TriternError: nothing to patch, already patched, already quantized otherwise, weights on the meta
-            device, not finite or of an unsupported dtype. The model is then unchanged.
+        TriternError: nothing to patch, already patched, already quantized otherwise, carrying adapters,
+            weights on the meta device, not finite or of an unsupported dtype. The model is then unchanged.
+
+    Warns:
+        UserWarning: most of the model's matrix weights are no ``nn.Linear``, as in mixtures of experts.
     """
     changes: dict[str, Any] = {"rule": rule, "activation_bits": activation_bits}
     changes["embedding_bits"] = embedding_bits
@@ -102,6 +71,7 @@ def patch(
             "a bare nn.Linear cannot be replaced in place; use tritern.TernaryLinear.from_linear(layer)"
         )
     chosen, tables = plan(model, config)
+    _warn_of_the_rest(model, chosen)
 
     first: dict[
         int, str
@@ -148,89 +118,19 @@ def plan(model: nn.Module, config: TernaryConfig) -> tuple[list[Choice], list[Ch
     return chosen, chosen_tables if config.embedding_bits == 8 else []
 
 
-def choose(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[Choice]:
-    """Every ``nn.Linear`` (or subclass) of a model with the decision on it."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    owners = _owners(modules)
-    for names, module in _named(modules, nn.Linear):
-        yield Choice(names, module, _reason(names, module, modules, owners, skip))
-
-
-def choose_tables(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[Choice]:
-    """Every ``nn.Embedding`` (or subclass) of a model with the decision on it."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    owners = _owners(modules)
-    for names, module in _named(modules, nn.Embedding):
-        reason = _skipped(names, skip)
-        parent = modules[names[0].rpartition(".")[0]]
-        if type(module) is not nn.Embedding:
-            reason = reason or f"subclass of nn.Embedding: {type(module).__name__}"
-        if module.num_embeddings < SMALLEST_TABLE:
-            reason = reason or f"fewer than {SMALLEST_TABLE:,} rows"
-        reason = reason or _shared(module, owners)  # transformers ties parameters only, not buffers
-        if module.max_norm is not None:
-            reason = reason or "max_norm is set"
-        if type(parent).__module__.startswith("sentence_transformers."):  # it would load codes as values
-            reason = reason or f"sentence-transformers {type(parent).__name__}"
-        yield Choice(names, module, reason)
-
-
-def _named(modules: dict[str, nn.Module], kind: type) -> list[tuple[tuple[str, ...], Any]]:
-    """Modules of a kind with all their names."""
-    names: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        if isinstance(module, kind):
-            names.setdefault(id(module), []).append(name)
-    return [(tuple(n), modules[n[0]]) for n in names.values()]
-
-
-def _owners(modules: dict[str, nn.Module]) -> dict[int, list[nn.Module]]:
-    """The modules that hold a parameter, by its id."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in modules.values():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(module)
-    return owners
-
-
-def _shared(module: Any, owners: dict[int, list[nn.Module]], harmless: type | tuple[()] = ()) -> str:
-    """The reason, if others than ``module`` and ``harmless`` ones hold its weight."""
-    others = [o for o in owners.get(id(module.weight), ()) if o is not module and not isinstance(o, harmless)]
-    return f"weight shared with {', '.join(sorted({type(o).__name__ for o in others}))}" if others else ""
-
-
-def _skipped(names: tuple[str, ...], skip: tuple[str, ...]) -> str:
-    for name in names:
-        for pattern in skip:
-            if fnmatchcase(name, pattern) or name.startswith(pattern + "."):
-                return f"skip={pattern!r}"
-    return ""
-
-
-def _reason(
-    names: tuple[str, ...],
-    module: nn.Linear,
-    modules: dict[str, nn.Module],
-    owners: dict[int, list[nn.Module]],
-    skip: tuple[str, ...],
-) -> str:
-    if reason := _skipped(names, skip):
-        return reason
-    if type(module) is not nn.Linear:
-        return f"subclass of nn.Linear: {type(module).__name__}"
-    if reason := _shared(module, owners, nn.Linear):
-        return reason
-    for name in names:
-        parent_name, _, last = name.rpartition(".")
-        parent = modules[parent_name]
-        for component in name.split("."):
-            if component in _SMALL_AND_SENSITIVE:
-                return _SMALL_AND_SENSITIVE[component]
-        if type(parent).__module__.startswith("sentence_transformers.") and type(parent).__name__ == "Dense":
-            return "sentence-transformers Dense"
-        if last == "wo" and "T5" in type(parent).__name__:
-            return "T5 wo (kept in higher precision by transformers too)"
-    return ""
+def _warn_of_the_rest(model: nn.Module, chosen: list[Choice]) -> None:
+    """Say so if the layers that become ternary are the smaller part of a model's matrices."""
+    ternary = sum({id(w): w.numel() for c in chosen if isinstance(w := c.module.weight, Tensor)}.values())
+    matrices = [c for c in others(model) if not isinstance(c.module, nn.EmbeddingBag)]  # that is a table
+    sizes = [sum(p.numel() for p in matrices_of(c.module).values()) for c in matrices]
+    if sum(sizes) > ternary:
+        largest = matrices[sizes.index(max(sizes))]
+        warnings.warn(
+            f"{sum(sizes):,} weights are in matrices that are no nn.Linear and stay in full precision; "
+            f"{ternary:,} become ternary. The largest: {starred(largest.name)}: {largest.reason}. "
+            "tritern.summary(model) lists them all.",
+            stacklevel=3,
+        )
 
 
 def _check(model: nn.Module, config: TernaryConfig, linears: list[Choice], tables: list[Choice]) -> None:
@@ -252,8 +152,15 @@ def _check(model: nn.Module, config: TernaryConfig, linears: list[Choice], table
                 if linears
                 else f"skip={pattern!r} matches nothing: the model has no linear layers"
             )
+    adapters = [n for n, m in model.named_modules() if type(m).__module__.startswith("peft.tuners.")]
+    if adapters:
+        raise TriternError(
+            f"the model carries PEFT adapters ({len(adapters)} modules, such as {adapters[0]}). Merge them "
+            "into its weights first (merge_and_unload of peft), or patch the plain model and add adapters to that"
+        )
     if all(c.reason for c in linears):
-        detail = "; ".join(f"{c.name}: {c.reason}" for c in linears[:5]) or "it has no nn.Linear at all"
+        reasons = dict.fromkeys(f"{starred(c.name)}: {c.reason}" for c in [*linears, *others(model)])
+        detail = "; ".join(list(reasons)[:5]) or "it has no nn.Linear at all"
         raise TriternError(f"no linear layer to make ternary in {type(model).__name__} ({detail})")
     for c in linears + (tables if config.embedding_bits == 8 else []):
         if c.reason:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from .choice import SMALLEST_TABLE, choose, choose_tables, matrices_of, others, starred
 from .embedding import Int8Embedding
 from .linear import TernaryLinear
-from .patch import SMALLEST_TABLE, choose, choose_tables
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class TableSummary:
 
 @dataclass(frozen=True)
 class SkippedLayer:
-    """A linear layer or embedding table left in full precision."""
+    """A linear layer, other matrix or embedding table left in full precision."""
 
     name: str
     reason: str
@@ -68,7 +67,7 @@ class Summary:
         rows = [("layers", "count", "shape", "before", "after", "zeros")]
         groups: dict[tuple[str, tuple[int, int]], list[LayerSummary]] = {}
         for layer in self.layers:
-            groups.setdefault((re.sub(r"\b\d+\b", "*", layer.name), layer.shape), []).append(layer)
+            groups.setdefault((starred(layer.name), layer.shape), []).append(layer)
         for (name, shape), group in groups.items():
             before, after = sum(g.bytes_before for g in group), sum(g.bytes_after for g in group)
             zeros = sum(g.zero_fraction for g in group) / len(group)
@@ -111,10 +110,7 @@ class Summary:
             f"{self.bits_per_weight:.2f} bits per ternary weight; linears 1/{before / max(after, 1):.1f} "
             f"and model 1/{self.model_bytes_before / max(self.model_bytes_after, 1):.1f} of {dtype}"
         )
-        for skipped in self.skipped:
-            lines.append(f"not ternary: {skipped.name} ({_size(skipped.bytes)}): {skipped.reason}")
-        for skipped in self.skipped_tables:
-            lines.append(f"not int8: {skipped.name} ({_size(skipped.bytes)}): {skipped.reason}")
+        lines += _skipped_lines("ternary", self.skipped) + _skipped_lines("int8", self.skipped_tables)
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -143,6 +139,7 @@ def summary(model: nn.Module) -> Summary:
         )
         for c in choose(model)
     ]
+    skipped += [SkippedLayer(c.name, c.reason, _bytes(matrices_of(c.module).values())) for c in others(model)]
     tables = [_table(n, m) for n, m in model.named_modules() if isinstance(m, Int8Embedding)]
     skipped_tables = [  # a table that could be int8 is worth a line only beside one that is
         SkippedLayer(c.name, c.reason or "named in skip", _bytes([c.module.weight]))
@@ -175,6 +172,18 @@ def _table(name: str, table: Int8Embedding) -> TableSummary:
     return TableSummary(
         name, (table.num_embeddings, table.embedding_dim), before, _bytes([table.weight, scale])
     )
+
+
+def _skipped_lines(kind: str, skipped: tuple[SkippedLayer, ...]) -> list[str]:
+    """A line for each name and reason, ``*`` standing for numbers."""
+    groups: dict[tuple[str, str], list[SkippedLayer]] = {}
+    for layer in skipped:
+        groups.setdefault((starred(layer.name), layer.reason), []).append(layer)
+    lines = []
+    for (name, reason), group in groups.items():
+        count = f"{len(group)} layers, " if len(group) > 1 else ""
+        lines.append(f"not {kind}: {name} ({count}{_size(sum(s.bytes for s in group))}): {reason}")
+    return lines
 
 
 def _bytes(tensors) -> int:  # noqa: ANN001

@@ -52,6 +52,7 @@ def test_what_is_chosen_and_why():
         "classifier.0": "head",
         "tied": "weight shared with Embedding",
         "attention.out_proj": "subclass of nn.Linear: NonDynamicallyQuantizableLinear",
+        "attention": "not a linear layer: MultiheadAttention (in_proj_weight 96 x 32)",
     }
     assert model(torch.tensor([1, 2])).shape == (2, 10)
 

@@ -1,0 +1,210 @@
+"""Which parts of a model become ternary or int8, and why the others do not."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+_SMALL_AND_SENSITIVE = {
+    "pooler": "pooler",
+    "head": "head",
+    "classifier": "head",
+    "lm_head": "head",
+    "score": "head",
+    "cls": "head",
+    "text_projection": "projection at the output",
+    "visual_projection": "projection at the output",
+    "vision_projection": "projection at the output",
+    "audio_projection": "projection at the output",
+    "patch_embed": "patch embedding",
+    "patch_embedding": "patch embedding",
+    "patch_embeddings": "patch embedding",
+    "router": "router of experts",
+    "shared_expert_gate": "router of experts",
+}
+"""Parts of a model that are left alone, by a component of their name: few weights, directly at the input, at
+the output, or deciding which weights are used. Heads of transformers models are found under any name.
+"""
+
+SMALLEST_TABLE = 1024
+"""Rows from which an embedding is a word table; positions, types and T5's relative positions have fewer and
+are worth little.
+"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What happens to one layer or table: ``reason`` says why it is skipped, or is empty."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """The layer's first name; shared layers have several."""
+        return self.names[0]
+
+
+def choose(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[Choice]:
+    """Every ``nn.Linear`` (or subclass) of a model with the decision on it. Weights may be on the meta
+    device.
+    """
+    context = _Context(model, skip)
+    for names, module in _named(context.modules, nn.Linear):
+        yield Choice(names, module, _linear_reason(names, module, context))
+
+
+def choose_tables(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[Choice]:
+    """Every ``nn.Embedding`` (or subclass) of a model with the decision on it."""
+    context = _Context(model, skip)
+    for names, module in _named(context.modules, nn.Embedding):
+        reason = context.skipped(names)
+        if type(module) is not nn.Embedding:
+            reason = reason or f"subclass of nn.Embedding: {type(module).__name__}"
+        if module.num_embeddings < SMALLEST_TABLE:
+            reason = reason or f"fewer than {SMALLEST_TABLE:,} rows"
+        reason = reason or context.shared(module)  # transformers ties parameters only, not buffers
+        if module.max_norm is not None:
+            reason = reason or "max_norm is set"
+        yield Choice(names, module, reason or context.saved_elsewhere(names, module))
+
+
+def others(model: nn.Module) -> Iterator[Choice]:
+    """Every module with a floating-point matrix of its own that is no linear layer, embedding table or norm:
+    ``Conv1D`` of GPT-2, fused experts, attention with ``in_proj_weight``, convolutions and whatever is new.
+    """
+    for names, module in _named(dict(model.named_modules(remove_duplicate=False)), nn.Module):
+        kind = type(module)
+        if isinstance(module, (nn.Linear, nn.Embedding)) or "norm" in kind.__name__.lower():
+            continue
+        matrices = matrices_of(module)
+        if matrices and not kind.__module__.startswith("tritern."):
+            shapes = ", ".join(f"{n} {' x '.join(map(str, p.shape))}" for n, p in matrices.items())
+            yield Choice(names, module, f"not a linear layer: {kind.__name__} ({shapes})")
+
+
+def matrices_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own floating-point parameters with at least two dimensions larger than one."""
+    own = module.named_parameters(recurse=False)
+    return {n: p for n, p in own if p.is_floating_point() and sum(s > 1 for s in p.shape) >= 2}
+
+
+def starred(name: str) -> str:
+    """The name with ``*`` for numbers: one name for a layer of all blocks."""
+    return re.sub(r"\b\d+\b", "*", name)
+
+
+class _Context:
+    """What the decisions on a model's layers depend on."""
+
+    def __init__(self, model: nn.Module, skip: tuple[str, ...]) -> None:
+        self.skip = skip
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.owners: dict[int, list[nn.Module]] = {}
+        self.in_transformers: set[int] = set()
+        self.heads: set[int] = set()
+        for module in self.modules.values():
+            for parameter in module.parameters(recurse=False):
+                self.owners.setdefault(id(parameter), []).append(module)
+            if isinstance(module, PreTrainedModel):
+                inside = {id(m) for m in module.modules()}
+                self.in_transformers |= inside
+                if module.base_model is not module:  # what no model inside holds either is a head
+                    nested = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
+                    self.heads |= inside - {id(m) for n in nested if n is not module for m in n.modules()}
+        self.sentence_transformer = hasattr(model, "_get_model_config")
+
+    def skipped(self, names: tuple[str, ...]) -> str:
+        """The reason, if ``skip`` names the layer."""
+        for name in names:
+            for pattern in self.skip:
+                if fnmatchcase(name, pattern) or name.startswith(pattern + "."):
+                    return f"skip={pattern!r}"
+        return ""
+
+    def shared(self, module: Any, harmless: type | tuple[()] = ()) -> str:
+        """The reason, if others than ``module`` and ``harmless`` ones hold its weight."""
+        holders = self.owners.get(id(module.weight), ())
+        others = [o for o in holders if o is not module and not isinstance(o, harmless)]
+        return f"weight shared with {', '.join(sorted({type(o).__name__ for o in others}))}" if others else ""
+
+    def saved_elsewhere(self, names: tuple[str, ...], module: nn.Module) -> str:
+        """The reason, if a module loads the weight that is not a transformers model: as values, not codes."""
+        parent = type(self.modules[names[0].rpartition(".")[0]])
+        if parent.__module__.startswith("sentence_transformers."):
+            return f"sentence-transformers {parent.__name__}"
+        if self.sentence_transformer and id(module) not in self.in_transformers:
+            return f"{parent.__name__} is not part of a transformers model"
+        return ""
+
+
+def _named(modules: dict[str, nn.Module], kind: type) -> list[tuple[tuple[str, ...], Any]]:
+    """Modules of a kind with all their names."""
+    names: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        if isinstance(module, kind):
+            names.setdefault(id(module), []).append(name)
+    return [(tuple(n), modules[n[0]]) for n in names.values()]
+
+
+def _linear_reason(names: tuple[str, ...], module: nn.Linear, context: _Context) -> str:
+    if reason := context.skipped(names):
+        return reason
+    if type(module) is not nn.Linear:
+        return f"subclass of nn.Linear: {type(module).__name__}"
+    if "weight" not in module._parameters:
+        return "its weight is computed anew at each call (weight_norm, spectral_norm or the like)"
+    if reason := context.shared(module, nn.Linear) or context.saved_elsewhere(names, module):
+        return reason
+    if id(module) in context.heads:
+        return "head"
+    for name in names:
+        for component in name.split("."):
+            if component in _SMALL_AND_SENSITIVE:
+                return _SMALL_AND_SENSITIVE[component]
+        parent_name, _, last = name.rpartition(".")
+        parent = context.modules[parent_name]
+        if last == "gate" and hasattr(parent, "experts"):
+            return "router of experts"
+        if last == "wo" and (hasattr(parent, "wi") or hasattr(parent, "wi_0")):
+            return "T5 wo (kept in higher precision by transformers too)"
+        if last in _weights_read(type(parent)):
+            return f"{type(parent).__name__} reads its weight itself"
+    return ""
+
+
+@cache
+def _weights_read(kind: type) -> frozenset[str]:
+    """Attributes whose ``.weight`` a module's methods read, other than to initialize it: packed codes are
+    not what they expect there.
+    """
+    found: set[str] = set()
+    for base in kind.__mro__:
+        if base in (nn.Module, PreTrainedModel):
+            break
+        for name, member in vars(base).items():
+            function = inspect.unwrap(member) if callable(member) else None
+            if isinstance(function, FunctionType) and "init" not in name and "reset" not in name:
+                found |= _weights_read_by(function.__code__)
+    return frozenset(found)
+
+
+def _weights_read_by(code: CodeType) -> set[str]:
+    loaded = [(i.opname, i.argval) for i in dis.get_instructions(code)]
+    found = {
+        owner
+        for (first, owner), (second, attribute) in zip(loaded, loaded[1:])
+        if first == second == "LOAD_ATTR" and attribute == "weight"
+    }
+    return found.union(*(_weights_read_by(c) for c in code.co_consts if isinstance(c, CodeType)))
