@@ -156,7 +156,7 @@ def _check(model: nn.Module, config: TernaryConfig, linears: list[Choice], table
     if adapters:
         raise TriternError(
             f"the model carries PEFT adapters ({len(adapters)} modules, such as {adapters[0]}). Merge them "
-            "into its weights first (merge_and_unload of peft), or patch the plain model and add adapters to that"
+            "into its weights first (merge_and_unload of peft), or patch the plain model and adapt that"
         )
     if all(c.reason for c in linears):
         reasons = dict.fromkeys(f"{starred(c.name)}: {c.reason}" for c in [*linears, *others(model)])
