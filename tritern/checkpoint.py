@@ -1,10 +1,14 @@
-"""The digest that makes an altered checkpoint detectable."""
+"""What makes an altered checkpoint detectable: a digest of the weights and a manifest of the other files."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from pathlib import Path
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,45 +19,143 @@ from .errors import CheckpointError
 DIGEST_KEY = "tritern_sha256"
 """Name of the digest in the safetensors metadata."""
 
+MANIFEST = "tritern_manifest.json"
+"""File beside a saved model with the sha256 of every other file that its vectors depend on."""
+
+_MODULE_FOLDER = re.compile(r"(\w+_)?\d+_\w+")
+"""How sentence-transformers names the folders of its modules: ``1_Pooling``, ``query_0_Transformer``."""
+
+_NO_PART_OF_A_MODEL = (".csv", ".err", ".jsonl", ".log", ".md", ".out")
+"""Model cards and logs, which may change at any time."""
+
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """sha256 over names, dtypes, shapes and bytes of all tensors, in order of their names."""
+    return _digest(sorted(tensors, key=lambda item: item[0]))
+
+
+def _digest(in_order: Iterable[tuple[str, Tensor]]) -> str:
     total = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+    for name, tensor in in_order:
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
 def verify(files: Iterable[str | Path]) -> None:
-    """Read a checkpoint's safetensors files and compare them with the digest written when it was saved.
+    """Read a checkpoint's safetensors files, one tensor at a time, and compare them with the digest written
+    when it was saved.
 
     Raises:
         CheckpointError: a file cannot be read, carries no digest, or its content is not what was saved.
     """
     files = [Path(f) for f in files]
-    expected: set[str | None] = set()
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        if file.suffix != ".safetensors":
-            raise CheckpointError(
-                f"{file}: ternary models are read from safetensors files only; save the model again"
-            )
-        try:
-            with safe_open(file, framework="pt") as content:
-                expected.add((content.metadata() or {}).get(DIGEST_KEY))
-                tensors.update((name, content.get_tensor(name)) for name in content.keys())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} cannot be read ({error}): it is truncated or damaged. Copy it again."
-            ) from None
     where = files[0].parent if files else "the checkpoint"
-    if expected == {None} or len(expected) != 1:
-        raise CheckpointError(
-            f"{where}: the weights carry no single digest ({DIGEST_KEY} in the safetensors metadata), so "
-            "they were rewritten after saving. Save the model again with model.save_pretrained()."
-        )
-    if digest(tensors.items()) != expected.pop():
+    expected: set[str | None] = set()
+    owner = {}
+    with ExitStack() as stack:
+        for file in files:
+            if file.suffix != ".safetensors":
+                raise CheckpointError(
+                    f"{file}: ternary models are read from safetensors files only; save the model again"
+                )
+            try:
+                content = stack.enter_context(safe_open(file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{file} cannot be read ({error}): it is truncated or damaged. Copy it again."
+                ) from None
+            expected.add((content.metadata() or {}).get(DIGEST_KEY))
+            owner.update(dict.fromkeys(content.keys(), content))
+        if expected == {None} or len(expected) != 1:
+            raise CheckpointError(
+                f"{where}: the weights carry no single digest ({DIGEST_KEY} in the safetensors metadata), so "
+                "they were rewritten after saving. Save the model again with model.save_pretrained()."
+            )
+        found = _digest((name, owner[name].get_tensor(name)) for name in sorted(owner))
+    if found != expected.pop():
         raise CheckpointError(
             f"{where}: the weights are not those that were saved (sha256 differs). Copy them again."
         )
+
+
+@contextmanager
+def sealed(folder: str | Path) -> Iterator[None]:
+    """Write a manifest of the files that the body writes into ``folder`` and its modules' folders.
+
+    Left out are model cards, logs, and safetensors files that carry a digest of their own.
+    """
+    folder = Path(folder)
+    before = _files(folder)
+    yield
+    written = [name for name, state in _files(folder).items() if before.get(name) != state]
+    sums = {name: _sha256(folder / name) for name in sorted(written) if not _has_digest(folder / name)}
+    temporary = folder / f"{MANIFEST}.{os.getpid()}"
+    temporary.write_text(json.dumps({"sha256": sums}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / MANIFEST)
+
+
+def verify_files(folder: str | Path) -> None:
+    """Compare the files in a model's folder with its manifest, and with that of a model it is a module of.
+
+    Files that are not listed, or listed but not there, are not looked at: a hub's cache holds only what was
+    asked for. Without a manifest there is nothing to compare.
+
+    Raises:
+        CheckpointError: a file is not what was saved, or the manifest cannot be read.
+    """
+    folder = Path(os.path.abspath(folder))
+    for root in (folder, *folder.parents[:2]):
+        sums = _manifest(root / MANIFEST)
+        below = folder.relative_to(root).as_posix() + "/"
+        if root != folder and not any(name.startswith(below) for name in sums):
+            continue  # of another model that happens to lie above
+        for name, expected in sums.items():
+            if (root / name).is_file() and _sha256(root / name) != expected:
+                raise CheckpointError(
+                    f"{root / name} is not the file that was saved (sha256 differs): copy it again. If it "
+                    f"was changed on purpose, delete {root / MANIFEST}, load the model and save it again."
+                )
+
+
+def _manifest(file: Path) -> dict[str, str]:
+    if not file.is_file():
+        return {}
+    try:
+        sums = json.loads(file.read_text(encoding="utf-8"))["sha256"]
+        if not all(isinstance(v, str) and ".." not in k.split("/") and k[0] != "/" for k, v in sums.items()):
+            raise ValueError("not a table of file names and sha256 sums")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): it is damaged. Copy it again.") from None
+    return sums
+
+
+def _files(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Files that may be part of the model in a folder, with what changes when they are written."""
+    found = {}
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [f for f in folders if _MODULE_FOLDER.fullmatch(f)]
+        for name in names:
+            # of the text files, the tokenizers' own only: others are notes and logs
+            other_text = name.endswith(".txt") and name not in ("vocab.txt", "merges.txt")
+            if not (name.startswith(MANIFEST) or name.endswith(_NO_PART_OF_A_MODEL) or other_text):
+                file = Path(parent, name)
+                state = file.stat()
+                key = str(PurePosixPath(file.relative_to(folder)))
+                found[key] = (state.st_mtime_ns, state.st_size, state.st_ino)
+    return found
+
+
+def _has_digest(file: Path) -> bool:
+    if file.suffix != ".safetensors":
+        return False
+    with safe_open(file, framework="pt") as content:
+        return DIGEST_KEY in (content.metadata() or {})
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        total = hashlib.sha256()
+        while block := content.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()

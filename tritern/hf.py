@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -13,11 +13,15 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import DIGEST_KEY, digest, verify
+from tritern_kernels.dispatch import FLOATS
+from tritern_kernels.formats import check_codes, check_scale
+
+from .checkpoint import DIGEST_KEY, digest, verify, verify_files
 from .config import TernaryConfig
 from .embedding import Int8Embedding
 from .errors import CheckpointError, TriternError
 from .linear import TernaryLinear
+from .saving import extend_save, model_card
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -88,6 +92,7 @@ class TernaryHfQuantizer(HfQuantizer):
             return model
         files = kwargs.get("checkpoint_files")
         if files:
+            verify_files(Path(files[0]).parent)
             verify(files)
         settings = self.quantization_config
         assert isinstance(settings, TernaryQuantizationConfig)
@@ -125,7 +130,10 @@ class TernaryHfQuantizer(HfQuantizer):
         if isinstance(self.quantization_config, TernaryConfig):
             from .patch import patch  # which imports this module
 
-            patch(model, self.quantization_config)
+            return patch(model, self.quantization_config)
+        extend_save()
+        for name, module in _named(model, TernaryLinear) + _named(model, Int8Embedding):
+            _check_loaded(name, module)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -202,9 +210,9 @@ def attach(model: nn.Module, config: TernaryConfig) -> None:
                 )
                 module.config.quantization_config = settings
                 module.hf_quantizer = TernaryHfQuantizer(settings)  # type: ignore[assignment]
-    if hasattr(model, "_get_model_config"):  # a sentence-transformers model
-        vars(model)["_get_model_config"] = partial(_model_config, model)
-        vars(model)["_model_card_text"] = _model_card(model, config)
+                extend_save()
+    if hasattr(model, "_model_card_text"):  # a sentence-transformers model
+        vars(model)["_model_card_text"] = model_card(model, config)
 
 
 def detach(model: nn.Module) -> None:
@@ -215,9 +223,36 @@ def detach(model: nn.Module) -> None:
         ):
             del module.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
             del module.hf_quantizer
-    vars(model).pop("_get_model_config", None)
     if "_model_card_text" in vars(model):
         vars(model)["_model_card_text"] = None
+
+
+def _check_loaded(name: str, layer: nn.Module) -> None:
+    """Refuse what a digest cannot tell: it vouches for the bytes, not for who wrote them.
+
+    Raises:
+        CheckpointError: a tensor of the layer is missing or of another dtype, or holds impossible values.
+    """
+    ternary = isinstance(layer, TernaryLinear)
+    dtypes = (
+        {"weight": (torch.uint8,), "weight_scale": (torch.float32,)} if ternary else {"weight": (torch.int8,)}
+    )
+    tensors = layer.state_dict(keep_vars=True)
+    if any(t.is_meta for t in tensors.values()):
+        return  # offloaded by accelerate
+    for key, tensor in tensors.items():
+        if not getattr(tensor, "_is_hf_initialized", False):  # set on what transformers has loaded
+            raise CheckpointError(f"the checkpoint has no {name}.{key}: save the model again")
+        if tensor.dtype not in (allowed := dtypes.get(key, FLOATS)):
+            raise CheckpointError(
+                f"{name}.{key} must be {' or '.join(map(str, allowed))}; the checkpoint holds {tensor.dtype}"
+            )
+    try:
+        check_scale(tensors["weight_scale"])
+        if ternary:
+            check_codes(tensors["weight"])
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from None
 
 
 def _named(model: nn.Module, kind: type[Module]) -> list[tuple[str, Module]]:
@@ -226,34 +261,3 @@ def _named(model: nn.Module, kind: type[Module]) -> list[tuple[str, Module]]:
 
 def _names(model: nn.Module, kind: type[nn.Module]) -> list[str]:
     return [name for name, _ in _named(model, kind)]
-
-
-def _model_config(model: Any) -> dict[str, Any]:
-    """config_sentence_transformers.json with a requirement: without tritern, loading says what to install."""
-    return {**type(model)._get_model_config(model), "requirements": {"tritern": ">=0.1"}}
-
-
-def _model_card(model: Any, config: TernaryConfig) -> str:
-    layers, tables = len(_names(model, TernaryLinear)), _names(model, Int8Embedding)
-    data = model.model_card_data
-    base = data.base_model or data.model_id or "a sentence-transformers model"
-    return f"""---
-library_name: sentence-transformers
-tags: [sentence-transformers, tritern, ternary]
----
-
-# Ternary version of {base}
-
-{layers} linear layers hold weights in {{-1, 0, +1}}, two bits each, one scale per output row
-(rule `{config.rule}`); activations are {"int8 per token" if config.activation_bits == 8 else "16-bit"},
-word embeddings {"int8 per row" if tables else "not rounded"}.
-Made by `tritern.patch` without training: expect lower quality than the original's.
-Scores published for the original do not hold for this model.
-
-```python
-import tritern  # registers the format
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("path/to/this/folder")
-```
-"""

@@ -95,6 +95,18 @@ def check_packed(packed: Tensor, scale: Tensor, N: int, K: int) -> None:
         )
 
 
+def check_codes(packed: Tensor) -> None:
+    """Raise ``ValueError`` if a byte holds the unused pattern 10. Waits for the GPU."""
+    if (packed & ~(packed << 1) & 0xAA).any():  # high bit set, low bit clear
+        raise ValueError("packed holds the bit pattern 10, which is no ternary code: the data is damaged")
+
+
+def check_scale(scale: Tensor) -> None:
+    """Raise ``ValueError`` if a scale is NaN, infinite or negative. Waits for the GPU."""
+    if not (torch.isfinite(scale) & (scale >= 0)).all():
+        raise ValueError("scale holds NaN, infinity or a negative value: the data is damaged")
+
+
 def pack(codes: Tensor) -> Tensor:
     """Pack codes int8 [N, K] in {-1, 0, +1} into uint8 [N, padded_k(K)/4].
 
@@ -125,9 +137,8 @@ def unpack(packed: Tensor, K: int, check: bool = True) -> Tensor:
     """
     N = packed.shape[0]
     check_packed(packed, torch.empty(N, device=packed.device), N, K)
-    # 10: high bit set, low bit clear
-    if check and packed.device.type != "meta" and (packed & ~(packed << 1) & 0xAA).any():
-        raise ValueError("packed holds the bit pattern 10, which is no ternary code: the data is damaged")
+    if check and packed.device.type != "meta":
+        check_codes(packed)
     byte = packed.view(N, -1, 16, 2).transpose(2, 3)  # [N, atom, h, w]
     lanes = torch.stack(
         [byte << 6, byte << 4, byte << 2, byte], dim=3

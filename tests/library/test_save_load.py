@@ -13,6 +13,7 @@ from transformers import AutoModel
 
 import tritern
 from tritern import CheckpointError, TernaryConfig, TernaryLinear, TriternError
+from tritern.checkpoint import MANIFEST
 
 ROOT = Path(__file__).parents[2]
 
@@ -171,6 +172,9 @@ def change_settings(folder, **changes):
 
 def test_settings_that_do_not_fit_are_refused(saved, tmp_path):
     folder = copy_of(saved[0], tmp_path)
+    change_settings(folder, activation_bits=16)
+    refused(folder, "config.json is not the file that was saved.*changed on purpose, delete .*manifest.json")
+    (folder / MANIFEST).unlink()
     change_settings(folder, format_version=2)
     refused(folder, "format 2; this version reads 1: upgrade tritern")
     change_settings(folder, format_version=1, modules=["encoder.layer.9.output.dense"])
