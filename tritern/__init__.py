@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tritern_kernels import PackedTernary
 
+from .bitnet import from_bitnet
 from .config import TernaryConfig
 from .embedding import Int8Embedding
 from .errors import CheckpointError, TriternError
@@ -35,6 +36,7 @@ __all__ = [
     "TriternError",
     "distill",
     "evaluate",
+    "from_bitnet",
     "patch",
     "summary",
     "warmup",
