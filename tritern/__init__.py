@@ -12,6 +12,7 @@ from .config import TernaryConfig
 from .embedding import Int8Embedding
 from .errors import CheckpointError, TriternError
 from .evaluate import Fidelity, evaluate
+from .export import dequantize
 from .linear import TernaryLinear
 from .patch import patch
 from .summary import Summary, summary
@@ -34,6 +35,7 @@ __all__ = [
     "TernaryConfig",
     "TernaryLinear",
     "TriternError",
+    "dequantize",
     "distill",
     "evaluate",
     "from_bitnet",

@@ -1,0 +1,96 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import nn
+
+import tritern
+from tests.conftest import TEXTS
+from tritern import Int8Embedding, TernaryLinear, TriternError
+from tritern.linear import RMSNorm
+
+LOAD = """
+import sys
+from pathlib import Path
+import numpy
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer(sys.argv[1], device="cpu")
+numpy.save(sys.argv[2], model.encode(Path(sys.argv[3]).read_text().split("|")))
+assert not any(name.startswith("tritern") for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("embedding_bits", [8, 16])
+def test_a_dequantized_model_loads_without_tritern(tiny, tmp_path, embedding_bits):
+    model = tritern.patch(tiny, activation_bits=16, embedding_bits=embedding_bits)
+    vectors = model.encode(TEXTS)
+    assert tritern.dequantize(model) is model
+    assert not any(isinstance(m, (TernaryLinear, Int8Embedding)) for m in model.modules())
+    np.testing.assert_allclose(model.encode(TEXTS), vectors, rtol=0, atol=1e-5)
+    model.save_pretrained(str(tmp_path / "plain"))
+    (tmp_path / "texts").write_text("|".join(TEXTS))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-c", LOAD, *(str(tmp_path / n) for n in ("plain", "vectors.npy", "texts"))]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert np.array_equal(np.load(tmp_path / "vectors.npy"), model.encode(TEXTS))
+
+
+def test_no_trace_of_the_format_is_saved(tiny, tmp_path):
+    model = tritern.patch(tiny)
+    model.save_pretrained(str(tmp_path / "ternary"))
+    tritern.dequantize(model).save_pretrained(str(tmp_path / "plain"))
+    files = {f.name for f in (tmp_path / "plain").iterdir()}
+    assert not any("tritern" in f for f in files)
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    settings = json.loads((tmp_path / "plain" / "config_sentence_transformers.json").read_text())
+    assert "requirements" not in settings
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert "12 linear layers were ternary" in card and "tritern" not in card
+    assert "import tritern" in (tmp_path / "ternary" / "README.md").read_text()
+
+
+def test_weights_are_scale_times_codes_in_the_models_dtype(tiny):
+    model = tritern.patch(tiny.half())
+    layer = model[0].model.encoder.layer[0].output.dense
+    expected, bias = layer.packed().dequantize(torch.float16), layer.bias
+    dense = tritern.dequantize(model)[0].model.encoder.layer[0].output.dense
+    assert type(dense) is nn.Linear and torch.equal(dense.weight, expected) and torch.equal(dense.bias, bias)
+
+
+def test_a_loaded_model_can_be_dequantized(tiny, tmp_path):
+    tritern.patch(tiny, activation_bits=16).save_pretrained(str(tmp_path))
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    vectors = loaded.encode(TEXTS)
+    np.testing.assert_allclose(tritern.dequantize(loaded).encode(TEXTS), vectors, rtol=0, atol=1e-5)
+
+
+def test_shared_layers_and_weights_stay_shared():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 8)})
+    model["b"].weight = model["a"].weight
+    model["d"] = model["c"]
+    calls = []
+    model["c"].register_forward_hook(lambda *_: calls.append(1))
+    tritern.dequantize(tritern.patch(model))
+    assert model["a"].weight is model["b"].weight and model["a"].bias is not model["b"].bias
+    assert model["c"] is model["d"] and model["c"].weight is not model["a"].weight
+    model["c"](torch.ones(8))
+    assert calls == [1]
+
+
+def test_what_cannot_be_dequantized_is_refused(tiny):
+    with pytest.raises(TriternError, match="no ternary layer or int8 table inside SentenceTransformer"):
+        tritern.dequantize(tiny)
+    with pytest.raises(TriternError, match="to_linear"):
+        tritern.dequantize(TernaryLinear(8, 8))
+    model = tritern.patch(tiny)[0].model
+    layer = model.encoder.layer[0].output.dense
+    layer.norm = RMSNorm(64, 1e-6)
+    with pytest.raises(TriternError, match="encoder.layer.0.output.dense has an RMSNorm .* plain BertModel"):
+        tritern.dequantize(model)
+    assert model.encoder.layer[0].output.dense is layer
