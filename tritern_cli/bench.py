@@ -1,0 +1,183 @@
+"""``tritern bench``."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import common
+from .common import AsJson, BatchSize, Column, Device, Dtype, Model, Result, Trust
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+EXAMPLES = """**Examples**
+
+    tritern bench minilm-ternary --against all-MiniLM-L6-v2
+    tritern bench bge-ternary --against BAAI/bge-base-en-v1.5 --device cuda --dtype float16 --batch-size 256
+    tritern bench minilm-ternary --texts corpus.txt --count 2000 --json
+
+Models run in processes of their own and take turns, so that other load slows both alike; medians over the
+rounds. Measure on an idle machine and with texts of your own: their length decides."""
+
+SENTENCE = (
+    "The committee postponed its decision on the new bridge until the budget for the coming year is known, "
+    "because two of the three offers had turned out to be far above what the city had set aside for it."
+)
+"""The built-in text: 38 words."""
+
+
+def bench(
+    model: Model,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Measure this one too, such as the original.")
+    ] = None,
+    texts: Annotated[
+        str | None, typer.Option(metavar="FILE", help=f"{common.TEXTS} Default: one sentence of 38 words.")
+    ] = None,
+    column: Column = None,
+    count: Annotated[int, typer.Option(min=1, help="Texts encoded in a round, repeated if fewer.")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="How often.")] = 3,
+    queries: Annotated[int, typer.Option(min=1, help="Texts encoded one by one in a round.")] = 20,
+    batch_size: BatchSize = 32,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> Iterator[Result]:
+    """Texts a second, time of a single query and memory of a model, warmed up."""
+    found = common.read(texts, column=column, limit=count) if texts else [SENTENCE]
+    data = (found * (count // len(found) + 1))[:count]
+    settings = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    names = [name for name in (model, against) if name]
+    with contextlib.ExitStack() as stack:
+        arms = [stack.enter_context(_process()) for _ in names]
+        loaded = [arm.submit(_load, name, data[0], settings) for arm, name in zip(arms, names)]
+        results = [future.result() for future in loaded]
+        times: list[list[tuple[float, list[float]]]] = [[] for _ in arms]
+        for arm in arms:  # warm-up
+            arm.submit(_measure, data[: 2 * batch_size], batch_size, 1).result()
+        for _ in common.progress(range(rounds), "Measuring"):
+            for arm, measured in zip(arms, times):  # in turn, and never two at once
+                measured.append(arm.submit(_measure, data, batch_size, queries).result())
+    for result, measured in zip(results, times):
+        result |= _statistics(measured)
+    words = statistics.mean(len(text.split()) for text in data)
+    setting = {"texts": texts, "count": count, "mean_words": words, "batch_size": batch_size}
+    setting |= {"rounds": rounds, "queries": queries * rounds, "environment": common.environment()}
+    yield Result({"results": results, **setting}, _table(results, setting))
+
+
+def _process() -> ProcessPoolExecutor:
+    """A fresh process, so that what a model holds is told from all else; libraries are imported once."""
+    kinds = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")
+    if "forkserver" in kinds:
+        context.set_forkserver_preload(["tritern_cli.bench", "sentence_transformers", "tritern"])
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_quiet)
+
+
+def _quiet() -> None:
+    """Standard output is for the results, and Ctrl-C is the first process's affair."""
+    sys.stdout = sys.stderr
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+_model: SentenceTransformer | None = None  # of this process
+
+
+def _load(name: str, text: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Load the model of this process; what it is, and what it holds after one query."""
+    global _model
+    import sentence_transformers  # noqa: F401  before memory is read
+    import torch
+
+    import tritern
+
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))
+    before = _resident()
+    _model = common.load(name, **settings)
+    _model.encode(text, show_progress_bar=False)
+    held = torch.cuda.memory_allocated() if _model.device.type == "cuda" else _resident() - before
+    return {
+        "model": name,
+        "device": str(_model.device),
+        "dtype": str(_model.dtype).removeprefix("torch."),
+        "ternary": common.is_ternary(_model),
+        "weights_mb": tritern.summary(_model).model_bytes_after / 1e6,
+        "held_mb": None if math.isnan(held) else held / 1e6,
+    }
+
+
+def _measure(texts: list[str], batch_size: int, queries: int) -> tuple[float, list[float]]:
+    """Texts a second of all of them in batches, and the milliseconds that some took one by one."""
+    assert _model is not None
+    start = time.perf_counter()
+    _model.encode(texts, batch_size=batch_size, show_progress_bar=False)
+    rate = len(texts) / (time.perf_counter() - start)
+    latencies = []
+    for i in range(queries):
+        start = time.perf_counter()
+        _model.encode(texts[i % len(texts)], show_progress_bar=False)
+        latencies.append(1e3 * (time.perf_counter() - start))
+    return rate, latencies
+
+
+def _statistics(measured: list[tuple[float, list[float]]]) -> dict[str, Any]:
+    rates = [rate for rate, _ in measured]
+    latencies = sorted(ms for _, found in measured for ms in found)
+    return {
+        "texts_per_second": statistics.median(rates),
+        "texts_per_second_rounds": rates,
+        "query_p50_ms": statistics.median(latencies),
+        "query_p99_ms": latencies[min(len(latencies) - 1, int(0.99 * len(latencies)))],
+    }
+
+
+def _resident() -> float:
+    """Bytes of physical memory that this process occupies; NaN where the system is not Linux."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else math.nan
+
+
+def _table(results: list[dict[str, Any]], setting: dict[str, Any]) -> str:
+    first = results[-1]
+    rows = [("", "texts/s", "", "query p50", "p99", "weights", "held")]
+    for r in results:
+        speed = f"{r['texts_per_second'] / first['texts_per_second']:.2f}x" if len(results) > 1 else ""
+        name = f"{r['model']} ({'ternary, ' if r['ternary'] else ''}{r['dtype']}, {r['device']})"
+        held = "not measured" if r["held_mb"] is None else f"{r['held_mb']:.1f} MB"
+        times = f"{r['query_p50_ms']:.1f} ms", f"{r['query_p99_ms']:.1f} ms"
+        rows.append(
+            (
+                name,
+                f"{r['texts_per_second']:.1f}",
+                speed,
+                *times,
+                f"{r['weights_mb']:.1f} MB",
+                held,
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+    lines.append(
+        f"{setting['count']} texts of {setting['mean_words']:.0f} words in batches of "
+        f"{setting['batch_size']}, median of {setting['rounds']} rounds; {setting['queries']} single queries"
+    )
+    lines.append(common.footer(setting["environment"]))
+    return "\n".join(lines)

@@ -1,0 +1,106 @@
+"""``tritern convert``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from . import common
+from .common import ActivationBits, AsJson, Column, Device, Dtype, Force, Model, Result, Rule, Skip, Trust
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+EXAMPLES = """**Examples**
+
+    tritern convert all-MiniLM-L6-v2 minilm-ternary
+    tritern convert BAAI/bge-base-en-v1.5 bge-ternary --calibrate texts.txt
+    tritern convert minilm-ternary minilm-dense --format dense
+    tritern convert BAAI/bge-base-en-v1.5 bge.gguf --format gguf --skip "*.layer.0.*"
+
+What it costs in quality depends on the model: measure it with `tritern eval`, regain it with
+`tritern distill`."""
+
+
+def convert(
+    model: Model,
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="Folder for the result; with --format gguf a file.")
+    ],
+    rule: Rule = None,
+    activation_bits: ActivationBits = None,
+    embedding_bits: Annotated[
+        Literal[8, 16] | None, typer.Option(help="8: word embeddings in int8; 16, the default: as they are.")
+    ] = None,
+    skip: Skip = None,
+    calibrate: Annotated[
+        str | None, typer.Option(metavar="FILE", help=f"Calibrate on these texts: {common.TEXTS}")
+    ] = None,
+    calibrate_texts: Annotated[int, typer.Option(min=1, help="Use no more than so many of them.")] = 256,
+    column: Column = None,
+    dtype: Dtype = None,
+    format: Annotated[
+        Literal["tritern", "dense", "gguf"],
+        typer.Option(help="tritern: packed; dense: ternary values in a usual checkpoint; gguf: llama.cpp's."),
+    ] = "tritern",
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> Iterator[Result]:
+    """Make a model ternary without training, and save it.
+
+    A model that is ternary already is saved in another --format.
+    """
+    _check_output(output, format, force)
+    texts = common.read(calibrate, column=column, limit=calibrate_texts) if calibrate else None
+    loaded = common.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+    import tritern
+
+    settings = dict(rule=rule, activation_bits=activation_bits, embedding_bits=embedding_bits, skip=skip)
+    settings = {name: value for name, value in {**settings, "calibration_texts": texts}.items() if value}
+    if format == "tritern" or settings or not common.is_ternary(loaded):
+        if loaded.model_card_data.base_model is None and not Path(model).exists():
+            loaded.model_card_data.base_model = model  # for the model card
+        tritern.patch(loaded, **settings)
+    size = tritern.summary(loaded)
+    _save(loaded, output, format)
+    files = [output] if output.is_file() else [f for f in output.rglob("*") if f.is_file()]
+    total = sum(file.stat().st_size for file in files)
+    data: dict[str, Any] = {"model": model, "output": str(output), "format": format, "bytes_on_disk": total}
+    data["summary"] = summary_data(size)
+    yield Result(data, f"{size}\nSaved in {output}, {total / 1e6:.1f} MB on disk.")
+
+
+def summary_data(size: Any) -> dict[str, Any]:
+    """A ``tritern.Summary`` as plain values."""
+    return {**asdict(size), "dtype": str(size.dtype).removeprefix("torch.")}
+
+
+def _check_output(output: Path, format: str, force: bool) -> None:
+    from tritern import TriternError
+
+    if format != "gguf":
+        common.prepare(output, force)
+        return
+    if output.is_dir():
+        raise TriternError(f"{output} is a folder; with --format gguf name a file, such as {output}.gguf")
+    if output.exists() and not force:
+        raise TriternError(f"{output} is there already: name another file, or write over it with --force")
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _save(model: SentenceTransformer, output: Path, format: str) -> None:
+    import tritern
+
+    if format == "gguf":
+        tritern.export_gguf(model, output)
+        return
+    if format == "dense":
+        tritern.dequantize(model)
+    model.save_pretrained(str(output))

@@ -1,0 +1,131 @@
+"""``tritern distill``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from . import common
+from .common import ActivationBits, AsJson, Column, Model, Result, Rule, Skip, Trust
+from .convert import summary_data
+
+if TYPE_CHECKING:
+    from tritern import Summary
+
+EXAMPLES = """**Examples**
+
+    tritern distill all-MiniLM-L6-v2 corpus.txt minilm-distilled
+    tritern distill intfloat/e5-small-v2 abstracts.parquet e5-ternary --column abstract --bf16
+    tritern distill BAAI/bge-small-en-v1.5 corpus.txt bge-distilled --max_steps 1000 --learning_rate 3e-4
+    torchrun --no-python --nproc-per-node 4 tritern distill intfloat/e5-base-v2 corpus.txt e5-base --bf16
+
+After OUTPUT, every field of tritern.distillation.TernaryDistillationArguments is an option too, which are
+all of transformers.TrainingArguments and more; `tritern distill --help-all` lists them.
+
+On a GPU use --bf16 and a larger --per_device_train_batch_size (256); out of memory: lower it or --max_length.
+On a CPU a step of 64 texts takes one or two seconds for a model of 22 million parameters."""
+
+
+def _print_settings(wanted: bool) -> None:
+    if wanted:
+        from tritern.distillation.arguments import settings_parser
+
+        typer.echo(settings_parser("tritern distill MODEL TEXTS OUTPUT").format_help())
+        raise typer.Exit
+
+
+def distill(
+    context: typer.Context,
+    model: Model,
+    texts: Annotated[str, typer.Argument(metavar="TEXTS", help=f"File or hub data set: {common.TEXTS}")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="Folder for the ternary model and its checkpoints.")
+    ],
+    column: Column = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use no more than so many texts.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps; default: once over the texts.")
+    ] = None,
+    prefix: Annotated[
+        list[str] | None,
+        typer.Option(help="Put before the texts, in turn; default: e5's for e5, else the model's prompts."),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Another model with the same tokenizer; default: the model itself.")
+    ] = None,
+    rule: Rule = None,
+    activation_bits: ActivationBits = None,
+    embedding_bits: Annotated[
+        Literal[8, 16], typer.Option(help="8: word embeddings in int8; 16: as they are.")
+    ] = 8,
+    skip: Skip = None,
+    holdout: Annotated[
+        int, typer.Option(min=0, help="Texts kept out of training, to measure closeness on.")
+    ] = 256,
+    joined_ratio: Annotated[
+        float | None, typer.Option(help="Share of longer texts made by joining several; default: 0.05.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT.")
+    ] = False,
+    trust_remote_code: Trust = False,
+    force: common.Force = False,
+    as_json: AsJson = False,
+    help_all: Annotated[
+        bool,
+        typer.Option("--help-all", callback=_print_settings, is_eager=True, help="List all settings."),
+    ] = False,
+) -> Iterator[Result]:
+    """Train a ternary model to give the vectors of the original, from raw text alone."""
+    if misplaced := next((v for v in (model, texts, str(output)) if v.startswith("--")), None):
+        raise typer.BadParameter(f"{misplaced}: no such option here; settings come after MODEL TEXTS OUTPUT")
+    import tritern
+    from tritern.distillation.arguments import parse_settings
+    from tritern.distillation.data import usual_prefixes
+
+    settings = parse_settings(context.args)
+    if taken := {"output_dir", "resume_from_checkpoint"}.intersection(settings):
+        raise typer.BadParameter(f"--{taken.pop()}: the folder is OUTPUT, and --resume goes on with it")
+    if steps is not None:
+        settings["max_steps"] = steps
+    common.prepare(output, force or resume, ", or go on with --resume")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for chatty in ("httpx", "sentence_transformers", "datasets"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    ternary: dict[str, Any] = dict(
+        rule=rule, activation_bits=activation_bits, embedding_bits=embedding_bits, skip=skip
+    )
+    student = tritern.distill(
+        common.load(model, trust_remote_code=trust_remote_code),
+        common.read("-", limit=limit) if texts == "-" else texts,
+        output,
+        column=None if texts == "-" else column,
+        limit=None if texts == "-" else limit,
+        teacher=common.load(teacher, trust_remote_code=trust_remote_code) if teacher else None,
+        config=tritern.TernaryConfig(**{name: value for name, value in ternary.items() if value}),
+        prefixes=prefix or usual_prefixes(model),
+        holdout=holdout,
+        joined_ratio=joined_ratio,
+        resume=resume,
+        **settings,
+    )
+    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun one speaks
+        yield _result(output, tritern.summary(student))
+
+
+def _result(output: Path, size: Summary) -> Result:
+    from tritern.distillation.run import RECORD_FILE
+
+    record = json.loads((output / RECORD_FILE).read_text(encoding="utf-8"))
+    data = {name: record[name] for name in ("model", "teacher", "data", "steps", "seconds", "fidelity")}
+    lines = [str(size)]
+    for stage, f in record["fidelity"].items():
+        lines.append(f"{stage}: cosine {f['cosine']:.4f}, top-{f['k']} overlap {f['overlap']:.1%}")
+    lines.append(f"Saved in {output}, with its model card (README.md) and the record of the run.")
+    return Result({**data, "output": str(output), "summary": summary_data(size)}, "\n".join(lines))

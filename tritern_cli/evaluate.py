@@ -1,0 +1,73 @@
+"""``tritern eval``."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import common
+from .common import AsJson, BatchSize, Column, Device, Dtype, Model, Result, Trust
+
+EXAMPLES = """**Examples**
+
+    tritern eval minilm-ternary --teacher all-MiniLM-L6-v2 --texts sample.txt
+    zcat corpus.txt.gz | shuf -n 1000 | tritern eval minilm-ternary --texts - --json
+
+Texts like those you will embed, and not those trained on, say most. Time grows with the square of their
+number."""
+
+
+def evaluate(
+    model: Model,
+    texts: Annotated[str, typer.Option(metavar="FILE", help=f"At least k + 2: {common.TEXTS}")],
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The original; default: the base model in MODEL's model card."),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours compared.")] = 10,
+    limit: Annotated[int, typer.Option(min=1, help="Use no more than so many texts.")] = 1000,
+    column: Column = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Put before the texts; default: the models' own.")
+    ] = None,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    as_json: AsJson = False,
+) -> Iterator[Result]:
+    """How close a model's vectors and neighbours are to its original's."""
+    sample = common.read(texts, column=column, limit=limit)
+    teacher = teacher or _base_model(model)
+
+    import tritern
+
+    settings = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    fidelity = tritern.evaluate(
+        common.load(model, **settings), common.load(teacher, **settings), sample,
+        k=k, batch_size=batch_size, prompt=prompt, show_progress_bar=sys.stderr.isatty(),
+    )  # fmt: skip
+    values = {name: None if math.isnan(v) else v for name, v in asdict(fidelity).items()}
+    yield Result({"model": model, "teacher": teacher, **values}, f"{fidelity}\nTeacher: {teacher}")
+
+
+def _base_model(model: str) -> str:
+    """The base model that the model card names."""
+    from huggingface_hub import ModelCard
+
+    from tritern import TriternError
+
+    try:
+        card = Path(model) / "README.md" if Path(model).is_dir() else model
+        base = ModelCard.load(card).data.to_dict().get("base_model")
+    except Exception:  # no card, no network, no YAML: it names nothing
+        base = None
+    if not isinstance(base, str):
+        raise TriternError(f"{model} does not say what it was made from: name the original with --teacher")
+    return base
