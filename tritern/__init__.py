@@ -13,12 +13,14 @@ from .embedding import Int8Embedding
 from .errors import CheckpointError, TriternError
 from .evaluate import Fidelity, evaluate
 from .export import dequantize
+from .gguf import export_gguf
 from .linear import TernaryLinear
 from .patch import patch
 from .summary import Summary, summary
 from .warmup import warmup
 
 if TYPE_CHECKING:
+    from .adapters import lora
     from .distillation import distill
 
 try:
@@ -38,7 +40,9 @@ __all__ = [
     "dequantize",
     "distill",
     "evaluate",
+    "export_gguf",
     "from_bitnet",
+    "lora",
     "patch",
     "summary",
     "warmup",
@@ -50,4 +54,8 @@ def __getattr__(name: str) -> Any:
         from .distillation import distill
 
         return distill
+    if name == "lora":  # needs peft
+        from .adapters import lora
+
+        return lora
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

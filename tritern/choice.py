@@ -100,6 +100,23 @@ def matrices_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in own if p.is_floating_point() and sum(s > 1 for s in p.shape) >= 2}
 
 
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's transformer blocks by name: members of the outermost ModuleLists all of whose members hold
+    linear layers.
+    """
+    found: dict[str, nn.Module] = {}
+    prefixes: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(p) for p in prefixes):
+            children = {f"{name}.{n}" if name else n: c for n, c in module.named_children()}
+            if children and all(
+                any(isinstance(m, nn.Linear) for m in c.modules()) for c in children.values()
+            ):
+                prefixes.append(f"{name}." if name else "")
+                found |= children
+    return found
+
+
 def starred(name: str) -> str:
     """The name with ``*`` for numbers: one name for a layer of all blocks."""
     return re.sub(r"\b\d+\b", "*", name)
@@ -114,6 +131,7 @@ class _Context:
         self.owners: dict[int, list[nn.Module]] = {}
         self.in_transformers: set[int] = set()
         self.heads: set[int] = set()
+        self.adapters: set[int] = set()
         for module in self.modules.values():
             for parameter in module.parameters(recurse=False):
                 self.owners.setdefault(id(parameter), []).append(module)
@@ -123,6 +141,8 @@ class _Context:
                 if module.base_model is not module:  # what no model inside holds either is a head
                     nested = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
                     self.heads |= inside - {id(m) for n in nested if n is not module for m in n.modules()}
+            if isinstance(base := getattr(module, "base_layer", None), nn.Module) and _of_peft(module):
+                self.adapters |= {id(m) for m in module.modules()} - {id(m) for m in base.modules()}
         self.sentence_transformer = hasattr(model, "_get_model_config")
 
     def skipped(self, names: tuple[str, ...]) -> str:
@@ -149,6 +169,11 @@ class _Context:
         return ""
 
 
+def _of_peft(module: nn.Module) -> bool:
+    """Whether peft made the module, which need not be installed."""
+    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+
+
 def _named(modules: dict[str, nn.Module], kind: type) -> list[tuple[tuple[str, ...], Any]]:
     """Modules of a kind with all their names."""
     names: dict[int, list[str]] = {}
@@ -163,6 +188,8 @@ def _linear_reason(names: tuple[str, ...], module: nn.Linear, context: _Context)
         return reason
     if type(module) is not nn.Linear:
         return f"subclass of nn.Linear: {type(module).__name__}"
+    if id(module) in context.adapters:
+        return "adapter"
     if "weight" not in module._parameters:
         return "its weight is computed anew at each call (weight_norm, spectral_norm or the like)"
     if reason := context.shared(module, nn.Linear) or context.saved_elsewhere(names, module):

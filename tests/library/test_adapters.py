@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from sentence_transformers import SentenceTransformer
+
+import tritern
+from tritern import TernaryLinear, TriternError
+
+TARGETS = {"target_modules": ["query", "value"], "r": 4}
+
+
+@pytest.fixture
+def ternary(tiny, tmp_path):
+    """A saved ternary model, loaded."""
+    tritern.patch(tiny).save_pretrained(str(tmp_path / "ternary"))
+    return SentenceTransformer(str(tmp_path / "ternary"), device="cpu")
+
+
+def train(model, texts):
+    """A few steps towards other vectors; the first and the last loss."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 1e-2)
+    losses = []
+    for _ in range(5):
+        vectors = model(model.preprocess(texts))["sentence_embedding"]
+        losses.append((vectors - torch.linspace(-2, 2, 32)).pow(2).mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    return losses[0].item(), losses[-1].item()
+
+
+def test_an_adapter_is_trained_saved_and_loaded(ternary, texts, tmp_path):
+    before = ternary.encode(texts)
+    codes = [m.weight.clone() for m in ternary.modules() if isinstance(m, TernaryLinear)]
+    ternary.add_adapter(tritern.lora(LoraConfig(**TARGETS)))
+    assert np.array_equal(ternary.encode(texts), before)  # it starts as zero
+    trainable = [n for n, p in ternary.named_parameters() if p.requires_grad]
+    assert len(trainable) == 2 * 2 * 2 and all("lora_" in n for n in trainable)
+    first, last = train(ternary, texts)
+    assert last < first
+    after = ternary.encode(texts)
+    assert not np.array_equal(after, before)
+    assert all(
+        torch.equal(m.weight, c)
+        for m, c in zip((m for m in ternary.modules() if isinstance(m, TernaryLinear)), codes)
+    )
+    path = str(tmp_path / "adapter")
+    ternary.save_pretrained(path)
+
+    again = SentenceTransformer(str(tmp_path / "ternary"), device="cpu")
+    assert np.array_equal(again.encode(texts), before)
+    again.load_adapter(path, peft_config=tritern.lora(LoraConfig.from_pretrained(path)))
+    assert np.array_equal(again.encode(texts), after)
+
+    again = SentenceTransformer(str(tmp_path / "ternary"), device="cpu")
+    config = tritern.lora(LoraConfig.from_pretrained(path))
+    again[0].model = PeftModel.from_pretrained(again[0].model, path, config=config)
+    assert np.array_equal(again.encode(texts), after)
+    with pytest.raises(TriternError, match="cannot be merged into ternary weights"):
+        again[0].model.merge_and_unload()
+
+
+def test_summary_calls_adapters_by_their_name(ternary):
+    get_peft_model(ternary[0].model, tritern.lora(LoraConfig(**TARGETS)))
+    summary = tritern.summary(ternary)
+    assert len(summary.layers) == 12
+    assert [s.reason for s in summary.skipped] == ["adapter"] * 8 + ["pooler"]
+
+
+@pytest.mark.filterwarnings("error:Unsupported layer type")
+def test_configurations_that_need_the_weights_are_refused(ternary):
+    model = ternary[0].model
+    with pytest.raises(TriternError, match="init_lora_weights must be True, .*; received 'pissa'"):
+        get_peft_model(model, tritern.lora(LoraConfig(**TARGETS, init_lora_weights="pissa")))
+    with pytest.raises(TriternError, match="use_dora must be False"):
+        get_peft_model(model, tritern.lora(LoraConfig(**TARGETS, use_dora=True)))
+    with pytest.raises(TriternError, match="only plain LoRA works on ternary layers; .*ALora"):
+        get_peft_model(model, tritern.lora(LoraConfig(**TARGETS, alora_invocation_tokens=[1])))
+    with pytest.raises(TriternError, match="config must be a peft.LoraConfig; received dict"):
+        tritern.lora({})
+
+
+def test_without_registration_peft_says_what_it_does_not_know(ternary):
+    with pytest.raises(ValueError, match="Target module TernaryLinear.* is not supported"):
+        ternary.add_adapter(LoraConfig(**TARGETS))
+
+
+def test_a_model_that_carries_adapters_is_refused(tiny):
+    tiny.add_adapter(LoraConfig(**TARGETS))
+    before = {n: id(m) for n, m in tiny.named_modules()}
+    with pytest.raises(
+        TriternError, match=r"carries PEFT adapters \(4 modules, such as 0\.model\..*query\)\. Merge"
+    ):
+        tritern.patch(tiny)
+    assert {n: id(m) for n, m in tiny.named_modules()} == before
+
+
+def test_a_merged_model_is_patched(tiny, texts):
+    model = get_peft_model(tiny[0].model, LoraConfig(**TARGETS, init_lora_weights=False))
+    tiny[0].model = model.merge_and_unload()
+    assert len(tritern.summary(tritern.patch(tiny)).layers) == 12
+    assert np.isfinite(tiny.encode(texts)).all()

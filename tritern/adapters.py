@@ -1,0 +1,70 @@
+"""LoRA adapters of peft on a ternary model: the codes stay, small matrices beside them are trained."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+try:
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+except ImportError as error:
+    raise ImportError("tritern.lora needs peft: pip install 'tritern[lora]'") from error
+
+from .errors import TriternError
+from .linear import TernaryLinear
+
+
+class TernaryLoraLinear(Linear):
+    """peft's LoRA layer around a ``TernaryLinear``: y = base(x) + scaling * B(A(dropout(x))).
+
+    Raises:
+        TriternError: a variant or initialization that reads the base weight, such as DoRA or PiSSA; merging.
+    """
+
+    def __init__(self, base_layer: TernaryLinear, adapter_name: str, config: LoraConfig, **kw: Any) -> None:
+        start = config.init_lora_weights
+        if start not in (True, False, "gaussian", "orthogonal"):
+            raise TriternError(
+                f"init_lora_weights must be True, False, 'gaussian' or 'orthogonal' on ternary layers; "
+                f"received {start!r}, which would change the base weight"
+            )
+        if config.use_dora:
+            raise TriternError("use_dora must be False on ternary layers: DoRA reads the base weight")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Unsupported layer type")  # peft's, of every other type
+            super().__init__(base_layer, adapter_name, config, **kw)
+        if self.lora_variant:
+            variant = type(self.lora_variant[adapter_name]).__name__
+            raise TriternError(
+                f"only plain LoRA works on ternary layers; this configuration asks for {variant}"
+            )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: the sum of codes and an adapter is not ternary."""
+        raise TriternError(
+            "an adapter cannot be merged into ternary weights: keep it beside them, or merge it into the "
+            "full-precision model and patch that"
+        )
+
+
+def lora(config: LoraConfig) -> LoraConfig:
+    """Let a peft configuration apply to ternary layers; returns it.
+
+    peft knows which layers it can adapt by their type, and a saved configuration does not remember that more
+    were registered: pass every configuration through here, a loaded one too. A model with adapters saves the
+    adapters only and the name it was itself loaded from: save the ternary model, load it, then adapt it.
+
+        model = SentenceTransformer("minilm-ternary")
+        model.add_adapter(tritern.lora(LoraConfig(target_modules=["query", "value"])))
+        ...
+        model = SentenceTransformer("minilm-ternary")
+        model.load_adapter(path, peft_config=tritern.lora(LoraConfig.from_pretrained(path)))
+
+    Raises:
+        TriternError: not a ``peft.LoraConfig``.
+    """
+    if not isinstance(config, LoraConfig):
+        raise TriternError(f"config must be a peft.LoraConfig; received {type(config).__name__}")
+    config._register_custom_module({TernaryLinear: TernaryLoraLinear})
+    return config
