@@ -147,6 +147,11 @@ class TernaryHfQuantizer(HfQuantizer):
         state: dict[str, torch.Tensor] = revert_weight_conversion(
             model, remove_tied_weights_from_state_dict(state, model)
         )
+        if offloaded := [name for name, tensor in state.items() if tensor.is_meta]:
+            raise TriternError(
+                f"{offloaded[0]} and {len(offloaded) - 1} more tensors are on the meta device: load the "
+                "model without offloading to save it"
+            )
         return None, {DIGEST_KEY: digest(state.items())}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -237,9 +242,8 @@ def _check_loaded(name: str, layer: nn.Module) -> None:
     dtypes = (
         {"weight": (torch.uint8,), "weight_scale": (torch.float32,)} if ternary else {"weight": (torch.int8,)}
     )
-    tensors = layer.state_dict(keep_vars=True)
-    if any(t.is_meta for t in tensors.values()):
-        return  # offloaded by accelerate
+    # accelerate leaves offloaded ones on the meta device
+    tensors = {k: t for k, t in layer.state_dict(keep_vars=True).items() if not t.is_meta}
     for key, tensor in tensors.items():
         if not getattr(tensor, "_is_hf_initialized", False):  # set on what transformers has loaded
             raise CheckpointError(f"the checkpoint has no {name}.{key}: save the model again")
@@ -248,8 +252,9 @@ def _check_loaded(name: str, layer: nn.Module) -> None:
                 f"{name}.{key} must be {' or '.join(map(str, allowed))}; the checkpoint holds {tensor.dtype}"
             )
     try:
-        check_scale(tensors["weight_scale"])
-        if ternary:
+        if "weight_scale" in tensors:
+            check_scale(tensors["weight_scale"])
+        if ternary and "weight" in tensors:
             check_codes(tensors["weight"])
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from None
