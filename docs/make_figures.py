@@ -283,7 +283,7 @@ def scales() -> Figure:
         160,
         222,
         90,
-        "y[m, n] = sum · scale_x[m]\n· scale[n] + bias[n]\nin float32, then rounded to x's dtype",
+        "y[m, n] = sum · scale_x[m]\n· scale[n] + bias[n]\nfloat32, then x's dtype",
         kind="s3",
         size=12,
     )
