@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tritern_kernels import MAX_K, PackedTernary, pack, padded_k, unpack
-from tritern_kernels.formats import check_shape, from_packed_order, to_packed_order
+from tritern_kernels.formats import check_scale, check_shape, from_packed_order, to_packed_order
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
@@ -90,6 +90,13 @@ def test_unpack_refuses_the_unused_pattern():
     packed[1, 5] = 0b00_10_00_01
     with pytest.raises(ValueError, match="bit pattern 10"):
         unpack(packed, 128)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e-9])
+def test_check_scale_refuses(value):
+    check_scale(torch.tensor([0.0, 1e-30, 3.0]))
+    with pytest.raises(ValueError, match="scale holds NaN, infinity or a negative value"):
+        check_scale(torch.tensor([1.0, value]))
 
 
 @pytest.mark.parametrize(

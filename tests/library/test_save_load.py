@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 import tritern
 from tritern import CheckpointError, TernaryConfig, TernaryLinear, TriternError
-from tritern.checkpoint import MANIFEST
+from tritern.checkpoint import DIGEST_KEY, MANIFEST, digest
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,6 +161,61 @@ def test_a_rewritten_file_is_refused(saved, tmp_path):
         load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"format": "pt"}
     )
     refused(folder, "carry no single digest")
+
+
+def rewrite(folder, change):
+    """Change the weights on disk as somebody who can write a valid digest."""
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file, metadata={"format": "pt", DIGEST_KEY: digest(state.items())})
+
+
+LAYER = "encoder.layer.1.output.dense"
+TABLE = "embeddings.word_embeddings"
+
+
+def setting(name, index, value):
+    return lambda state: state[name].flatten().__setitem__(index, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (setting(f"{LAYER}.weight_scale", 3, float("nan")), f"{LAYER}: scale holds NaN, infinity or a neg"),
+        (setting(f"{LAYER}.weight_scale", 0, float("inf")), f"{LAYER}: scale holds NaN"),
+        (setting(f"{LAYER}.weight_scale", -1, -0.1), f"{LAYER}: scale holds NaN"),
+        (setting(f"{LAYER}.weight", 7, 0b00_10_00_01), f"{LAYER}: packed holds the bit pattern 10"),
+        (setting(f"{TABLE}.weight_scale", 5, float("nan")), f"{TABLE}: scale holds NaN"),
+        (lambda s: s.pop(f"{LAYER}.weight_scale"), f"the checkpoint has no {LAYER}.weight_scale"),
+        (lambda s: s.pop(f"{LAYER}.weight"), f"the checkpoint has no {LAYER}.weight"),
+        (lambda s: s.pop(f"{LAYER}.bias"), f"the checkpoint has no {LAYER}.bias"),
+        (lambda s: s.pop(f"{TABLE}.weight"), f"the checkpoint has no {TABLE}.weight"),
+        (
+            lambda s: s.update({f"{LAYER}.weight": s[f"{LAYER}.weight"].char()}),
+            "must be torch.uint8.*torch.int8",
+        ),
+        (
+            lambda s: s.update({f"{TABLE}.weight": s[f"{TABLE}.weight"].short()}),
+            "must be torch.int8.*torch.int16",
+        ),
+        (lambda s: s.update({f"{LAYER}.weight": s[f"{LAYER}.weight"][:-1]}), "(?i)mismatch"),
+    ],
+)
+def test_a_valid_digest_over_impossible_weights_is_refused(tiny_path, tmp_path, change, match):
+    tritern.patch(AutoModel.from_pretrained(tiny_path), embedding_bits=8).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda state: None)
+    AutoModel.from_pretrained(tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises((CheckpointError, RuntimeError), match=match):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_damaged_manifest_is_refused(saved, tmp_path):
+    folder = copy_of(saved[0], tmp_path)
+    for text in ("{", "[]", '{"sha256": {"../config.json": ""}}', '{"sha256": {"/etc/hosts": ""}}'):
+        (folder / MANIFEST).write_text(text)
+        refused(folder, "tritern_manifest.json cannot be read.*damaged. Copy it again")
 
 
 def change_settings(folder, **changes):
