@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from tritern_kernels.dispatch import FLOATS
 from tritern_kernels.formats import check_shape
 
 from . import hf
+from .calibration import calibrate
 from .choice import Choice, choose, choose_tables, matrices_of, others, starred
 from .config import TernaryConfig
 from .embedding import Int8Embedding
@@ -32,6 +33,7 @@ def patch(
     rule: str | None = None,
     activation_bits: int | None = None,
     embedding_bits: int | None = None,
+    calibration_texts: Sequence[Any] | None = None,
 ) -> Model:
     """Make a model's linear layers ternary, in place, and return it.
 
@@ -42,6 +44,10 @@ def patch(
     ``tritern.summary(model)`` lists them. Layers are converted one by one, so that memory stays near the
     model's own. Untrained, a ternary model loses quality: measure it with ``tritern.evaluate``.
 
+    With ``calibration_texts``, a few hundred texts of the kind that will be embedded, weights and biases are
+    fitted to them, layer by layer (``tritern.calibration``): no training, minutes on a CPU for a small model,
+    and far closer to the original. That takes a second copy of the model for as long as it lasts.
+
     With ``embedding_bits=8`` every ``nn.Embedding`` of at least 1,024 rows becomes an ``Int8Embedding``,
     except subclasses, those with max_norm or in sentence-transformers' own modules, and weights shared with
     another module, as in T5 or with an lm_head.
@@ -50,10 +56,13 @@ def patch(
         model: the model; its weights must be loaded, finite, in float32, float16 or bfloat16.
         config: settings; the defaults of ``TernaryConfig`` if None.
         skip, rule, activation_bits, embedding_bits: replace the config's field of that name.
+        calibration_texts: at least 16 texts, or other inputs of a sentence-transformers model. Its prompts
+            are put before them in turn.
 
     Raises:
         TriternError: nothing to patch, already patched, already quantized otherwise, carrying adapters,
-            weights on the meta device, not finite or of an unsupported dtype. The model is then unchanged.
+            weights on the meta device, not finite or of an unsupported dtype; too few texts, or a model that
+            takes none. The model is then unchanged.
 
     Warns:
         UserWarning: most of the model's matrix weights are no ``nn.Linear``, as in mixtures of experts.
@@ -78,12 +87,18 @@ def patch(
     ] = {}  # of several layers with the very same weight, the first is packed and the others share it
     linears = [(c.names, first.setdefault(id(c.module.weight), c.name)) for c in chosen]
     table_names = [c.names for c in tables]
+    fitted: dict[str, TernaryLinear] = {}
+    if calibration_texts is not None:
+        own = [c.name for c in chosen if sum(c.module.weight is d.module.weight for d in chosen) == 1]
+        fitted = calibrate(model, own, [n[0] for n in table_names], calibration_texts, config)
     del chosen, tables  # so that each full-precision weight is freed as soon as its layer is replaced
 
     for names, source in tqdm(linears, desc="Ternarizing", unit="layer", delay=2, leave=False, disable=None):
         old = model.get_submodule(names[0])
         assert isinstance(old, nn.Linear)
-        if source == names[0]:
+        if names[0] in fitted:
+            new = fitted.pop(names[0]).train(old.training)
+        elif source == names[0]:
             new = TernaryLinear.from_linear(old, rule=config.rule, activation_bits=config.activation_bits)
         else:
             twin = model.get_submodule(source)
@@ -155,7 +170,7 @@ def _check(model: nn.Module, config: TernaryConfig, linears: list[Choice], table
     adapters = [n for n, m in model.named_modules() if type(m).__module__.startswith("peft.tuners.")]
     if adapters:
         raise TriternError(
-            f"the model carries PEFT adapters ({len(adapters)} modules, such as {adapters[0]}). Merge them "
+            f"the model carries PEFT adapters ({len(adapters)} modules, such as {adapters[-1]}). Merge them "
             "into its weights first (merge_and_unload of peft), or patch the plain model and adapt that"
         )
     if all(c.reason for c in linears):

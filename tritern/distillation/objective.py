@@ -11,6 +11,7 @@ import torch.distributed as dist
 from sentence_transformers.util import all_gather, all_gather_with_grad
 from torch import Tensor, nn
 
+from ..choice import blocks_of
 from ..errors import TriternError
 from .layers import TrainableTernaryLinear
 from .losses import LOSSES, Outputs, terms
@@ -31,7 +32,7 @@ class Taps:
     """Hooks that collect the outputs of a model's transformer blocks and the last block's Q, K and V."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.blocks = _blocks(model)
+        self.blocks = list(blocks_of(model).values())
         self.qkv = _projections(self.blocks[-1]) if self.blocks else []
 
     @contextmanager
@@ -52,19 +53,6 @@ class Taps:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Members of the outermost ModuleLists all of whose members hold linear layers."""
-    found: list[nn.Module] = []
-    prefixes: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(p) for p in prefixes):
-            children = list(module.children())
-            if children and all(any(isinstance(m, nn.Linear) for m in c.modules()) for c in children):
-                prefixes.append(name + ".")
-                found += children
-    return found
 
 
 def _projections(block: nn.Module) -> Sequence[nn.Module]:

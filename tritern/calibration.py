@@ -1,0 +1,328 @@
+"""Ternary weights fitted to texts: layer by layer, each making up for the errors of those before it.
+
+Nothing is trained: there are no gradients and no labels. For a layer y = W x of the original, whose inputs x'
+now come from layers that are ternary already, the codes t and the scale s of a row w are chosen to minimise
+
+    sum over tokens of (w x + b - s t x' - b')^2
+
+(of every text the same weight), with b' free where the layer has a bias. With H = sum of x' x'^T and
+c = sum of (w x) x', both about their means where there is a bias, this is s^2 t H t^T - 2 s t c^T and a
+constant: a quadratic that is lowered one code at a time, over and over until no code changes, with the best
+scale in between.
+
+The objective is that of GPTQ (arXiv:2210.17323), with the original's outputs on its own inputs as the target
+(as in GPTAQ, arXiv:2504.02692). GPTQ rounds each weight once; the descent revises codes until they rest.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tritern_kernels import PackedTernary
+from tritern_kernels.formats import pack
+
+from .choice import blocks_of
+from .config import TernaryConfig
+from .embedding import Int8Embedding
+from .errors import TriternError
+from .linear import TernaryLinear
+
+LEAST_TEXTS = 16
+"""Fewer say next to nothing about the inputs of a layer."""
+
+DAMPING = 0.01
+"""Share of the inputs' mean square added to all of them, independently: directions that the texts hardly use
+keep the original's weights.
+"""
+
+SWEEPS = 20
+COLUMNS = 128
+"""Codes of so many inputs are revised before what follows from them is passed on to the rest of the row."""
+
+
+def calibrate(
+    model: Any, layers: Sequence[str], tables: Sequence[str], inputs: Sequence[Any], config: TernaryConfig
+) -> dict[str, TernaryLinear]:
+    """Ternary layers for linear ones, fitted to what the model makes of the inputs. It is left as it is.
+
+    Layers that no input reaches, as those of a model's image half, are not among the results.
+
+    Args:
+        model: a sentence-transformers model, in full precision.
+        layers: names of the ``nn.Linear``s.
+        tables: names of the ``nn.Embedding``s that will be int8, so that layers make up for their errors too.
+        inputs: texts, or what else ``model.preprocess`` takes.
+        config: ``rule`` says from which codes the descent starts.
+
+    Raises:
+        TriternError: not a model that takes texts, or too few texts.
+    """
+    batches = _batches(model, inputs)
+    student = copy.deepcopy(model).eval()
+    for name in tables:
+        table = student.get_submodule(name)
+        assert isinstance(table, nn.Embedding)
+        student.set_submodule(name, Int8Embedding.from_embedding(table))
+    fitted: dict[str, TernaryLinear] = {}
+    with _evaluating(model), torch.inference_mode(False), torch.no_grad():
+        groups, times = _trace(model, layers, batches[0])
+        streams = _Stream(model, batches), _Stream(student, batches)
+        bar = tqdm(groups, desc="Calibrating", unit="step", delay=2, leave=False, disable=None)
+        for group in bar:
+            for stream in streams:
+                stream.advance(group[0])
+            squares, products = _measure(*streams, group, times[group[0]])
+            for name, product in products.items():
+                fitted[name] = _fit(model.get_submodule(name), squares, product, config)
+                student.set_submodule(name, fitted[name])
+    return fitted
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def _batches(model: Any, inputs: Sequence[Any], size: int = 32) -> list[dict[str, Any]]:
+    """Preprocessed batches, the shortest first; the model's prompts, if any, before the texts in turn."""
+    if not hasattr(model, "preprocess"):
+        raise TriternError(
+            f"calibration_texts need a sentence-transformers model, which takes texts; received "
+            f"{type(model).__name__}. Patch it inside a SentenceTransformer, or without calibration_texts."
+        )
+    if isinstance(inputs, str):
+        raise TriternError("calibration_texts must be many texts, not one string")
+    inputs = [i for i in inputs if not (isinstance(i, str) and not i.strip())]
+    if len(inputs) < LEAST_TEXTS:
+        raise TriternError(
+            f"calibration_texts must be at least {LEAST_TEXTS} texts, a few hundred are better; "
+            f"received {len(inputs)} that are not empty"
+        )
+    prompts = list(dict.fromkeys(p or "" for p in (getattr(model, "prompts", None) or {}).values())) or [""]
+    inputs = [prompts[i % len(prompts)] + x if isinstance(x, str) else x for i, x in enumerate(inputs)]
+    inputs = sorted(inputs, key=lambda x: len(x) if isinstance(x, str) else 0)
+    batches = [model.preprocess(inputs[i : i + size]) for i in range(0, len(inputs), size)]
+    device = next(model.parameters()).device
+    return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()} for b in batches]
+
+
+def _token_weights(batch: dict[str, Any], rows: int, device: torch.device) -> Tensor | None:
+    """Weights [rows] that sum to 1 over the tokens of a text and leave padding out; None: all rows alike."""
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
+    if rows == mask.numel():
+        return weights.flatten().to(device)
+    if rows == int(mask.sum()):  # padding was taken out
+        return weights[mask.bool()].to(device)
+    return None
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout for as long as the context lasts."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+# ---------------------------------------------------------------- passes through a model
+
+
+class _Done(Exception):
+    """Thrown by a hook when a pass has gone far enough."""
+
+
+def _trace(
+    model: nn.Module, layers: Sequence[str], batch: dict[str, Any]
+) -> tuple[list[list[str]], dict[str, int]]:
+    """Layers in the order in which they run, those with the same input together, and how often each runs."""
+    first: list[tuple[str, Tensor]] = []
+    times: dict[str, int] = {}
+
+    def note(name: str, module: nn.Module, args: Any) -> None:
+        times[name] = times.get(name, 0) + 1
+        if times[name] == 1:
+            first.append((name, args[0]))  # kept, so that no later tensor is at the same address
+
+    with ExitStack() as hooks:
+        for name in layers:
+            hook = partial(note, name)
+            hooks.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+        model(dict(batch))
+    groups: list[list[str]] = []
+    for i, (name, x) in enumerate(first):
+        if i and x is first[i - 1][1] and times[name] == times[first[i - 1][0]]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups, times
+
+
+class _Stream:
+    """A model's passes over the batches, each begun behind the last block that is finished.
+
+    Finished blocks are not run again: each hands on what the last of them gave for the batch. Where that
+    changes what arrives behind them, as the blocks do not form a chain, everything is run from the start.
+    """
+
+    def __init__(self, model: nn.Module, batches: list[dict[str, Any]]) -> None:
+        self.model, self.batches = model, batches
+        self.blocks = blocks_of(model)
+        self.finished: list[nn.Module] = []
+        self.kept: list[Any] = [None] * len(batches)
+
+    def run(self, i: int) -> None:
+        """One pass over batch ``i``, until a hook throws ``_Done``."""
+        for block in self.finished:
+            block.forward = lambda *_, out=self.kept[i], **__: out
+        try:
+            self.model(dict(self.batches[i]))
+        except _Done:
+            pass
+        finally:
+            for block in self.finished:
+                del block.forward
+
+    def advance(self, layer: str) -> None:
+        """Finish the blocks before the one that holds ``layer``."""
+        names = list(self.blocks)
+        here = next((i for i, n in enumerate(names) if layer.startswith(f"{n}.")), 0)
+        before = [self.blocks[n] for n in names[:here]]
+        if len(before) <= len(self.finished) or len({id(b) for b in before}) < len(before):
+            return
+        outputs = [self._output(i, before[-1]) for i in range(len(self.batches))]
+        expected = self._input(layer)
+        self.finished, self.kept = before, outputs
+        if not torch.equal(self._input(layer), expected):
+            self.blocks, self.finished = {}, []
+
+    def _output(self, i: int, block: nn.Module) -> Any:
+        found: list[Any] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            found.append(output)
+            raise _Done
+
+        with ExitStack() as hooks:
+            hooks.callback(block.register_forward_hook(keep).remove)
+            self.run(i)
+        return found[0]
+
+    def _input(self, layer: str) -> Tensor:
+        """What arrives at a layer from the first, shortest batch."""
+        return self.calls(0, [layer], 1, outputs=False)[0][0]
+
+    def calls(self, i: int, group: list[str], times: int, outputs: bool) -> list[tuple[Tensor, list[Tensor]]]:
+        """(input, outputs of all layers) of each call of a group of layers in one pass over batch ``i``."""
+        found: list[tuple[Tensor, list[Tensor]]] = []
+
+        def enter(module: nn.Module, args: Any) -> None:
+            found.append((args[0], []))
+            if not outputs and len(found) == times:
+                raise _Done
+
+        def leave(module: nn.Module, args: Any, output: Tensor) -> None:
+            found[-1][1].append(output)
+            if len(found) == times and len(found[-1][1]) == len(group):
+                raise _Done
+
+        with ExitStack() as hooks:
+            first = self.model.get_submodule(group[0])
+            hooks.callback(first.register_forward_pre_hook(enter).remove)
+            for name in group if outputs else ():
+                hooks.callback(self.model.get_submodule(name).register_forward_hook(leave).remove)
+            self.run(i)
+        return found
+
+
+# ---------------------------------------------------------------- what is minimised
+
+
+def _measure(
+    teacher: _Stream, student: _Stream, group: list[str], times: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sums over tokens, float64: of x' x'^T [K + 1, K + 1], where a 1 is put behind every x', and for each
+    layer of y x'^T [N, K + 1], y being what the teacher's layer gives.
+    """
+    squares, products = torch.zeros(()), dict.fromkeys(group, torch.zeros(()))
+    for i, batch in enumerate(teacher.batches):
+        given = teacher.calls(i, group, times, outputs=True)
+        for (_, outputs), (x, _) in zip(given, student.calls(i, group, times, outputs=False)):
+            rows = x.reshape(-1, x.shape[-1]).float()
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+            weights = _token_weights(batch, len(rows), rows.device)
+            weighted = rows if weights is None else rows * weights[:, None]
+            squares = (weighted.T @ rows).double() + squares.to(rows.device)
+            for name, y in zip(group, outputs):
+                product = y.reshape(len(rows), -1).float().T @ weighted
+                products[name] = product.double() + products[name].to(rows.device)
+    return squares, products
+
+
+def _fit(linear: nn.Linear, squares: Tensor, product: Tensor, config: TernaryConfig) -> TernaryLinear:
+    """The ternary layer for the sums of ``_measure``."""
+    start = TernaryLinear.from_linear(linear, rule=config.rule, activation_bits=config.activation_bits)
+    total, mean = squares[-1, -1], squares[-1, :-1] / squares[-1, -1]
+    H, C = squares[:-1, :-1] / total, product[:, :-1] / total
+    if linear.bias is not None:
+        given = product[:, -1] / total
+        H, C = H - torch.outer(mean, mean), C - torch.outer(given, mean)
+    damping = DAMPING * H.diagonal().mean()
+    H, C = H + damping * torch.eye(len(H), device=H.device), C + damping * linear.weight
+    codes, scale = descend(start.packed().codes().float(), start.weight_scale, H.float(), C.float())
+    bias = linear.bias
+    if bias is not None:
+        bias = nn.Parameter((given - scale * (codes.double() @ mean)).to(bias.dtype), bias.requires_grad)
+    packed = PackedTernary(pack(codes.to(torch.int8)), scale, start.packed().shape)
+    return TernaryLinear.from_packed(packed, bias, activation_bits=config.activation_bits)
+
+
+def descend(codes: Tensor, scale: Tensor, H: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [N, K] (-1, 0, +1 in float32) and positive scales [N] near a minimum of
+    ``scale^2 codes H codes^T - 2 scale codes C^T`` in every row, by coordinate descent from those given.
+
+    Args:
+        codes, scale: where to start.
+        H: float32 [K, K], symmetric and positive definite.
+        C: float32 [N, K].
+    """
+    codes, diagonal = codes.clone(), H.diagonal()
+    scale = _best_scale(codes, scale, H, C)
+    for _ in range(SWEEPS):
+        slope = C / scale[:, None] - codes @ H
+        changed = 0
+        for begin in range(0, codes.shape[1], COLUMNS):
+            part = slice(begin, begin + COLUMNS)
+            inner, here = H[part, part], diagonal[part]
+            now, g = codes[:, part].T.contiguous(), slope[:, part].T.contiguous()  # a row an input
+            old = now.clone()
+            for k in range(len(now)):
+                best = (g[k] / here[k] + now[k]).round_().clamp_(-1, 1)
+                g[k + 1 :] -= inner[k, k + 1 :, None] * (best - now[k])
+                now[k] = best
+            moved = (now - old).T
+            changed += int(moved.count_nonzero())
+            codes[:, part] = now.T
+            slope[:, part.stop :] -= moved @ H[part, part.stop :]
+        scale = _best_scale(codes, scale, H, C)
+        if changed <= 1e-4 * codes.numel():
+            break
+    return codes, scale
+
+
+def _best_scale(codes: Tensor, scale: Tensor, H: Tensor, C: Tensor) -> Tensor:
+    """Scales [N] that minimise the objective for given codes; the old one where that is not positive."""
+    along, length = (codes * C).sum(1), ((codes @ H) * codes).sum(1)
+    return torch.where((along > 0) & (length > 0), along / length.clamp(min=1e-30), scale)
