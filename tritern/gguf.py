@@ -1,0 +1,271 @@
+"""``tritern.export_gguf``: ternary models as files for llama.cpp."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .embedding import Int8Embedding
+from .errors import TriternError
+from .linear import TernaryLinear
+
+POOLING = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
+"""Pooling modes by sentence-transformers' name and by GGUF's."""
+
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+"""The regular expression that llama.cpp calls "qwen2"."""
+
+
+def export_gguf(model: nn.Module, path: str | Path) -> None:
+    """Write a ternary SentenceTransformer as a GGUF file.
+
+    Families: BERT with a WordPiece tokenizer in lower case (all-MiniLM, English bge and e5), as llama.cpp's
+    ``bert``, and Qwen3 (Qwen3-Embedding), as ``qwen3``. Ternary layers become TQ2_0 where in_features is a
+    multiple of 256, else Q4_0 where it is one of 32, else F16; int8 tables become Q8_0 (F16 where the width
+    is no multiple of 32). Codes are exact in the quantized types and a row's scale is rounded to float16.
+    What the model has in full precision is F16 (linear layers and word tables) or F32 (the rest).
+
+    llama.cpp rounds activations to int8 in blocks of 32 or 256 where tritern rounds whole tokens, so vectors
+    are close to tritern's, not equal. GGUF has no place for prompts, for max_seq_length and for normalization
+    (llama.cpp normalizes by default). Checked by reading files back with the ``gguf`` package, tensors and
+    metadata against the model's; names and layout follow ``conversion/bert.py`` and ``qwen.py`` in
+    github.com/ggml-org/llama.cpp. Not run in llama.cpp itself.
+
+    Args:
+        model: a SentenceTransformer of Transformer, Pooling (mean, cls or lasttoken) and perhaps Normalize,
+            with at least one ternary layer.
+        path: of the file.
+
+    Raises:
+        TriternError: another model, family, tokenizer or pooling, layers with an RMSNorm of their own, or
+            scales beyond float16. Nothing is written then.
+        ImportError: the gguf package is not installed.
+    """
+    gguf = _gguf()
+    transformer, pooling = _parts(model)
+    config, arch = transformer.config, transformer.config.model_type
+    if arch not in ("bert", "qwen3"):
+        raise TriternError(f"export_gguf writes the families bert and qwen3; this model's is {arch!r}")
+    _check_config(config)
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH.BERT if arch == "bert" else gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers
+    )
+    tensors: dict[str, tuple[np.ndarray, Any]] = {}
+    for name, content in _tensors(gguf, transformer).items():
+        full = name if arch == "bert" else f"model.{name}"
+        new = names.get_name(full, try_suffixes=(".weight", ".bias"))
+        if new is None:
+            raise TriternError(f"{name} has no place in a GGUF file of the family {arch!r}")
+        tensors[new] = content
+
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_name(Path(path).stem)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_pooling_type(gguf.PoolingType[POOLING[pooling]])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_TQ2_0)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if arch == "bert":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+        writer.add_causal_attention(False)
+        _add_wordpiece(gguf, writer, model.tokenizer, config)
+    else:
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        _add_bpe(gguf, writer, model.tokenizer, config)
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf() -> ModuleType:
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError("export_gguf needs the gguf package: pip install 'tritern[gguf]'") from None
+    return gguf
+
+
+def _parts(model: Any) -> tuple[PreTrainedModel, str]:
+    """The transformers model and the pooling mode of a SentenceTransformer."""
+    from sentence_transformers import SentenceTransformer
+
+    if not isinstance(model, SentenceTransformer):
+        raise TriternError(
+            f"export_gguf takes a SentenceTransformer, whose tokenizer and pooling go into the file; "
+            f"received {type(model).__name__}"
+        )
+    kinds = [type(module).__name__ for module in model]
+    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+        raise TriternError(
+            "export_gguf takes models of Transformer, Pooling and perhaps Normalize; "
+            f"this one has {', '.join(kinds)}"
+        )
+    if model[1].pooling_mode not in POOLING:
+        raise TriternError(
+            f"pooling_mode must be one of {', '.join(POOLING)}; it is {model[1].pooling_mode!r}"
+        )
+    if not any(isinstance(m, TernaryLinear) for m in model.modules()):
+        raise TriternError("the model has no ternary layers: call tritern.patch(model) first")
+    transformer = next(m for m in model[0].modules() if isinstance(m, PreTrainedModel))
+    return transformer, str(model[1].pooling_mode)
+
+
+def _check_config(config: Any) -> None:
+    """Settings that llama.cpp's graphs take for granted."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    sliding = getattr(config, "use_sliding_window", False)
+    for name, value, allowed in (
+        (
+            "hidden_act",
+            config.hidden_act,
+            ("gelu", "gelu_new", "gelu_pytorch_tanh") if config.model_type == "bert" else ("silu",),
+        ),
+        ("position_embedding_type", getattr(config, "position_embedding_type", "absolute"), ("absolute",)),
+        ("rope_type", rope.get("rope_type", "default"), ("default",)),
+        ("use_sliding_window", sliding, (False,)),
+        ("is_decoder", getattr(config, "is_decoder", False), (False,)),
+    ):
+        if value not in allowed:
+            raise TriternError(
+                f"{name} of a {config.model_type} model must be {' or '.join(map(repr, allowed))} to be "
+                f"written as GGUF; it is {value!r}"
+            )
+
+
+def _tensors(gguf: ModuleType, transformer: PreTrainedModel) -> dict[str, tuple[np.ndarray, Any]]:
+    """Content and GGML type of every tensor but the pooler's, by its name in the model."""
+    types, found = gguf.GGMLQuantizationType, {}
+    for name, module in transformer.named_modules():
+        if name.startswith("pooler"):
+            continue
+        if isinstance(module, TernaryLinear):
+            if module.norm is not None:
+                raise TriternError(f"{name} has an RMSNorm of its own, for which llama.cpp has no place")
+            found[f"{name}.weight"] = _ternary(gguf, name, module)
+        elif isinstance(module, Int8Embedding):
+            found[f"{name}.weight"] = _int8(gguf, name, module)
+        for key, value in module.named_parameters(recurse=False):
+            table = name.endswith(("word_embeddings", "embed_tokens"))
+            half = key == "weight" and (table or isinstance(module, nn.Linear))
+            data = value.detach().float().cpu().numpy()
+            found[f"{name}.{key}"] = (data.astype(np.float16), types.F16) if half else (data, types.F32)
+    return found
+
+
+def _ternary(gguf: ModuleType, name: str, layer: TernaryLinear) -> tuple[np.ndarray, Any]:
+    types, K = gguf.GGMLQuantizationType, layer.in_features
+    codes, scale = layer.packed().codes().cpu().numpy(), _half(name, layer.weight_scale)
+    values = codes * scale.astype(np.float32)
+    if K % 256 == 0:
+        return gguf.quants.quantize(values, types.TQ2_0), types.TQ2_0
+    if K % 32 == 0:  # the library's own Q4_0 scales so that one sign is exact and the other one is not
+        nibbles = (codes + 8).astype(np.uint8).reshape(len(codes), K // 32, 2, 16)
+        return _blocks(scale, nibbles[:, :, 0] | nibbles[:, :, 1] << 4), types.Q4_0
+    return values.astype(np.float16), types.F16
+
+
+def _int8(gguf: ModuleType, name: str, table: Int8Embedding) -> tuple[np.ndarray, Any]:
+    types, K = gguf.GGMLQuantizationType, table.embedding_dim
+    codes, scale = table.weight.cpu().numpy(), _half(name, table.weight_scale)
+    if K % 32 == 0:
+        return _blocks(scale, codes.view(np.uint8).reshape(len(codes), K // 32, 32)), types.Q8_0
+    return (codes * scale.astype(np.float32)).astype(np.float16), types.F16
+
+
+def _blocks(scale: np.ndarray, content: np.ndarray) -> np.ndarray:
+    """uint8 [N, bytes of a row]: the scale float16 [N, 1] before the content uint8 of each [N, blocks]."""
+    start = np.broadcast_to(scale.view(np.uint8)[:, None], (*content.shape[:2], 2))
+    return np.concatenate([start, content], axis=-1).reshape(len(content), -1)
+
+
+def _half(name: str, scale: Tensor) -> np.ndarray:
+    """Scales as float16 [N, 1]."""
+    rounded = scale.detach().to("cpu", torch.float16)
+    if not torch.isfinite(rounded).all():
+        raise TriternError(f"{name} has scales beyond float16, the largest {scale.max():g}")
+    return rounded.numpy()[:, None]
+
+
+def _token_types(gguf: ModuleType, tokenizer: Any, size: int) -> tuple[list[str], list[int]]:
+    """Texts and types of the tokens, in order of their ids and filled up to ``size``."""
+    texts = {index: text for text, index in tokenizer.get_vocab().items()}
+    added, types = tokenizer.added_tokens_decoder, gguf.TokenType
+    kinds = [
+        types.UNUSED if i not in texts
+        else types.NORMAL if i not in added
+        else types.CONTROL if added[i].special
+        else types.USER_DEFINED
+        for i in range(size)
+    ]  # fmt: skip
+    return [texts.get(i, f"[PAD{i}]") for i in range(size)], kinds
+
+
+def _add_wordpiece(gguf: ModuleType, writer: Any, tokenizer: Any, config: Any) -> None:
+    settings = _tokenizer_settings(tokenizer)
+    lower = (settings["normalizer"] or {}).get("lowercase")
+    if settings["model"]["type"] != "WordPiece" or not lower:
+        raise TriternError(
+            f"a BERT for llama.cpp must have a WordPiece tokenizer in lower case; this one is "
+            f"{settings['model']['type']}, lowercase={lower}"
+        )
+    texts, kinds = _token_types(gguf, tokenizer, config.vocab_size)
+    # llama.cpp marks the start of a word, not its continuation
+    words = [
+        text if kind == gguf.TokenType.CONTROL else text[2:] if text.startswith("##") else "\u2581" + text
+        for text, kind in zip(texts, kinds)
+    ]
+    writer.add_token_type_count(config.type_vocab_size)
+    writer.add_tokenizer_model("bert")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(words)
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(tokenizer.cls_token_id)
+    writer.add_sep_token_id(tokenizer.sep_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_unk_token_id(tokenizer.unk_token_id)
+    writer.add_mask_token_id(tokenizer.mask_token_id)
+
+
+def _add_bpe(gguf: ModuleType, writer: Any, tokenizer: Any, config: Any) -> None:
+    settings = _tokenizer_settings(tokenizer)
+    pattern = json.dumps(QWEN2_WORDS)[1:-1]
+    if settings["model"]["type"] != "BPE" or pattern not in json.dumps(settings["pre_tokenizer"]):
+        raise TriternError("a Qwen3 for llama.cpp must have Qwen2's BPE tokenizer; this one is another")
+    texts, kinds = _token_types(gguf, tokenizer, config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(texts)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in settings["model"]["merges"]])
+    last = tokenizer("a")["input_ids"][-1]  # Qwen3-Embedding ends texts with <|endoftext|> and pools there
+    ends = kinds[last] == gguf.TokenType.CONTROL
+    writer.add_eos_token_id(last if ends else tokenizer.eos_token_id)
+    writer.add_add_eos_token(ends)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(False)
+
+
+def _tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise TriternError(f"export_gguf needs a fast tokenizer; received {type(tokenizer).__name__}")
+    return json.loads(tokenizer.backend_tokenizer.to_str())
