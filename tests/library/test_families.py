@@ -211,3 +211,10 @@ def test_models_without_linear_layers_are_refused(name, match, tmp_path):
 def test_summary_has_one_line_for_the_layers_of_all_blocks(made):
     lines = [line for line in str(made["t5"][2]).splitlines() if line.startswith("not ternary")]
     assert len(lines) == 1 and ".block.*.layer.*.DenseReluDense.wo (2 layers, 0.02 MB): T5 wo" in lines[0]
+
+
+def test_the_page_on_families_is_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import make_families
+
+    assert make_families.TARGET.read_text() == make_families.page(), "run python docs/make_families.py"
