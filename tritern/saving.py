@@ -90,8 +90,9 @@ def model_card(model: Any, config: Any) -> str:
     tables = any(isinstance(m, Int8Embedding) for m in model.modules())
     data = model.model_card_data
     base = data.base_model or data.model_id or "a sentence-transformers model"
+    named = f"\nbase_model: {data.base_model}" if data.base_model else ""
     return f"""---
-library_name: sentence-transformers
+library_name: sentence-transformers{named}
 tags: [sentence-transformers, tritern, ternary]
 ---
 

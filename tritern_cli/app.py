@@ -46,7 +46,8 @@ class Verb(TyperCommand):
         except Exception as error:
             if not isinstance(error, _expected()):
                 raise
-            typer.secho(f"error: {' '.join(str(error).split())}", err=True, fg="red")
+            advice = " (lower the batch size)" if type(error).__name__ == "OutOfMemoryError" else ""
+            typer.secho(f"error: {' '.join(str(error).split())}{advice}", err=True, fg="red")
             raise typer.Exit(1) from None
 
 

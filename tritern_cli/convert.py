@@ -65,8 +65,6 @@ def convert(
     settings = dict(rule=rule, activation_bits=activation_bits, embedding_bits=embedding_bits, skip=skip)
     settings = {name: value for name, value in {**settings, "calibration_texts": texts}.items() if value}
     if format == "tritern" or settings or not common.is_ternary(loaded):
-        if loaded.model_card_data.base_model is None and not Path(model).exists():
-            loaded.model_card_data.base_model = model  # for the model card
         tritern.patch(loaded, **settings)
     size = tritern.summary(loaded)
     _save(loaded, output, format)

@@ -89,7 +89,10 @@ def distill(
     from tritern.distillation.arguments import parse_settings
     from tritern.distillation.data import usual_prefixes
 
-    settings = parse_settings(context.args)
+    try:
+        settings = parse_settings(context.args)
+    except tritern.TriternError as error:
+        raise typer.BadParameter(str(error)) from None
     if taken := {"output_dir", "resume_from_checkpoint"}.intersection(settings):
         raise typer.BadParameter(f"--{taken.pop()}: the folder is OUTPUT, and --resume goes on with it")
     if steps is not None:

@@ -28,8 +28,9 @@ def model_card(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in record["versions"].items())
     activations = "int8 per token" if config["activation_bits"] == 8 else "as they are"
     tables = "int8 per row" if config["embedding_bits"] == 8 else "as they were"
+    named = f"\nbase_model: {record['base_model']}" if record["base_model"] else ""
     return f"""---
-library_name: sentence-transformers
+library_name: sentence-transformers{named}
 tags: [sentence-transformers, tritern, ternary, distillation]
 ---
 
