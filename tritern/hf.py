@@ -13,7 +13,6 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tritern_kernels.dispatch import FLOATS
 from tritern_kernels.formats import check_codes, check_scale
 
 from .checkpoint import DIGEST_KEY, digest, verify, verify_files
@@ -132,7 +131,7 @@ class TernaryHfQuantizer(HfQuantizer):
 
             return patch(model, self.quantization_config)
         extend_save()
-        for name, module in _named(model, TernaryLinear) + _named(model, Int8Embedding):
+        for name, module in [*_named(model, TernaryLinear), *_named(model, Int8Embedding)]:
             _check_loaded(name, module)
         return model
 
@@ -232,31 +231,25 @@ def detach(model: nn.Module) -> None:
         vars(model)["_model_card_text"] = None
 
 
-def _check_loaded(name: str, layer: nn.Module) -> None:
+def _check_loaded(name: str, layer: TernaryLinear | Int8Embedding) -> None:
     """Refuse what a digest cannot tell: it vouches for the bytes, not for who wrote them.
 
     Raises:
-        CheckpointError: a tensor of the layer is missing or of another dtype, or holds impossible values.
+        CheckpointError: a tensor of the layer is missing or of another dtype or shape, or holds impossible
+            values.
     """
-    ternary = isinstance(layer, TernaryLinear)
-    dtypes = (
-        {"weight": (torch.uint8,), "weight_scale": (torch.float32,)} if ternary else {"weight": (torch.int8,)}
-    )
-    # accelerate leaves offloaded ones on the meta device
-    tensors = {k: t for k, t in layer.state_dict(keep_vars=True).items() if not t.is_meta}
-    for key, tensor in tensors.items():
-        if not getattr(tensor, "_is_hf_initialized", False):  # set on what transformers has loaded
+    for key, tensor in layer.state_dict(keep_vars=True).items():
+        if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):  # transformers loaded it
             raise CheckpointError(f"the checkpoint has no {name}.{key}: save the model again")
-        if tensor.dtype not in (allowed := dtypes.get(key, FLOATS)):
-            raise CheckpointError(
-                f"{name}.{key} must be {' or '.join(map(str, allowed))}; the checkpoint holds {tensor.dtype}"
-            )
+    if layer.weight.is_meta or layer.weight_scale.is_meta:
+        return  # offloaded by accelerate
     try:
-        if "weight_scale" in tensors:
-            check_scale(tensors["weight_scale"])
-        if ternary and "weight" in tensors:
-            check_codes(tensors["weight"])
-    except ValueError as error:
+        if isinstance(layer, TernaryLinear):
+            check_codes(layer.packed().packed)
+        elif layer.weight.dtype != torch.int8:
+            raise TypeError(f"the table must be int8; received {layer.weight.dtype}")
+        check_scale(layer.weight_scale)
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{name}: {error}") from None
 
 
