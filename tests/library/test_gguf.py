@@ -7,7 +7,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    AutoModel,
+    AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
     BertModel,
@@ -236,7 +236,9 @@ def test_transformers_reads_a_qwen3_file(tmp_path, ends):
     model = tritern.patch(qwen3(tmp_path, ends), activation_bits=16)
     (tmp_path / "gguf").mkdir()
     tritern.export_gguf(model, tmp_path / "gguf" / "model.gguf")
-    loaded = AutoModel.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32
+    ).model.eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf")
     text = TEXTS[3]
     ids = model.tokenizer(text)["input_ids"]
