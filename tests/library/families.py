@@ -16,7 +16,11 @@ from sentence_transformers.base.modules import Dense, Normalize, Router
 from sentence_transformers.multi_vector_encoder import MultiVectorEncoder
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
-from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, SpladePooling
+from sentence_transformers.sparse_encoder.modules import (
+    SparseAutoEncoder,
+    SparseStaticEmbedding,
+    SpladePooling,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tests.conftest import WORDS
@@ -194,6 +198,13 @@ def _splade(config: Any) -> Callable[[Path], SparseEncoder]:
     return build
 
 
+def _splade_router(folder: Path) -> SparseEncoder:
+    """Queries without a transformer."""
+    query = [SparseStaticEmbedding(tokenizer(), weight=torch.rand(len(VOCABULARY)))]
+    document = [transformer(folder, BERT, hf.AutoModelForMaskedLM, task="fill-mask"), SpladePooling("max")]
+    return SparseEncoder(modules=[Router.for_query_document(query, document)], device="cpu")
+
+
 def _csr(folder: Path) -> SparseEncoder:
     modules = [transformer(folder, BERT), Pooling(32, "mean"), SparseAutoEncoder(32, 64, k=16, k_aux=16)]
     return SparseEncoder(modules=modules, device="cpu")
@@ -238,6 +249,7 @@ BUILDERS: dict[str, Callable[[Path], Any]] = {
     "splade-bert": _splade(BERT),
     "splade-distilbert": _splade(TEXT_FAMILIES["distilbert"][0]),
     "splade-modernbert": _splade(TEXT_FAMILIES["modernbert"][0]),
+    "splade-router": _splade_router,
     "csr": _csr,
     "colbert": _colbert,
     "custom-code": _custom_code,
@@ -267,11 +279,11 @@ def vectors(model: Any) -> np.ndarray:
     if isinstance(model, CrossEncoder):
         found = [model.predict([(TEXTS[0], t) for t in TEXTS])]
     elif isinstance(model, SparseEncoder):
-        found = [v.to_dense().numpy() for v in model.encode(TEXTS)]
-    elif isinstance(model, MultiVectorEncoder):
-        found = [torch.as_tensor(v).numpy() for v in model.encode(TEXTS)]
-    elif isinstance(model[0], Router):
-        found = [model.encode_query(TEXTS), model.encode_document(TEXTS)]
+        both = [model.encode_query(TEXTS), model.encode_document(TEXTS)]
+        found = [v.to_dense().numpy() for v in both]
+    elif isinstance(model, MultiVectorEncoder) or isinstance(model[0], Router):
+        both = [model.encode_query(TEXTS), model.encode_document(TEXTS)]
+        found = [torch.as_tensor(v).numpy() for part in both for v in part]
     else:
         modalities = getattr(model[0], "modality_config", {"text": {}})
         found = [

@@ -108,6 +108,7 @@ EXPECTED: dict[str, tuple[int, dict[str, str]]] = {
         {"vocab_transform": "head", "vocab_projector": "weight shared with Embedding"},
     ),
     "splade-modernbert": (8, {"head.dense": "head", "decoder": "weight shared with Embedding"}),
+    "splade-router": (12, {"transform.dense": "head", "predictions.decoder": "weight shared with Embedding"}),
     "csr": (
         12,
         {
