@@ -1,0 +1,175 @@
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import nn
+
+import tritern
+from tritern import Int8Embedding, TernaryLinear, TriternError
+from tritern.calibration import _measure, _Stream, _token_weights, _trace, descend
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_path, sentences):
+    model = SentenceTransformer(tiny_path, device="cpu")
+    return tritern.patch(model, calibration_texts=sentences[:200])
+
+
+def test_calibrated_layers_are_closer_to_the_original(tiny, tiny_path, calibrated, sentences):
+    plain = tritern.patch(SentenceTransformer(tiny_path, device="cpu"))
+    before, after = (tritern.evaluate(m, tiny, sentences[200:]) for m in (plain, calibrated))
+    assert after.cosine > before.cosine + 0.2 and after.overlap > before.overlap + 0.1
+    assert after.rank_correlation > before.rank_correlation + 0.1
+    layers = [[n for n, m in x.named_modules() if isinstance(m, TernaryLinear)] for x in (plain, calibrated)]
+    assert layers[0] == layers[1] and len(layers[0]) == 12
+
+
+def test_saved_and_loaded(calibrated, sentences, tmp_path):
+    calibrated.save_pretrained(str(tmp_path))
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    assert (loaded.encode(sentences[:20]) == calibrated.encode(sentences[:20])).all()
+
+
+def test_layers_make_up_for_int8_tables_and_16_bit_activations_serve(tiny, tiny_path, sentences):
+    model = SentenceTransformer(tiny_path, device="cpu").train()
+    tritern.patch(model, embedding_bits=8, activation_bits=16, calibration_texts=sentences[:100])
+    assert all(m.training for m in model.modules())
+    assert any(isinstance(m, Int8Embedding) for m in model.modules())
+    assert all(m.activation_bits == 16 for m in model.modules() if isinstance(m, TernaryLinear))
+    assert tritern.evaluate(model.eval(), tiny, sentences[200:]).cosine > 0.95
+
+
+def objective(codes, scale, H, C):
+    return scale**2 * ((codes @ H) * codes).sum(1) - 2 * scale * (codes * C).sum(1)
+
+
+def test_descent_ends_where_no_single_code_and_no_scale_can_be_better():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 150, generator=generator) @ torch.randn(150, 150, generator=generator) / 12
+    w = torch.randn(20, 150, generator=generator)
+    H, C = x.T @ x / 500, w @ (x.T @ x) / 500
+    start = torch.sign(w) * (w.abs() > 0.7)
+    codes, scale = descend(start, torch.ones(20), H, C)
+    assert set(codes.unique().tolist()) <= {-1.0, 0.0, 1.0} and (scale > 0).all()
+    best = objective(codes, scale, H, C)
+    optimal_start = (start * C).sum(1) / ((start @ H) * start).sum(1)
+    assert (best < objective(start, optimal_start, H, C)).all()
+    for k in range(0, 150, 7):
+        for value in (-1.0, 0.0, 1.0):
+            other = codes.clone()
+            other[:, k] = value
+            assert (objective(other, scale, H, C) >= best - 1e-4 * best.abs()).all()
+    for factor in (0.99, 1.01):
+        assert (objective(codes, factor * scale, H, C) > best).all()
+
+
+def test_descent_finds_the_codes_that_made_the_outputs():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 40, generator=generator)
+    codes = torch.randint(-1, 2, (6, 40), generator=generator).float()
+    scale = torch.rand(6, generator=generator) + 0.5
+    y = x @ (scale[:, None] * codes).T
+    found = descend(torch.zeros(6, 40), torch.ones(6), x.T @ x / 400, y.T @ x / 400)
+    assert torch.equal(found[0], codes) and torch.allclose(found[1], scale, atol=1e-4)
+
+
+def batches_of(model, texts):
+    return [dict(model.preprocess(texts[i : i + 8])) for i in range(0, len(texts), 8)]
+
+
+def names_of(model):
+    return [n for n, m in model.named_modules() if type(m) is nn.Linear and "pooler" not in n]
+
+
+def test_what_is_summed(tiny, sentences):
+    """Against the sums over every text alone, without padding."""
+    batches = batches_of(tiny.eval(), sentences[:16])
+    groups, times = _trace(tiny, names_of(tiny), batches[0])
+    assert [len(g) for g in groups] == [3, 1, 1, 1] * 2 and set(times.values()) == {1}
+    stream = _Stream(tiny, batches)
+    with torch.no_grad():
+        squares, products = _measure(stream, stream, groups[4], 1)
+        expected, product = 0.0, 0.0
+        for text in sentences[:16]:
+            ((x, outputs),) = _Stream(tiny, batches_of(tiny, [text])).calls(0, groups[4], 1, outputs=True)
+            x = torch.cat([x[0], torch.ones(len(x[0]), 1)], 1)
+            expected, product = expected + x.T @ x / len(x), product + outputs[1][0].T @ x / len(x)
+    assert torch.allclose(squares.float(), expected, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(products[groups[4][1]].float(), product, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_of_tokens():
+    batch = {"attention_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])}
+    padded = _token_weights(batch, 8, torch.device("cpu"))
+    assert padded.tolist() == [0.5, 0.5, 0, 0, 0.25, 0.25, 0.25, 0.25]
+    assert _token_weights(batch, 6, torch.device("cpu")).tolist() == [0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
+    assert _token_weights(batch, 5, torch.device("cpu")) is None
+    assert _token_weights({}, 8, torch.device("cpu")) is None
+
+
+class Blocks(nn.Module):
+    """Three blocks; each sees the output of the one before, or of all before."""
+
+    def __init__(self, chain):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.chain = chain
+
+    def forward(self, batch):
+        x = batch["x"]
+        seen = []
+        for layer in self.layers:
+            x = layer(x if self.chain or not seen else x + sum(seen))
+            seen.append(x)
+        return x
+
+
+@pytest.mark.parametrize("chain", [True, False])
+def test_finished_blocks_are_not_run_again_where_they_form_a_chain(chain):
+    model = Blocks(chain)
+    batches = [{"x": torch.randn(3, 8)} for _ in range(2)]
+    with torch.no_grad():
+        expected = [_Stream(model, batches).calls(i, ["layers.2.0"], 1, outputs=True)[0] for i in range(2)]
+        stream = _Stream(model, batches)
+        stream.advance("layers.1.0")
+        stream.advance("layers.2.0")
+        model.layers[0][0].weight.zero_()  # so that a pass from the start would give something else
+        found = [stream.calls(i, ["layers.2.0"], 1, outputs=True)[0] for i in range(2)]
+    same = [torch.equal(a[0], b[0]) and torch.equal(a[1][0], b[1][0]) for a, b in zip(expected, found)]
+    assert same == [chain, chain]
+    assert not any("forward" in vars(m) or m._forward_hooks for m in model.modules())
+
+
+def test_layers_that_texts_do_not_reach_and_shared_weights_are_patched_by_the_rule(tiny, sentences):
+    tiny[0].auto_model.unused = nn.Linear(32, 16)
+    tiny[0].auto_model.twin = nn.Linear(32, 32)
+    query = tiny[0].auto_model.encoder.layer[0].attention.self.query
+    tiny[0].auto_model.twin.weight = query.weight
+    expected = [TernaryLinear.from_linear(m).weight for m in (tiny[0].auto_model.unused, query)]
+    tritern.patch(tiny, calibration_texts=sentences[:32])
+    bert = tiny[0].auto_model
+    assert torch.equal(bert.unused.weight, expected[0]) and torch.equal(bert.twin.weight, expected[1])
+    assert bert.twin.weight.data_ptr() == bert.encoder.layer[0].attention.self.query.weight.data_ptr()
+
+
+def test_refusals_leave_the_model_as_it_was(tiny, sentences):
+    before = {n: id(m) for n, m in tiny.named_modules()}
+    for texts, match in (
+        (sentences[:15] + ["", " "], "at least 16 texts.*received 15 that are not empty"),
+        ("one text", "many texts, not one string"),
+    ):
+        with pytest.raises(TriternError, match=match):
+            tritern.patch(tiny, calibration_texts=texts)
+    with pytest.raises(TriternError, match="need a sentence-transformers model.*received BertModel"):
+        tritern.patch(tiny[0].auto_model, calibration_texts=sentences)
+    with pytest.raises(ValueError, match="Unsupported input type: NoneType"):
+        tritern.patch(tiny, calibration_texts=[*sentences[:20], None])
+    assert {n: id(m) for n, m in tiny.named_modules()} == before
+
+
+def test_prompts_are_put_before_the_texts(tiny, sentences, monkeypatch):
+    tiny.prompts = {"query": "bo: ", "document": "di: "}
+    seen = []
+    preprocess = tiny.preprocess
+    monkeypatch.setattr(tiny, "preprocess", lambda x: seen.extend(x) or preprocess(x))
+    tritern.patch(tiny, calibration_texts=sentences[:32])
+    assert sorted({s[:4] for s in seen}) == ["bo: ", "di: "] and len(seen) == 32
