@@ -183,6 +183,17 @@ def test_bitnet_format_computes_the_formula(generator):
     check(model, generator[1])
 
 
+def test_bitnet_format_computes_what_transformers_does(generator):
+    pytest.importorskip("accelerate")
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():  # its helpers are compiled functions
+        source = AutoModelForCausalLM.from_pretrained(generator[0])
+        expected = source(IDS)[0]
+    assert any("BitLinear" in type(m).__name__ for m in source.modules())
+    with torch.no_grad():
+        actual = tritern.from_bitnet(generator[0])(IDS)[0]
+    assert nn.functional.cosine_similarity(actual, expected, dim=-1).min() > 0.999
+
+
 def test_bitnet_format_saves_and_loads(generator, tmp_path):
     model = tritern.from_bitnet(generator[0])
     model.save_pretrained(tmp_path)
