@@ -1,11 +1,10 @@
-"""What users do with a ternary model, in memory and on disk: the vectors stay the same."""
+"""What users do with a ternary model, in memory and on disk: the vectors stay the same. For compiled and
+exported ones see test_compiled_model.py.
+"""
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,6 @@ from transformers import AutoConfig, AutoModel
 import tritern
 from tritern import CheckpointError, Int8Embedding, TernaryLinear, TriternError
 from tritern.checkpoint import MANIFEST, sealed
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -218,91 +215,6 @@ def test_dequantized_by_transformers(saved, tmp_path):
     plain = AutoModel.from_pretrained(tmp_path)
     assert not tritern.summary(plain).layers and "quantization_config" not in plain.config.to_dict()
     assert not (tmp_path / MANIFEST).exists()
-
-
-def batch(texts, length):
-    generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(5, 1000, (texts, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[0, length // 2 :] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-SIZES = [(3, 17), (5, 30), (2, 9), (8, 64), (4, 33)]
-
-
-def test_compiled_once_for_all_sizes(ternary):
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    counter = CompileCounterWithBackend("aot_eager")
-    model = inner(ternary).eval()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    with torch.inference_mode():
-        compiled(**batch(6, 12))
-        frames = counter.frame_count
-        for size in SIZES:
-            inputs = batch(*size)
-            assert torch.equal(compiled(**inputs)[0], model(**inputs)[0]), size
-    assert counter.frame_count == frames > 0
-
-
-class Hidden(torch.nn.Module):
-    """Gives the tensor alone: transformers' output classes would have to be imported to load the program."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, attention_mask):
-        return self.model(input_ids, attention_mask)[0]
-
-
-RUN_EXPORTED = """
-import sys, torch, tritern_kernels
-program = torch.export.load(sys.argv[1]).module()
-inputs, expected = torch.load(sys.argv[2])
-with torch.inference_mode():
-    assert torch.equal(program(**inputs), expected)
-assert "tritern" not in sys.modules and "transformers" not in sys.modules
-"""
-
-
-def test_exported_and_run_without_the_library(ternary, tmp_path):
-    model = Hidden(inner(ternary)).eval()
-    texts, length = torch.export.Dim("texts", min=2, max=64), torch.export.Dim("length", min=2, max=64)
-    dynamic = {name: {0: texts, 1: length} for name in batch(2, 3)}
-    with torch.no_grad():
-        program = torch.export.export(model, (), batch(3, 17), dynamic_shapes=dynamic)
-        for size in SIZES:
-            inputs = batch(*size)
-            assert torch.equal(program.module()(**inputs), model(**inputs)), size
-        torch.save((inputs, model(**inputs)), tmp_path / "expected.pt")
-    torch.export.save(program, tmp_path / "program.pt2")
-    paths = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
-    command = [
-        sys.executable,
-        "-c",
-        RUN_EXPORTED,
-        str(tmp_path / "program.pt2"),
-        str(tmp_path / "expected.pt"),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, env=paths, cwd=tmp_path, timeout=120)
-    assert result.returncode == 0, result.stderr[-2000:]
-
-
-@pytest.mark.gpu
-def test_captured_in_a_cuda_graph(saved):
-    model = AutoModel.from_pretrained(saved, dtype=torch.float16, device_map="cuda").eval()
-    inputs = {k: v.cuda() for k, v in batch(4, 33).items()}
-    with torch.inference_mode():
-        for _ in range(2):  # compiles the kernels, which a capture cannot
-            model(**inputs)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = model(**inputs)[0]
-        inputs["input_ids"].copy_(inputs["input_ids"].flip(1))
-        graph.replay()
-        assert torch.equal(captured, model(**inputs)[0])
 
 
 @pytest.fixture
