@@ -270,6 +270,21 @@ def test_a_sentence_transformer_is_patched_while_loading(tiny_path, texts, tmp_p
     assert np.array_equal(again.encode(texts), expected)
 
 
+def test_a_generating_model_is_patched_while_loading(tmp_path):
+    """transformers writes such a model's settings out while it builds the model."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "plain")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=TernaryConfig())
+    patched = tritern.patch(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"))
+    assert same_state(loaded, patched) and len(tritern.summary(loaded).layers) == 7
+    loaded.save_pretrained(tmp_path / "ternary")
+    assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "ternary"), patched)
+
+
 def test_what_cannot_be_patched_while_loading(tiny_path, tmp_path):
     with pytest.raises(TriternError, match="must be a tritern.TernaryConfig.*received a TernaryQuantiz"):
         AutoModel.from_pretrained(tiny_path, quantization_config={"quant_method": "tritern"})
