@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from tqdm import tqdm
 
 from . import common
 from .common import AsJson, BatchSize, Column, Device, Dtype, Model, Result, Trust
@@ -68,8 +69,8 @@ def bench(
         results = [future.result() for future in loaded]
         times: list[list[tuple[float, list[float]]]] = [[] for _ in arms]
         for arm in arms:  # warm-up
-            arm.submit(_measure, data[: 2 * batch_size], batch_size, 1).result()
-        for _ in common.progress(range(rounds), "Measuring"):
+            arm.submit(_measure, data, batch_size, 1).result()
+        for _ in tqdm(range(rounds), "Measuring", leave=False, disable=None):
             for arm, measured in zip(arms, times):  # in turn, and never two at once
                 measured.append(arm.submit(_measure, data, batch_size, queries).result())
     for result, measured in zip(results, times):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -106,13 +105,6 @@ def prepare(output: Path, force: bool, how: str = "") -> None:
         if output.is_file():
             raise TriternError(f"{output} is a file; name a folder")
     output.mkdir(parents=True, exist_ok=True)
-
-
-def progress(steps: Sequence[Any], what: str) -> Iterable[Any]:
-    """A progress bar on standard error, where that is a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(steps, desc=what, leave=False, disable=None)
 
 
 def is_ternary(model: SentenceTransformer) -> bool:

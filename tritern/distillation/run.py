@@ -279,7 +279,7 @@ def _record(
     cuda = args.device.type == "cuda"
     return {
         "model": _name(trainer.model),
-        "base_model": trainer.model.model_card_data.base_model,  # pyright: ignore[reportAttributeAccessIssue]
+        "base_model": trainer.model.model_card_data.base_model,
         "teacher": _name(teacher) if isinstance(teacher, SentenceTransformer) else teacher_name,
         "config": asdict(trainer.ternary_config),
         "data": {"texts": len(trainer.train_dataset)},  # pyright: ignore[reportArgumentType]
