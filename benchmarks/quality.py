@@ -3,7 +3,8 @@
     python benchmarks/quality.py --data DIR --ternary distilled=FOLDER --json quality.json
     python benchmarks/quality.py --mteb STSBenchmark SciFact     tasks of the mteb package, from the hub
 
-Rows: the teacher, 'patched, RULE' for each of --rules (no training), each saved model named by --ternary.
+Rows: the teacher, 'patched, RULE' for each of --rules (no training), with --calibrate 'calibrated, RULE' too,
+and each saved model named by --ternary.
 Columns, all x 100: Spearman's correlation on STS sets, nDCG@10 with graded gains on retrieval sets, accuracy
 of a logistic regression on classification sets, v-measure of k-means on clustering sets; then the mean of
 each task, and the mean of those means (overall). Retention is the percentage of the teacher's figure.
@@ -21,7 +22,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,18 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--rules", nargs="*", default=["mse"], choices=RULES, help="patch by these rules (default: mse)"
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="patch with calibration_texts too, from this file of texts (.txt, .jsonl, .csv, .parquet)",
+    )
+    parser.add_argument(
+        "--calibration-texts", type=int, default=512, metavar="N", help="first N of FILE (default: 512)"
+    )
+    parser.add_argument(
+        "--embedding-bits", type=int, default=16, choices=(8, 16), help="of patched models (default: 16)"
     )
     parser.add_argument(
         "--activation-bits",
@@ -126,19 +139,36 @@ def find_sets(options: argparse.Namespace) -> tuple[list[EvalSet], list[str]]:
     return [s for s in found if s.task in wanted], texts
 
 
-def load_model(path: str, rule: str | None, bits: int | None, device: str | None) -> Any:
-    """The model as saved, or patched by ``rule``; ``bits`` for its ternary layers where given."""
+@dataclass(frozen=True)
+class Arm:
+    """A row of the table: a model as saved or, with a rule, patched."""
+
+    path: str
+    rule: str | None = None
+    calibrated: bool = False
+
+
+def load_model(arm: Arm, options: argparse.Namespace, texts: Sequence[str] | None) -> Any:
+    """The arm's model; ``texts`` are those to calibrate on."""
     from sentence_transformers import SentenceTransformer
 
     import tritern
 
-    model = SentenceTransformer(path, device=device)
-    if rule:
-        return tritern.patch(model, rule=rule, activation_bits=bits or 8)
+    model, bits = SentenceTransformer(arm.path, device=options.device), options.activation_bits
+    if arm.rule:
+        settings = {"rule": arm.rule, "activation_bits": bits, "embedding_bits": options.embedding_bits}
+        return tritern.patch(model, calibration_texts=texts if arm.calibrated else None, **settings)
     for module in model.modules():
         if bits and isinstance(module, tritern.TernaryLinear):
             module.activation_bits = bits
     return model
+
+
+def read_calibration_texts(options: argparse.Namespace) -> list[str] | None:
+    """The texts of --calibrate, if it is given."""
+    from tritern.distillation import read_texts
+
+    return read_texts(options.calibrate, limit=options.calibration_texts) if options.calibrate else None
 
 
 def means(scores: Mapping[str, float], sets: Iterable[EvalSet]) -> dict[str, float]:
@@ -258,19 +288,23 @@ def main() -> None:
     options = parser.parse_args()
     if options.mteb:
         os.environ.setdefault("HF_HUB_OFFLINE", "0")  # which the packaged model would set to 1
-    arms: dict[str, tuple[str, str | None]] = {"teacher": (options.model or packaged_model(), None)}
-    for label, path, rule in [(f"patched, {r}", arms["teacher"][0], r) for r in options.rules] + [
-        (label, path, None) for label, path in options.ternary
-    ]:
+    teacher = options.model or packaged_model()
+    rows = [("teacher", Arm(teacher))] + [(f"patched, {r}", Arm(teacher, r)) for r in options.rules]
+    if options.calibrate:
+        rows += [(f"calibrated, {r}", Arm(teacher, r, calibrated=True)) for r in options.rules]
+    rows += [(label, Arm(path)) for label, path in options.ternary]
+    arms: dict[str, Arm] = {}
+    for label, arm in rows:
         if label in arms:
             parser.error(f"two rows would be called {label!r}: give every --ternary model its own LABEL")
-        arms[label] = (path, rule)
+        arms[label] = arm
     if options.mteb and (options.tasks or options.sets or options.cache):
         parser.error("--tasks, --sets and --cache go with --data, not with --mteb")
     try:
         if options.figure:
             report.load_pyplot()
         sets, texts = find_sets(options)
+        calibration_texts = read_calibration_texts(options)
     except (ValueError, ModuleNotFoundError) as error:
         sys.exit(str(error))
 
@@ -285,10 +319,14 @@ def main() -> None:
     table = Table(sets, texts, info, options.json)
     if sets:
         print(heading("score x 100", table.columns))
-    for label, (path, rule) in arms.items():
-        model = load_model(path, rule, options.activation_bits, options.device)
+    for label, arm in arms.items():
+        path, start = arm.path, time.perf_counter()
+        model = load_model(arm, options, calibration_texts)
         info["device"] = str(model.device.type)
-        details = {}
+        details: dict[str, Any] = {}
+        if arm.calibrated:
+            details = {"calibration_texts": len(calibration_texts or [])}
+            details["calibration_seconds"] = time.perf_counter() - start
         if label in dict(options.ternary):
             files = [f.relative_to(path) for f in Path(path).rglob("*") if f.is_file()]
             own = [f for f in files if not f.parts[0].startswith("checkpoint-")]

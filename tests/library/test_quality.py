@@ -197,11 +197,25 @@ def test_tasks_sets_rules_and_bits_are_obeyed(run, ternary_path):
     assert eight["t"]["fidelity"] != sixteen["t"]["fidelity"] == sixteen["patched, mse"]["fidelity"]
 
 
+def test_calibrated_rows(run, tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(t for t in TEXTS * 2 if t) + "\n")
+    options = ("--calibrate", file, "--calibration-texts", 40, "--embedding-bits", 8, "--tasks", "fidelity")
+    rows = run(*options)["rows"]
+    assert list(rows) == ["teacher", "patched, mse", "calibrated, mse"]
+    assert rows["calibrated, mse"]["fidelity"]["cosine"] > rows["patched, mse"]["fidelity"]["cosine"] + 10
+    assert rows["calibrated, mse"]["calibration_texts"] == 40
+    assert rows["calibrated, mse"]["calibration_seconds"] > 0
+    plain = run("--tasks", "fidelity")["rows"]["patched, mse"]
+    assert plain["fidelity"] != rows["patched, mse"]["fidelity"]  # tables of 16 bits
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--ternary", "no-label"], r"must be LABEL=PATH with a saved model's folder; received 'no-label'"),
         (["--ternary", "teacher=."], "two rows would be called 'teacher'"),
+        (["--calibrate", "nowhere.txt"], "nowhere.txt is not there; name a file"),
         (["--rules", "best"], "invalid choice: 'best'"),
         (["--sets", "STS-C"], "invalid choice: 'STS-C'"),
         (["--sets", "STS12"], "holds none of the sets STS12"),
