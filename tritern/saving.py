@@ -39,16 +39,15 @@ def is_ternary(model: nn.Module) -> bool:
 
 def _sealing(save_pretrained: Callable[..., None]) -> Callable[..., None]:
     @wraps(save_pretrained)
-    def save(
-        model: PreTrainedModel, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
+    def save(model: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         if not is_ternary(model) or not kwargs.get("is_main_process", True) or Path(save_directory).is_file():
-            return save_pretrained(model, save_directory, *args, push_to_hub=push_to_hub, **kwargs)
-        upload = inspect.signature(model.push_to_hub).parameters.keys() & kwargs.keys() if push_to_hub else ()
-        hub = {name: kwargs[name] for name in upload}
+            return save_pretrained(model, save_directory, *args, **kwargs)
+        push = kwargs.pop("push_to_hub", False)
         with sealed(save_directory):
             save_pretrained(model, save_directory, *args, **kwargs)
-        if push_to_hub:  # afterwards, so that the manifest goes along
+        if push:  # afterwards, so that the manifest goes along
+            known = inspect.signature(model.push_to_hub).parameters
+            hub = {name: value for name, value in kwargs.items() if name in known}
             model.push_to_hub(**{"repo_id": Path(save_directory).name, **hub})
 
     return save
