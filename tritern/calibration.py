@@ -5,10 +5,11 @@ now come from layers that are ternary already, the codes t and the scale s of a 
 
     sum over tokens of (w x + b - s t x' - b')^2
 
-(of every text the same weight), with b' free where the layer has a bias. With H = sum of x' x'^T and
-c = sum of (w x) x', both about their means where there is a bias, this is s^2 t H t^T - 2 s t c^T and a
-constant: a quadratic that is lowered one code at a time, over and over until no code changes, with the best
-scale in between.
+(of every text the same weight), with b' free where the layer has a bias. Where a residual stream is added to
+what the layer gives, it counts as part of both outputs, so that its errors so far are made up for too. With
+H = sum of x' x'^T and c = sum of (w x) x', both about their means where there is a bias, this is
+s^2 t H t^T - 2 s t c^T and a constant: a quadratic that is lowered one code at a time, over and over until no
+code changes, with the best scale in between.
 
 The objective is that of GPTQ (arXiv:2210.17323), with the original's outputs on its own inputs as the target
 (as in GPTAQ, arXiv:2504.02692). GPTQ rounds each weight once; the descent revises codes until they rest.
@@ -17,13 +18,15 @@ The objective is that of GPTQ (arXiv:2210.17323), with the original's outputs on
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
 from tritern_kernels import PackedTernary
@@ -73,13 +76,13 @@ def calibrate(
         student.set_submodule(name, Int8Embedding.from_embedding(table))
     fitted: dict[str, TernaryLinear] = {}
     with _evaluating(model), torch.inference_mode(False), torch.no_grad():
-        groups, times = _trace(model, layers, batches[0])
+        groups = _trace(model, layers, batches[0])
         streams = _Stream(model, batches), _Stream(student, batches)
         bar = tqdm(groups, desc="Calibrating", unit="step", delay=2, leave=False, disable=None)
         for group in bar:
             for stream in streams:
-                stream.advance(group[0])
-            squares, products = _measure(*streams, group, times[group[0]])
+                stream.advance(group.names[0])
+            squares, products = _measure(*streams, group)
             for name, product in products.items():
                 fitted[name] = _fit(model.get_submodule(name), squares, product, config)
                 student.set_submodule(name, fitted[name])
@@ -144,30 +147,83 @@ class _Done(Exception):
     """Thrown by a hook when a pass has gone far enough."""
 
 
-def _trace(
-    model: nn.Module, layers: Sequence[str], batch: dict[str, Any]
-) -> tuple[list[list[str]], dict[str, int]]:
-    """Layers in the order in which they run, those with the same input together, and how often each runs."""
+class _Additions(TorchDispatchMode):
+    """Calls ``seen(tensor, other)`` when ``other`` is added to a tensor that is watched: a residual stream to
+    what a layer gives.
+    """
+
+    def __init__(self, seen: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self.seen = seen
+        self.watched: dict[int, Tensor] = {}  # by address; kept, so that no other tensor comes to lie there
+
+    def watch(self, tensor: Tensor) -> None:
+        """Look for additions to this tensor from now on."""
+        self.watched[tensor.data_ptr()] = tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) and not kwargs:
+            tensors = [a for a in args if isinstance(a, Tensor)]
+            if len(tensors) == 2 and tensors[0].shape == tensors[1].shape:
+                for one, other in (tensors, tensors[::-1]):
+                    if (known := self.watched.get(one.data_ptr())) is not None and known.shape == one.shape:
+                        self.seen(known, other.clone())  # add_ may be about to change it
+                        break
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class _Group:
+    """Layers with the same input, in the order in which they run, how often they do in one pass, and whether
+    a residual stream is added to what they give.
+    """
+
+    names: list[str]
+    times: int
+    added: bool
+
+
+def _trace(model: nn.Module, layers: Sequence[str], batch: dict[str, Any]) -> list[_Group]:
+    """All layers that the batch reaches, in groups, in the order of their first run."""
     first: list[tuple[str, Tensor]] = []
     times: dict[str, int] = {}
+    outputs: dict[int, str] = {}
+    added: set[str] = set()
 
-    def note(name: str, module: nn.Module, args: Any) -> None:
+    def enter(name: str, module: nn.Module, args: Any) -> None:
         times[name] = times.get(name, 0) + 1
         if times[name] == 1:
-            first.append((name, args[0]))  # kept, so that no later tensor is at the same address
+            first.append((name, args[0]))  # kept, so that no later tensor comes to lie at its address
 
-    with ExitStack() as hooks:
+    def leave(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        additions.watch(output)
+        outputs[id(output)] = name
+
+    additions = _Additions(lambda output, _: added.add(outputs[id(output)]))
+    with ExitStack() as stack:
         for name in layers:
-            hook = partial(note, name)
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+            layer = model.get_submodule(name)
+            stack.callback(layer.register_forward_pre_hook(partial(enter, name)).remove)
+            stack.callback(layer.register_forward_hook(partial(leave, name)).remove)
+        stack.enter_context(additions)
         model(dict(batch))
-    groups: list[list[str]] = []
+    groups: list[_Group] = []
     for i, (name, x) in enumerate(first):
-        if i and x is first[i - 1][1] and times[name] == times[first[i - 1][0]]:
-            groups[-1].append(name)
+        group = groups[-1] if i and x is first[i - 1][1] else None
+        if group and (group.times, group.added) == (times[name], False) and name not in added:
+            group.names.append(name)
         else:
-            groups.append([name])
-    return groups, times
+            groups.append(_Group([name], times[name], name in added))
+    return groups
+
+
+@dataclass
+class _Call:
+    """One run of a group of layers: its input, what each layer gave and what was added to the last one's."""
+
+    input: Tensor
+    outputs: list[Tensor]
+    added: Tensor | None = None
 
 
 class _Stream:
@@ -222,27 +278,35 @@ class _Stream:
 
     def _input(self, layer: str) -> Tensor:
         """What arrives at a layer from the first, shortest batch."""
-        return self.calls(0, [layer], 1, outputs=False)[0][0]
+        return self.calls(0, _Group([layer], 1, added=False))[0].input
 
-    def calls(self, i: int, group: list[str], times: int, outputs: bool) -> list[tuple[Tensor, list[Tensor]]]:
-        """(input, outputs of all layers) of each call of a group of layers in one pass over batch ``i``."""
-        found: list[tuple[Tensor, list[Tensor]]] = []
+    def calls(self, i: int, group: _Group) -> list[_Call]:
+        """The runs of a group of layers in one pass over batch ``i``."""
+        found: list[_Call] = []
 
         def enter(module: nn.Module, args: Any) -> None:
-            found.append((args[0], []))
-            if not outputs and len(found) == times:
-                raise _Done
+            found.append(_Call(args[0], []))
 
         def leave(module: nn.Module, args: Any, output: Tensor) -> None:
-            found[-1][1].append(output)
-            if len(found) == times and len(found[-1][1]) == len(group):
+            found[-1].outputs.append(output)
+            if group.added:
+                additions.watch(output)
+            elif len(found) == group.times and len(found[-1].outputs) == len(group.names):
                 raise _Done
 
-        with ExitStack() as hooks:
-            first = self.model.get_submodule(group[0])
-            hooks.callback(first.register_forward_pre_hook(enter).remove)
-            for name in group if outputs else ():
-                hooks.callback(self.model.get_submodule(name).register_forward_hook(leave).remove)
+        def seen(output: Tensor, other: Tensor) -> None:
+            found[-1].added = other
+            if len(found) == group.times:
+                raise _Done
+
+        additions = _Additions(seen)
+        with ExitStack() as stack:
+            layers = [self.model.get_submodule(name) for name in group.names]
+            stack.callback(layers[0].register_forward_pre_hook(enter).remove)
+            for layer in layers:
+                stack.callback(layer.register_forward_hook(leave).remove)
+            if group.added:
+                stack.enter_context(additions)
             self.run(i)
         return found
 
@@ -250,22 +314,21 @@ class _Stream:
 # ---------------------------------------------------------------- what is minimised
 
 
-def _measure(
-    teacher: _Stream, student: _Stream, group: list[str], times: int
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _measure(teacher: _Stream, student: _Stream, group: _Group) -> tuple[Tensor, dict[str, Tensor]]:
     """Sums over tokens, float64: of x' x'^T [K + 1, K + 1], where a 1 is put behind every x', and for each
-    layer of y x'^T [N, K + 1], y being what the teacher's layer gives.
+    layer of y x'^T [N, K + 1], y being what the layer should give.
     """
-    squares, products = torch.zeros(()), dict.fromkeys(group, torch.zeros(()))
+    squares, products = torch.zeros(()), dict.fromkeys(group.names, torch.zeros(()))
     for i, batch in enumerate(teacher.batches):
-        given = teacher.calls(i, group, times, outputs=True)
-        for (_, outputs), (x, _) in zip(given, student.calls(i, group, times, outputs=False)):
-            rows = x.reshape(-1, x.shape[-1]).float()
+        for wanted, given in zip(teacher.calls(i, group), student.calls(i, group)):
+            rows = given.input.reshape(-1, given.input.shape[-1]).float()
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
             weights = _token_weights(batch, len(rows), rows.device)
             weighted = rows if weights is None else rows * weights[:, None]
             squares = (weighted.T @ rows).double() + squares.to(rows.device)
-            for name, y in zip(group, outputs):
+            for name, y in zip(group.names, wanted.outputs):
+                if wanted.added is not None and given.added is not None:
+                    y = y + (wanted.added - given.added)
                 product = y.reshape(len(rows), -1).float().T @ weighted
                 products[name] = product.double() + products[name].to(rows.device)
     return squares, products

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -5,7 +7,7 @@ from torch import nn
 
 import tritern
 from tritern import Int8Embedding, TernaryLinear, TriternError
-from tritern.calibration import _measure, _Stream, _token_weights, _trace, descend
+from tritern.calibration import _Group, _measure, _Stream, _token_weights, _trace, descend
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +85,59 @@ def names_of(model):
 def test_what_is_summed(tiny, sentences):
     """Against the sums over every text alone, without padding."""
     batches = batches_of(tiny.eval(), sentences[:16])
-    groups, times = _trace(tiny, names_of(tiny), batches[0])
-    assert [len(g) for g in groups] == [3, 1, 1, 1] * 2 and set(times.values()) == {1}
-    stream = _Stream(tiny, batches)
+    groups = _trace(tiny, names_of(tiny), batches[0])
+    assert [(len(g.names), g.times, g.added) for g in groups] == [
+        (3, 1, False), (1, 1, True), (1, 1, False), (1, 1, True),
+    ] * 2  # fmt: skip
+    other = copy.deepcopy(tiny)
+    other[0].auto_model.encoder.layer[0].output.dense.weight.data *= 0.5
     with torch.no_grad():
-        squares, products = _measure(stream, stream, groups[4], 1)
-        expected, product = 0.0, 0.0
-        for text in sentences[:16]:
-            ((x, outputs),) = _Stream(tiny, batches_of(tiny, [text])).calls(0, groups[4], 1, outputs=True)
-            x = torch.cat([x[0], torch.ones(len(x[0]), 1)], 1)
-            expected, product = expected + x.T @ x / len(x), product + outputs[1][0].T @ x / len(x)
-    assert torch.allclose(squares.float(), expected, rtol=1e-3, atol=1e-3)
-    assert torch.allclose(products[groups[4][1]].float(), product, rtol=1e-3, atol=1e-3)
+        for group in (groups[4], groups[5]):
+            squares, products = _measure(_Stream(tiny, batches), _Stream(other, batches), group)
+            expected, product = 0.0, 0.0
+            for text in sentences[:16]:
+                a, b = (_Stream(m, batches_of(tiny, [text])).calls(0, group)[0] for m in (tiny, other))
+                x = torch.cat([b.input[0], torch.ones(b.input.shape[1], 1)], 1)
+                y = a.outputs[-1][0]
+                if group.added:
+                    block = tiny[0].auto_model.encoder.layer[0].output
+                    assert not torch.equal(a.added, b.added) and a.added.shape == a.outputs[0].shape
+                    assert block.dense.out_features == a.added.shape[-1]
+                    y = y + a.added[0] - b.added[0]
+                expected, product = expected + x.T @ x / len(x), product + y.T @ x / len(x)
+            assert torch.allclose(squares.float(), expected, rtol=1e-3, atol=1e-3)
+            assert torch.allclose(products[group.names[-1]].float(), product, rtol=1e-3, atol=1e-3)
+
+
+def test_the_residual_stream_is_what_the_block_adds(tiny, sentences):
+    batches = batches_of(tiny.eval(), sentences[:8])
+    groups = _trace(tiny, names_of(tiny), batches[0])
+    with torch.no_grad():
+        (block,) = _Stream(tiny, batches).calls(0, groups[0])
+        (call,) = _Stream(tiny, batches).calls(0, groups[1])
+        assert groups[1].names[0].endswith("attention.output.dense") and torch.equal(call.added, block.input)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_addition_in_place_is_seen_as_it_was_before(in_place):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, batch):
+            x = 2 * batch["x"]
+            y = self.linear(x)
+            if in_place:
+                x += y
+                return x
+            return y + x
+
+    model, batch = Block(), {"x": torch.randn(3, 4)}
+    with torch.no_grad():
+        (group,) = _trace(model, ["linear"], batch)
+        (call,) = _Stream(model, [batch]).calls(0, group)
+    assert group.added and torch.equal(call.added, 2 * batch["x"])
 
 
 def test_weights_of_tokens():
@@ -127,14 +170,15 @@ class Blocks(nn.Module):
 def test_finished_blocks_are_not_run_again_where_they_form_a_chain(chain):
     model = Blocks(chain)
     batches = [{"x": torch.randn(3, 8)} for _ in range(2)]
+    group = _Group(["layers.2.0"], 1, added=False)
     with torch.no_grad():
-        expected = [_Stream(model, batches).calls(i, ["layers.2.0"], 1, outputs=True)[0] for i in range(2)]
+        expected = [_Stream(model, batches).calls(i, group)[0] for i in range(2)]
         stream = _Stream(model, batches)
         stream.advance("layers.1.0")
         stream.advance("layers.2.0")
         model.layers[0][0].weight.zero_()  # so that a pass from the start would give something else
-        found = [stream.calls(i, ["layers.2.0"], 1, outputs=True)[0] for i in range(2)]
-    same = [torch.equal(a[0], b[0]) and torch.equal(a[1][0], b[1][0]) for a, b in zip(expected, found)]
+        found = [stream.calls(i, group)[0] for i in range(2)]
+    same = [torch.equal(a.outputs[0], b.outputs[0]) for a, b in zip(expected, found)]
     assert same == [chain, chain]
     assert not any("forward" in vars(m) or m._forward_hooks for m in model.modules())
 
