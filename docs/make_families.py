@@ -156,10 +156,10 @@ to the input or the output, or could not be loaded again.
 """
 
 NOTES = """
-Gemma's word table scales its output and T5's is shared by several modules: neither becomes int8. Of
-ALBERT's layers, which share their weights, each is stored once. Of SigLIP, CLIP and other models of text
-and images both halves are patched. A head is what a transformers model has around its base model, under
-whatever name.
+T5's word table is shared by several modules and does not become int8; Gemma's, which multiplies what it
+looks up, does. Of ALBERT's layers, which share their weights, each is stored once. Of SigLIP, CLIP and
+other models of text and images both halves are patched. A head is what a transformers model has around
+its base model, under whatever name.
 
 (`python docs/make_families.py`; sizes from the public configurations, on the meta device.)
 
@@ -219,8 +219,9 @@ adapt these layers; `tritern.lora` (extra `[lora]`) does that for a configuratio
 model.add_adapter(tritern.lora(LoraConfig(target_modules=["query", "value"])))
 print(sum(p.numel() for p in model.parameters() if p.requires_grad))""",
     """A model with adapters saves the adapters only, and the name of the folder it was loaded from: save the
-ternary model, load it, then adapt it. An adapter cannot be merged into ternary weights, and variants that
-read those, such as DoRA, are refused.""",
+ternary model, load it, then adapt it. (Adapters of a model that is ternary in memory only are not saved.)
+An adapter cannot be merged into ternary weights, and variants that read those, such as DoRA, are refused.
+""",
 ]
 """Prose and code; code is what does not begin with a capital or with #."""
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache, wraps
 from typing import Any
 
 try:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
     from peft.tuners.lora import Linear
 except ImportError as error:
     raise ImportError("tritern.lora needs peft: pip install 'tritern[lora]'") from error
 
 from .errors import TriternError
 from .linear import TernaryLinear
+from .saving import check_adapters
 
 
 class TernaryLoraLinear(Linear):
@@ -54,6 +56,7 @@ def lora(config: LoraConfig) -> LoraConfig:
     peft knows which layers it can adapt by their type, and a saved configuration does not remember that more
     were registered: pass every configuration through here, a loaded one too. A model with adapters saves the
     adapters only and the name it was itself loaded from: save the ternary model, load it, then adapt it.
+    Adapters of one that was made ternary in memory are not saved.
 
         model = SentenceTransformer("minilm-ternary")
         model.add_adapter(tritern.lora(LoraConfig(target_modules=["query", "value"])))
@@ -67,4 +70,18 @@ def lora(config: LoraConfig) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise TriternError(f"config must be a peft.LoraConfig; received {type(config).__name__}")
     config._register_custom_module({TernaryLinear: TernaryLoraLinear})
+    _extend_save()
     return config
+
+
+@cache
+def _extend_save() -> None:
+    """peft's own ``save_pretrained`` refuses as that of transformers and sentence-transformers does."""
+    plain = PeftModel.save_pretrained
+
+    @wraps(plain)
+    def save(model: PeftModel, *args: Any, **kwargs: Any) -> None:
+        check_adapters(model)
+        plain(model, *args, **kwargs)
+
+    PeftModel.save_pretrained = save  # pyright: ignore[reportAttributeAccessIssue]

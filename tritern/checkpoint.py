@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,9 @@ MANIFEST = "tritern_manifest.json"
 
 _MODULE_FOLDER = re.compile(r"(\w+_)?\d+_\w+")
 """How sentence-transformers names the folders of its modules: ``1_Pooling``, ``query_0_Transformer``."""
+
+_SAVED_AS = {("U8", "F32"), *(("I8", scale) for scale in ("F32", "F16", "BF16"))}
+"""Types of codes and scales in safetensors files: of ternary layers, and of tables."""
 
 _NO_PART_OF_A_MODEL = (".csv", ".err", ".jsonl", ".log", ".md", ".out")
 """Model cards and logs, which may change at any time."""
@@ -47,7 +51,8 @@ def verify(files: Iterable[str | Path]) -> None:
     when it was saved.
 
     Raises:
-        CheckpointError: a file cannot be read, carries no digest, or its content is not what was saved.
+        CheckpointError: a file cannot be read, carries no digest, or its content is not what was saved; codes
+            or scales of a dtype that they cannot have been saved in.
     """
     files = [Path(f) for f in files]
     where = files[0].parent if files else "the checkpoint"
@@ -72,11 +77,25 @@ def verify(files: Iterable[str | Path]) -> None:
                 f"{where}: the weights carry no single digest ({DIGEST_KEY} in the safetensors metadata), so "
                 "they were rewritten after saving. Save the model again with model.save_pretrained()."
             )
+        _check_dtypes(owner)
         found = _digest((name, owner[name].get_tensor(name)) for name in sorted(owner))
     if found != expected.pop():
         raise CheckpointError(
             f"{where}: the weights are not those that were saved (sha256 differs). Copy them again."
         )
+
+
+def _check_dtypes(owner: dict[str, Any]) -> None:
+    """Refuse codes and scales that transformers would cast to the layer's dtype without a word."""
+    for name in owner:
+        if name.endswith(".weight_scale"):
+            weight = name.removesuffix("_scale")
+            kinds = [owner[n].get_slice(n).get_dtype() if n in owner else "" for n in (weight, name)]
+            if tuple(kinds) not in _SAVED_AS and "" not in kinds:
+                raise CheckpointError(
+                    f"{weight} and its scale must be uint8 and float32, or int8 and floating point; the file "
+                    f"holds {kinds[0]} and {kinds[1]}. Save the model again with model.save_pretrained()."
+                )
 
 
 @contextmanager
@@ -140,7 +159,10 @@ def _files(folder: Path) -> dict[str, tuple[int, int, int]]:
             other_text = name.endswith(".txt") and name not in ("vocab.txt", "merges.txt")
             if not (name.startswith(MANIFEST) or name.endswith(_NO_PART_OF_A_MODEL) or other_text):
                 file = Path(parent, name)
-                state = file.stat()
+                try:
+                    state = file.stat()
+                except OSError:  # a link to nothing, or gone by now
+                    continue
                 key = str(PurePosixPath(file.relative_to(folder)))
                 found[key] = (state.st_mtime_ns, state.st_size, state.st_ino)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from .embedding import multiplier
 
 _SMALL_AND_SENSITIVE = {
     "pooler": "pooler",
@@ -70,7 +72,7 @@ def choose_tables(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[Choi
     context = _Context(model, skip)
     for names, module in _named(context.modules, nn.Embedding):
         reason = context.skipped(names)
-        if type(module) is not nn.Embedding:
+        if multiplier(module) is None:
             reason = reason or f"subclass of nn.Embedding: {type(module).__name__}"
         if module.num_embeddings < SMALLEST_TABLE:
             reason = reason or f"fewer than {SMALLEST_TABLE:,} rows"
@@ -122,6 +124,11 @@ def starred(name: str) -> str:
     return re.sub(r"\b\d+\b", "*", name)
 
 
+def common_name(names: Sequence[str]) -> str:
+    """A name for layers that differ in numbers only: ``starred``, but the layer's own if it is one."""
+    return names[0] if len(set(names)) == 1 else starred(names[0])
+
+
 class _Context:
     """What the decisions on a model's layers depend on."""
 
@@ -141,7 +148,7 @@ class _Context:
                 if module.base_model is not module:  # what no model inside holds either is a head
                     nested = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
                     self.heads |= inside - {id(m) for n in nested if n is not module for m in n.modules()}
-            if isinstance(base := getattr(module, "base_layer", None), nn.Module) and _of_peft(module):
+            if isinstance(base := getattr(module, "base_layer", None), nn.Module) and of_peft(module):
                 self.adapters |= {id(m) for m in module.modules()} - {id(m) for m in base.modules()}
         self.sentence_transformer = hasattr(model, "_get_model_config")
 
@@ -169,7 +176,7 @@ class _Context:
         return ""
 
 
-def _of_peft(module: nn.Module) -> bool:
+def of_peft(module: nn.Module) -> bool:
     """Whether peft made the module, which need not be installed."""
     return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from .errors import TriternError
 
 
 class Int8Embedding(nn.Module):
-    """A drop-in for ``nn.Embedding`` in inference: row i is ``weight_scale[i] * weight[i]``.
+    """A drop-in for ``nn.Embedding`` in inference: row i is ``weight_scale[i] * weight[i]``, times
+    ``embed_scale`` in place of tables that multiply what they look up, such as Gemma's.
 
     Takes ids [...] and returns [..., embedding_dim] in the dtype of ``weight_scale``, which follows the
     module when it is cast; the table stays int8.
@@ -23,6 +26,8 @@ class Int8Embedding(nn.Module):
     Attributes:
         weight: buffer, int8 [num_embeddings, embedding_dim], each row's values / scale, rounded.
         weight_scale: buffer, floating point [num_embeddings], each row's absmax / 127.
+        embed_scale: multiplies the output, rounded to its dtype first; 1 for an ``nn.Embedding``.
+        original: class of the table that this one stands for.
 
     Args:
         num_embeddings: rows.
@@ -51,17 +56,37 @@ class Int8Embedding(nn.Module):
         if dtype is not None and dtype not in FLOATS:
             raise TriternError(f"dtype must be float32, float16 or bfloat16; received {dtype}: cast it first")
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.embed_scale, self.original = 1.0, nn.Embedding
         shape = (num_embeddings, embedding_dim)
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.zeros(num_embeddings, device=device, dtype=dtype))
+
+    @classmethod
+    def like(cls, embedding: nn.Embedding) -> Int8Embedding:
+        """One without values, on the meta device, that can stand in for a table.
+
+        Raises:
+            TriternError: a subclass of ``nn.Embedding`` that may do more than multiply by its
+                ``embed_scale``; another dtype than float32, float16, bfloat16.
+        """
+        scale = multiplier(embedding)
+        if scale is None:
+            raise TriternError(
+                f"a {type(embedding).__name__} cannot be made int8: only nn.Embedding and tables of "
+                "transformers that do no more than multiply by their embed_scale can"
+            )
+        shape = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
+        new = cls(*shape, device="meta", dtype=embedding.weight.dtype)
+        new.embed_scale, new.original = scale, type(embedding)
+        return new.train(embedding.training)
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding) -> Int8Embedding:
         """Round a table row by row, as activations are (``reference.quantize_activations``).
 
         Raises:
-            TriternError: ``max_norm`` is set, or the table is on the meta device, of another dtype than
-                float32, float16, bfloat16, or holds NaN or infinity.
+            TriternError: as ``like``; ``max_norm`` is set, or the table is on the meta device or holds NaN or
+                infinity.
         """
         weight = embedding.weight.detach()
         if embedding.max_norm is not None:
@@ -73,22 +98,25 @@ class Int8Embedding(nn.Module):
             raise TriternError("the table is on the meta device; load the weights before making it int8")
         if not torch.isfinite(weight).all():
             raise TriternError("the table holds NaN or infinity; repair the checkpoint")
-        shape = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
-        new = cls(*shape, device="meta", dtype=weight.dtype)
+        new = cls.like(embedding)
         q, scale = quantize_activations(weight)
         new.weight, new.weight_scale = q, scale.to(weight.dtype)
-        return new.train(embedding.training)
+        return new
 
     def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
-        """The ``nn.Embedding`` with the same values in ``dtype`` (default: that of the scales)."""
+        """The ``original`` table with the same values in ``dtype`` (default: that of the scales)."""
         values = self._values(self.weight, self.weight_scale).to(dtype or self.weight_scale.dtype)
-        table = nn.Embedding.from_pretrained(values, freeze=False, padding_idx=self.padding_idx)
+        options: Any = {} if self.original is nn.Embedding else {"embed_scale": self.embed_scale}
+        table = self.original(1, self.embedding_dim, None, **options).to(values.device)
+        table.num_embeddings, table.padding_idx = self.num_embeddings, self.padding_idx
+        table.weight = nn.Parameter(values)
         return table.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002, nn.Embedding's name
         """Ids [...] -> [..., embedding_dim]."""
         rows = nn.functional.embedding(input, self.weight)
-        return self._values(rows, nn.functional.embedding(input, self.weight_scale[:, None]).squeeze(-1))
+        values = self._values(rows, nn.functional.embedding(input, self.weight_scale[:, None]).squeeze(-1))
+        return multiplied(values, self.embed_scale)
 
     @staticmethod
     def _values(rows: Tensor, scale: Tensor) -> Tensor:
@@ -96,7 +124,8 @@ class Int8Embedding(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}"
+        scale = "" if self.embed_scale == 1 else f", embed_scale={self.embed_scale:g}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}{scale}"
 
     def requires_grad_(self, requires_grad: bool = True) -> Int8Embedding:
         """Refused when True: rounded tables have no gradient."""
@@ -126,3 +155,37 @@ class Int8Embedding(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def multiplier(table: nn.Embedding) -> float | None:
+    """What a table multiplies its rows by: 1 for an ``nn.Embedding``, None for a subclass that may do more
+    than that.
+    """
+    if type(table) is nn.Embedding:
+        return 1.0
+    if not _multiplies(type(table)):
+        return None
+    return float(torch.tensor(table.scalar_embed_scale, dtype=torch.float32, device="cpu"))  # as its buffer
+
+
+def multiplied(values: Tensor, scale: float) -> Tensor:
+    """Values times a multiplier, which is rounded to their dtype first, as transformers does."""
+    return values if scale == 1 else values * torch.full((), scale, dtype=values.dtype, device=values.device)
+
+
+@cache
+def _multiplies(kind: type[nn.Embedding]) -> bool:
+    """Whether a table's class, one of transformers', only multiplies by its buffer ``embed_scale``: seen from
+    its arguments and from what it does to three rows.
+    """
+    arguments = ["num_embeddings", "embedding_dim", "padding_idx", "embed_scale"]
+    of_transformers = kind.__module__.startswith("transformers.")
+    if not of_transformers or list(inspect.signature(kind).parameters) != arguments:
+        return False
+    make: Any = kind
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        table = make(3, 2, None, embed_scale=3.0)
+        if not isinstance(table.embed_scale, Tensor) or not hasattr(table, "scalar_embed_scale"):
+            return False  # a multiplier that is not rounded to the table's dtype
+        table.weight = nn.Parameter(torch.tensor([[1.0, -2.0], [3.0, 0.0], [5.0, 6.0]]))
+        return torch.equal(table(torch.arange(3)), table.weight * 3)

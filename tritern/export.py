@@ -11,6 +11,7 @@ from . import hf
 from .embedding import Int8Embedding
 from .errors import TriternError
 from .linear import TernaryLinear
+from .patch import put
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,6 +29,20 @@ def dequantize(model: Model) -> Model:
         TriternError: nothing to dequantize, or layers with an RMSNorm of their own (as ``from_bitnet`` may
             give), which no plain model can hold. The model is then unchanged.
     """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    layers = replace_by_plain(model, dtype)
+    hf.detach(model)
+    if hasattr(model, "_model_card_text"):  # a sentence-transformers model
+        vars(model)["_model_card_text"] = _card(model, layers)
+    return model
+
+
+def replace_by_plain(model: nn.Module, dtype: torch.dtype) -> int:
+    """Replace ternary layers and int8 tables, in place; the number of layers.
+
+    Raises:
+        TriternError: as ``dequantize``.
+    """
     found = [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
@@ -44,21 +59,15 @@ def dequantize(model: Model) -> Model:
                 f"{name} has an RMSNorm of its own, which a plain {type(model).__name__} has no place for; "
                 "save the ternary model instead"
             )
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     plain: dict[int, nn.Module] = {}  # by layer, so that a layer with two names stays one
     weights: dict[int, Any] = {}  # by packed weight, so that layers that share one go on sharing it
     for name, old in found:
         if id(old) not in plain:
             new = old.to_linear(dtype) if isinstance(old, TernaryLinear) else old.to_embedding(dtype)
             new.weight = weights.setdefault(id(old.weight), new.weight)
-            new._forward_hooks, new._forward_pre_hooks = old._forward_hooks, old._forward_pre_hooks
             plain[id(old)] = new
-        model.set_submodule(name, plain[id(old)])
-    layers = sum(isinstance(m, nn.Linear) for m in plain.values())
-    hf.detach(model)
-    if hasattr(model, "_model_card_text"):  # a sentence-transformers model
-        vars(model)["_model_card_text"] = _card(model, layers)
-    return model
+        put(model, [name], plain[id(old)])
+    return sum(isinstance(m, nn.Linear) for m in plain.values())
 
 
 def _card(model: Any, layers: int) -> str:

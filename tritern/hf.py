@@ -17,10 +17,10 @@ from tritern_kernels.formats import check_codes, check_scale
 
 from .checkpoint import DIGEST_KEY, digest, verify, verify_files
 from .config import TernaryConfig
-from .embedding import Int8Embedding
+from .embedding import Int8Embedding, multiplier
 from .errors import CheckpointError, TriternError
 from .linear import TernaryLinear
-from .saving import extend_save, model_card
+from .saving import extend_save, is_ternary, model_card
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -100,9 +100,9 @@ class TernaryHfQuantizer(HfQuantizer):
                 old = model.get_submodule(name)
             except AttributeError:
                 old = None
-            if not isinstance(old, nn.Linear):
+            if type(old) is not nn.Linear:  # a subclass may compute something else
                 raise CheckpointError(
-                    f"config.json names the ternary layer {name!r}, but the model has no linear layer there"
+                    f"config.json names the ternary layer {name!r}, but the model has no nn.Linear there"
                 )
             new = TernaryLinear(
                 old.in_features, old.out_features, old.bias is not None,
@@ -115,12 +115,11 @@ class TernaryHfQuantizer(HfQuantizer):
                 table = model.get_submodule(name)
             except AttributeError:
                 table = None
-            if not isinstance(table, nn.Embedding):
+            if not isinstance(table, nn.Embedding) or multiplier(table) is None:
                 raise CheckpointError(
-                    f"config.json names the int8 table {name!r}, but the model has no embedding there"
+                    f"config.json names the int8 table {name!r}, but the model has no nn.Embedding there"
                 )
-            shape = table.num_embeddings, table.embedding_dim, table.padding_idx
-            model.set_submodule(name, Int8Embedding(*shape, device="meta", dtype=table.weight.dtype))
+            model.set_submodule(name, Int8Embedding.like(table))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -136,10 +135,16 @@ class TernaryHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Metadata for the safetensors files: the digest of what save_pretrained is about to write."""
+        """Metadata for the safetensors files: the digest of what save_pretrained is about to write.
+
+        The settings are brought up to date: layers may have been changed since the model was patched.
+        """
         from transformers.core_model_loading import revert_weight_conversion
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # adapters only
+        model.config.quantization_config = self.quantization_config = _described(model)
         state = {
             k: v for k, v in model.state_dict().items() if k not in (model._keys_to_ignore_on_save or ())
         }
@@ -167,12 +172,11 @@ class TernaryHfQuantizer(HfQuantizer):
         """torch.compile traces the ternary operators."""
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, TernaryLinear):
-                model.set_submodule(name, module.to_linear(dtype or torch.float32))
-            elif isinstance(module, Int8Embedding):
-                model.set_submodule(name, module.to_embedding(dtype or torch.float32))
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        from .export import replace_by_plain  # which imports this module
+
+        # config.dtype, which transformers passes on, is a name once a model was saved
+        replace_by_plain(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32)
         return model
 
 
@@ -196,9 +200,13 @@ def foreign_quantization(model: nn.Module) -> str | None:
     return None
 
 
-def attach(model: nn.Module, config: TernaryConfig) -> None:
+def attach(model: nn.Module, config: TernaryConfig | None = None) -> None:
     """Tell the transformers models inside ``model`` which of their layers are ternary and which tables int8,
     so that they save and load.
+
+    Args:
+        model: has ternary layers.
+        config: how they were made; None: what the models' configurations say.
     """
     outermost: list[str] = []
     for name, module in model.named_modules():
@@ -206,29 +214,50 @@ def attach(model: nn.Module, config: TernaryConfig) -> None:
             name.startswith(f"{o}." if o else "") for o in outermost
         ):
             outermost.append(name)
-            layers, tables = _names(module, TernaryLinear), _names(module, Int8Embedding)
-            if layers or tables:
-                norms = {n: m.norm.eps for n, m in _named(module, TernaryLinear) if m.norm is not None}
-                settings = TernaryQuantizationConfig(
-                    layers, config.activation_bits, config.rule, config.skip, tables, norms
-                )
+            if is_ternary(module):
+                settings = _described(module, config)
                 module.config.quantization_config = settings
-                module.hf_quantizer = TernaryHfQuantizer(settings)  # type: ignore[assignment]
-                extend_save()
+                module.hf_quantizer = TernaryHfQuantizer(settings, pre_quantized=False)  # type: ignore[assignment]
+    extend_save()
     if hasattr(model, "_model_card_text"):  # a sentence-transformers model
-        vars(model)["_model_card_text"] = model_card(model, config)
+        vars(model)["_model_card_text"] = model_card(model, config or TernaryConfig())
 
 
 def detach(model: nn.Module) -> None:
     """Undo ``attach``: the model saves as what it is."""
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and isinstance(
-            getattr(module.config, "quantization_config", None), TernaryQuantizationConfig
-        ):
-            del module.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
-            del module.hf_quantizer
+        if isinstance(module, PreTrainedModel):  # whose config may be that of the model around it
+            if isinstance(getattr(module.config, "quantization_config", None), TernaryQuantizationConfig):
+                del module.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+            vars(module).pop("hf_quantizer", None)
     if "_model_card_text" in vars(model):
         vars(model)["_model_card_text"] = None
+
+
+def _described(model: PreTrainedModel, made_by: Any = None) -> TernaryQuantizationConfig:
+    """What config.json has to say of the ternary layers and int8 tables that are in a model now.
+
+    Args:
+        model: the model.
+        made_by: has ``rule`` and ``skip``; None: what the model's configuration says.
+
+    Raises:
+        TriternError: layers with different ``activation_bits``.
+    """
+    if made_by is None:
+        known = getattr(model.config, "quantization_config", None)
+        made_by = known if isinstance(known, TernaryQuantizationConfig) else TernaryConfig()
+    layers = _named(model, TernaryLinear)
+    by_bits = {m.activation_bits: n for n, m in layers}
+    if len(by_bits) > 1:
+        raise TriternError(
+            "activation_bits must be the same in all ternary layers of a model that is saved; they are "
+            + " and ".join(f"{bits} in {name}" for bits, name in by_bits.items())
+        )
+    norms = {n: m.norm.eps for n, m in layers if m.norm is not None}
+    bits = next(iter(by_bits), made_by.activation_bits)
+    tables = [n for n, _ in _named(model, Int8Embedding)]
+    return TernaryQuantizationConfig([n for n, _ in layers], bits, made_by.rule, made_by.skip, tables, norms)
 
 
 def _check_loaded(name: str, layer: TernaryLinear | Int8Embedding) -> None:
@@ -255,7 +284,3 @@ def _check_loaded(name: str, layer: TernaryLinear | Int8Embedding) -> None:
 
 def _named(model: nn.Module, kind: type[Module]) -> list[tuple[str, Module]]:
     return [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, kind)]
-
-
-def _names(model: nn.Module, kind: type[nn.Module]) -> list[str]:
-    return [name for name, _ in _named(model, kind)]

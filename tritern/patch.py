@@ -16,13 +16,19 @@ from tritern_kernels.formats import check_shape
 
 from . import hf
 from .calibration import calibrate
-from .choice import Choice, choose, choose_tables, matrices_of, others, starred
+from .choice import Choice, choose, choose_tables, common_name, matrices_of, others, starred
 from .config import TernaryConfig
 from .embedding import Int8Embedding
 from .errors import TriternError
 from .linear import TernaryLinear
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+"""Where torch keeps a module's forward hooks, and which of them want keyword arguments."""
 
 
 def patch(
@@ -49,8 +55,8 @@ def patch(
     and far closer to the original. That takes a second copy of the model for as long as it lasts.
 
     With ``embedding_bits=8`` every ``nn.Embedding`` of at least 1,024 rows becomes an ``Int8Embedding``,
-    except subclasses, those with max_norm or in sentence-transformers' own modules, and weights shared with
-    another module, as in T5 or with an lm_head.
+    except those with max_norm or in sentence-transformers' own modules, weights shared with another module,
+    as in T5 or with an lm_head, and subclasses other than those that only multiply the output, as Gemma's.
 
     Args:
         model: the model; its weights must be loaded, finite, in float32, float16 or bfloat16.
@@ -105,19 +111,23 @@ def patch(
             assert isinstance(twin, TernaryLinear)
             new = TernaryLinear.from_packed(twin.packed(), old.bias, activation_bits=config.activation_bits)
             new.train(old.training)
-        new._forward_hooks, new._forward_pre_hooks = old._forward_hooks, old._forward_pre_hooks
-        for name in names:
-            model.set_submodule(name, new)
+        put(model, names, new)
         del old
     for names in table_names:
         table = model.get_submodule(names[0])
         assert isinstance(table, nn.Embedding)
-        new = Int8Embedding.from_embedding(table)
-        new._forward_hooks, new._forward_pre_hooks = table._forward_hooks, table._forward_pre_hooks
-        for name in names:
-            model.set_submodule(name, new)
+        put(model, names, Int8Embedding.from_embedding(table))
     hf.attach(model, config)
     return model
+
+
+def put(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
+    """Replace what has these names by ``module``, which takes over its forward hooks."""
+    for name in names:
+        old = model.get_submodule(name)
+        for hooks in _HOOKS:
+            setattr(module, hooks, getattr(old, hooks))
+        model.set_submodule(name, module)
 
 
 def plan(model: nn.Module, config: TernaryConfig) -> tuple[list[Choice], list[Choice]]:
@@ -140,9 +150,12 @@ def _warn_of_the_rest(model: nn.Module, chosen: list[Choice]) -> None:
     sizes = [sum(p.numel() for p in matrices_of(c.module).values()) for c in matrices]
     if sum(sizes) > ternary:
         largest = matrices[sizes.index(max(sizes))]
+        name = common_name(
+            [largest.name, *(c.name for c in matrices if starred(c.name) == starred(largest.name))]
+        )
         warnings.warn(
             f"{sum(sizes):,} weights are in matrices that are no nn.Linear and stay in full precision; "
-            f"{ternary:,} become ternary. The largest: {starred(largest.name)}: {largest.reason}. "
+            f"{ternary:,} become ternary. The largest: {name}: {largest.reason}. "
             "tritern.summary(model) lists them all.",
             stacklevel=3,
         )
@@ -174,8 +187,7 @@ def _check(model: nn.Module, config: TernaryConfig, linears: list[Choice], table
             "into its weights first (merge_and_unload of peft), or patch the plain model and adapt that"
         )
     if all(c.reason for c in linears):
-        reasons = dict.fromkeys(f"{starred(c.name)}: {c.reason}" for c in [*linears, *others(model)])
-        detail = "; ".join(list(reasons)[:5]) or "it has no nn.Linear at all"
+        detail = _reasons([*linears, *others(model)]) or "it has no nn.Linear at all"
         raise TriternError(f"no linear layer to make ternary in {type(model).__name__} ({detail})")
     for c in linears + (tables if config.embedding_bits == 8 else []):
         if c.reason:
@@ -197,3 +209,11 @@ def _check(model: nn.Module, config: TernaryConfig, linears: list[Choice], table
                 check_shape(*weight.shape)
         except ValueError as error:
             raise TriternError(f"{c.name}: {error} Or name it in skip=.") from None
+
+
+def _reasons(choices: list[Choice]) -> str:
+    """Why layers are left, for the first five kinds of them."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for c in choices:
+        groups.setdefault((starred(c.name), c.reason), []).append(c.name)
+    return "; ".join([f"{common_name(names)}: {reason}" for (_, reason), names in groups.items()][:5])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .checkpoint import sealed
+from .choice import of_peft
 from .config import TernaryConfig
 from .embedding import Int8Embedding
+from .errors import TriternError
 from .linear import TernaryLinear
 
 
@@ -38,27 +40,53 @@ def is_ternary(model: nn.Module) -> bool:
 
 
 def _sealing(save_pretrained: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(save_pretrained)
+
     @wraps(save_pretrained)
-    def save(model: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        if not is_ternary(model) or not kwargs.get("is_main_process", True) or Path(save_directory).is_file():
-            return save_pretrained(model, save_directory, *args, **kwargs)
-        push = kwargs.pop("push_to_hub", False)
-        with sealed(save_directory):
-            save_pretrained(model, save_directory, *args, **kwargs)
+    def save(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        if not is_ternary(model):
+            return save_pretrained(model, *args, **kwargs)
+        call = signature.bind(model, *args, **kwargs)
+        given = call.arguments
+        check_adapters(model)
+        if not given.get("save_original_format", True):
+            raise TriternError(
+                "save_original_format must be True for ternary models: the digest is of that format"
+            )
+        if _quantizer(model) is None:  # part of a model that was patched
+            from .hf import attach  # which imports this module
+
+            attach(model)
+        folder = given["save_directory"]
+        writes = model.should_save_on_this_rank(given.get("is_main_process", True))
+        if not writes or Path(folder).is_file():
+            return save_pretrained(*call.args, **call.kwargs)
+        push = given.pop("push_to_hub", False)
+        with sealed(folder):
+            save_pretrained(*call.args, **call.kwargs)
         if push:  # afterwards, so that the manifest goes along
             known = inspect.signature(model.push_to_hub).parameters
-            hub = {name: value for name, value in kwargs.items() if name in known}
-            model.push_to_hub(**{"repo_id": Path(save_directory).name, **hub})
+            named = {**given, **given.get("kwargs", {})}
+            hub = {name: value for name, value in named.items() if name in known and name != "self"}
+            model.push_to_hub(**{"repo_id": Path(folder).name, **hub})
 
     return save
 
 
 def _with_requirement(plain: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(plain)
+
     @wraps(plain)
     def save(model: Any, path: str | None, *args: Any, **kwargs: Any) -> None:
         if path is None or not is_ternary(model):
             return plain(model, path, *args, **kwargs)
-        if "tritern" not in (model._model_card_text or ""):  # it was patched while it was loaded
+        check_adapters(model)
+        if not signature.bind(model, path, *args, **kwargs).arguments.get("safe_serialization", True):
+            raise TriternError(
+                "safe_serialization must be True for ternary models: they are saved without pickles"
+            )
+        patched_while_loading = next(_patched_here(model), None) is not None
+        if patched_while_loading and "tritern" not in (model._model_card_text or ""):
             model._model_card_text = model_card(model, _settings(model))
         Path(path).mkdir(parents=True, exist_ok=True)
         with sealed(path):
@@ -70,6 +98,35 @@ def _with_requirement(plain: Callable[..., None]) -> Callable[..., None]:
             file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
     return save
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Refuse to save adapters of a ternary model that no folder holds.
+
+    Raises:
+        TriternError: what would be saved is the adapters and the name of the full-precision model, on which
+            they would be put without a word.
+    """
+    for base in _patched_here(model):
+        if any(of_peft(module) for module in base.modules()):
+            raise TriternError(
+                "the adapters are on a model that was made ternary in memory, and would be saved with the "
+                f"name of the full-precision one ({base.name_or_path}). Save the ternary model first, "
+                "load it, and adapt that"
+            )
+
+
+def _patched_here(model: nn.Module) -> Iterator[PreTrainedModel]:
+    """The transformers models inside that were made ternary in memory rather than loaded as such."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and is_ternary(module):
+            quantizer = _quantizer(module)
+            if quantizer is not None and not quantizer.pre_quantized:
+                yield module
+
+
+def _quantizer(model: PreTrainedModel) -> Any:
+    return getattr(model, "hf_quantizer", None)
 
 
 def _settings(model: nn.Module) -> Any:

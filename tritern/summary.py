@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .choice import SMALLEST_TABLE, choose, choose_tables, matrices_of, others, starred
+from .choice import SMALLEST_TABLE, choose, choose_tables, common_name, matrices_of, others, starred
 from .embedding import Int8Embedding
 from .linear import TernaryLinear
 
@@ -68,12 +68,12 @@ class Summary:
         groups: dict[tuple[str, tuple[int, int]], list[LayerSummary]] = {}
         for layer in self.layers:
             groups.setdefault((starred(layer.name), layer.shape), []).append(layer)
-        for (name, shape), group in groups.items():
+        for (_, shape), group in groups.items():
             before, after = sum(g.bytes_before for g in group), sum(g.bytes_after for g in group)
             zeros = sum(g.zero_fraction for g in group) / len(group)
             rows.append(
                 (
-                    name,
+                    common_name([g.name for g in group]),
                     str(len(group)),
                     f"{shape[0]} x {shape[1]}",
                     _size(before),
@@ -175,12 +175,13 @@ def _table(name: str, table: Int8Embedding) -> TableSummary:
 
 
 def _skipped_lines(kind: str, skipped: tuple[SkippedLayer, ...]) -> list[str]:
-    """A line for each name and reason, ``*`` standing for numbers."""
+    """A line for each name and reason, ``*`` standing for the numbers of several."""
     groups: dict[tuple[str, str], list[SkippedLayer]] = {}
     for layer in skipped:
         groups.setdefault((starred(layer.name), layer.reason), []).append(layer)
     lines = []
-    for (name, reason), group in groups.items():
+    for (_, reason), group in groups.items():
+        name = common_name([g.name for g in group])
         count = f"{len(group)} layers, " if len(group) > 1 else ""
         lines.append(f"not {kind}: {name} ({count}{_size(sum(s.bytes for s in group))}): {reason}")
     return lines

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -102,3 +104,25 @@ def test_a_merged_model_is_patched(tiny, texts):
     tiny[0].model = model.merge_and_unload()
     assert len(tritern.summary(tritern.patch(tiny)).layers) == 12
     assert np.isfinite(tiny.encode(texts)).all()
+
+
+def test_adapters_of_a_model_that_no_folder_holds_are_not_saved(tiny, tiny_path, tmp_path):
+    """Their base would be taken for the full-precision model that was patched."""
+    refused = pytest.raises(
+        TriternError, match="made ternary in memory.*Save the ternary model first, load it"
+    )
+    tritern.patch(tiny).add_adapter(tritern.lora(LoraConfig(**TARGETS)))
+    loading = {"quantization_config": tritern.TernaryConfig()}
+    loaded = SentenceTransformer(tiny_path, device="cpu", model_kwargs=loading)
+    peft_model = get_peft_model(loaded[0].model, tritern.lora(LoraConfig(**TARGETS)))
+    for model in (tiny, tiny[0].model, peft_model):
+        with refused:
+            model.save_pretrained(str(tmp_path / "adapter"))
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_adapters_of_a_loaded_model_are_saved_by_peft_too(ternary, tmp_path):
+    model = get_peft_model(ternary[0].model, tritern.lora(LoraConfig(**TARGETS)))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(tmp_path / "ternary")

@@ -10,7 +10,7 @@ from transformers import DebertaConfig, DebertaModel, WavLMConfig, WavLMModel
 
 import tritern
 from tritern import TriternError
-from tritern.choice import choose, starred
+from tritern.choice import choose, common_name, starred
 
 
 def reasons(model):
@@ -146,3 +146,13 @@ def test_plans_need_no_weights():
     with torch.device("meta"):
         model = nn.Sequential(Gated(), nn.Conv2d(3, 8, 4))
     assert set(reasons(model).values()) == {""}
+
+
+def test_a_single_layer_is_called_by_its_own_name():
+    assert common_name(["0.pooler.dense"]) == "0.pooler.dense"
+    assert common_name(["0.layer.1.up", "0.layer.2.up"]) == "*.layer.*.up"
+    model = nn.Sequential(nn.ModuleDict({"pooler": nn.Linear(8, 8), "up": nn.Linear(8, 8)}))
+    text = str(tritern.summary(tritern.patch(model)))
+    assert "\n0.up " in text and "not ternary: 0.pooler (0.00 MB): pooler" in text
+    with pytest.raises(tritern.TriternError, match=r"\(0.pooler: pooler\)"):
+        tritern.patch(nn.Sequential(nn.ModuleDict({"pooler": nn.Linear(8, 8)})))

@@ -128,6 +128,20 @@ def test_int8_embedding_in_training_gives_the_bits_of_the_rounded_table():
     assert torch.equal(table.weight.grad, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_table_that_multiplies(dtype):
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    table = Gemma3TextScaledWordEmbedding(50, 16, 0, embed_scale=24**0.5).to(dtype)
+    module = TrainableInt8Embedding.around(table)
+    ids = torch.tensor([[1, 2, 3], [0, 49, 7]])
+    packed = module.packed_table()
+    assert torch.equal(module(ids), Int8Embedding.from_embedding(table)(ids))
+    assert torch.equal(module(ids), packed(ids)) and type(packed.to_embedding()) is type(table)
+    module(ids).sum().backward()
+    assert table.weight.grad[1, 0] == torch.tensor(24**0.5).to(dtype) and table.weight.grad[4, 0] == 0
+
+
 def test_a_model_there_and_back(tiny, sentences):
     config = TernaryConfig(embedding_bits=8, skip=("*.layer.0.output.dense",))
     names = make_trainable(tiny, config)

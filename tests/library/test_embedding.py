@@ -9,11 +9,14 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import WordEmbeddings
 from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
 from torch import nn
-from transformers import AutoModel, T5Config, T5EncoderModel
+from transformers import AutoModel, Gemma3TextConfig, Gemma3TextModel, T5Config, T5EncoderModel
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 import tritern
 from tests.library.test_save_load import change_settings
 from tritern import CheckpointError, Int8Embedding, TernaryConfig, TernaryLinear, TriternError
+from tritern.checkpoint import MANIFEST
 from tritern.patch import choose_tables
 from tritern_kernels.reference import quantize_activations
 
@@ -114,6 +117,7 @@ def test_by_default_tables_stay(tiny, tmp_path):
     config = json.loads(file.read_text())
     assert config["quantization_config"].pop("embeddings") == []
     file.write_text(json.dumps(config))
+    (tmp_path / MANIFEST).unlink()
     loaded = SentenceTransformer(str(tmp_path), device="cpu")
     assert np.array_equal(loaded.encode(["ba be bi"]), tiny.encode(["ba be bi"]))
 
@@ -150,6 +154,7 @@ def test_patched_saved_and_loaded(tiny, sentences, tmp_path):
     assert type(plain.embeddings.word_embeddings) is nn.Embedding
     assert torch.equal(plain.embeddings.word_embeddings(IDS), transformer.embeddings.word_embeddings(IDS))
     change_settings(tmp_path / "model", embeddings=["embeddings.LayerNorm"])
+    (tmp_path / "model" / MANIFEST).unlink()
     with pytest.raises(
         CheckpointError, match="names the int8 table 'embeddings.LayerNorm', but the model has"
     ):
@@ -237,3 +242,65 @@ def test_word_embeddings_of_sentence_transformers_stay():
     words = WordEmbeddings(WhitespaceTokenizer([str(i) for i in range(2000)]), torch.ones(2000, 8))
     (choice,) = choose_tables(SentenceTransformer(modules=[words], device="cpu"))
     assert choice.reason == "sentence-transformers WordEmbeddings"
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tables_that_multiply(dtype):
+    """By a number that no half-precision dtype holds; it is rounded before it is used, as in Gemma."""
+    original = Gemma3TextScaledWordEmbedding(2000, 48, 7, embed_scale=48**0.5).to(dtype).eval()
+    table = Int8Embedding.from_embedding(original)
+    rounded = nn.Embedding.from_pretrained(table.weight[IDS].to(dtype) * table.weight_scale[IDS, None])
+    assert torch.equal(table(IDS), rounded.weight * torch.tensor(48**0.5).to(dtype))
+    assert ((table(IDS) - original(IDS)).abs().amax() / original(IDS).abs().amax()).item() < 0.01
+    back = table.to_embedding()
+    assert type(back) is Gemma3TextScaledWordEmbedding and torch.equal(back(IDS), table(IDS))
+    assert (back.num_embeddings, back.padding_idx, back.training) == (2000, 7, False)
+    assert repr(table) == "Int8Embedding(2000, 48, padding_idx=7, embed_scale=6.9282)"
+
+
+def test_gemma_is_patched_saved_and_loaded(tmp_path):
+    config = Gemma3TextConfig(
+        vocab_size=2000, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    model = tritern.patch(Gemma3TextModel(config).eval(), embedding_bits=8)
+    assert int8_names(model) == ["embed_tokens"]
+    model.save_pretrained(tmp_path / "ternary")
+    loaded = Gemma3TextModel.from_pretrained(tmp_path / "ternary")
+    vectors = model(IDS[None]).last_hidden_state
+    assert torch.equal(loaded(IDS[None]).last_hidden_state, vectors)
+    tritern.dequantize(loaded).save_pretrained(tmp_path / "plain")
+    plain = Gemma3TextModel.from_pretrained(tmp_path / "plain")
+    assert torch.equal(plain.embed_tokens(IDS), model.embed_tokens(IDS))
+
+
+class SquaredWordEmbedding(Gemma3TextScaledWordEmbedding):
+    """Claims to be of transformers and takes the same arguments, but does something else."""
+
+    __module__ = "transformers.models.own"
+
+    def forward(self, input_ids):
+        return super().forward(input_ids) ** 2
+
+
+@pytest.mark.parametrize("kind", [SquaredWordEmbedding, BartScaledWordEmbedding])
+def test_tables_that_do_something_else_stay(kind, tmp_path):
+    table = kind(2000, 8, 0, embed_scale=2.0)
+    with pytest.raises(TriternError, match=f"a {kind.__name__} cannot be made int8: only nn.Embedding and"):
+        Int8Embedding.from_embedding(table)
+    (choice,) = choose_tables(nn.Sequential(table))
+    assert choice.reason == f"subclass of nn.Embedding: {kind.__name__}"
+
+
+def test_looking_at_a_class_draws_no_random_numbers():
+    from tritern.embedding import _multiplies
+
+    _multiplies.cache_clear()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    assert _multiplies(Gemma3TextScaledWordEmbedding)
+    assert torch.equal(torch.rand(2), expected)

@@ -101,6 +101,17 @@ def test_mode_hooks_and_devices_survive():
     assert calls == [1] and not model.blocks[1].up.training
 
 
+def test_hooks_with_keyword_arguments_survive(tiny):
+    query, calls = tiny[0].model.encoder.layer[0].attention.self.query, []
+    query.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    handle = query.register_forward_hook(lambda _, a, kwargs, out: calls.append(kwargs), with_kwargs=True)
+    tritern.patch(tiny).encode("ba")
+    assert calls == [{}, {}]
+    handle.remove()
+    tritern.dequantize(tiny).encode("ba")
+    assert calls == [{}, {}, {}]
+
+
 def test_state_dict_of_a_plain_module():
     model, other = tritern.patch(Net()), Net()
     tritern.patch(other)

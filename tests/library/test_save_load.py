@@ -179,6 +179,10 @@ def setting(name, index, value):
     return lambda state: state[name].flatten().__setitem__(index, value)
 
 
+def cast(name, dtype):
+    return lambda state: state.update({name: state[name].to(dtype)})
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -196,9 +200,13 @@ def setting(name, index, value):
             "packed must be uint8.*received torch.int8",
         ),
         (
-            lambda s: s.update({f"{TABLE}.weight": s[f"{TABLE}.weight"].short()}),
-            "must be int8; received torch.int16",
+            lambda s: s.update({f"{TABLE}.weight": s[f"{TABLE}.weight"].byte()}),
+            "must be int8; received torch.uint8",
         ),
+        (cast(f"{LAYER}.weight", torch.float32), "must be uint8 and float32, .*the file holds F32 and F32"),
+        (cast(f"{LAYER}.weight_scale", torch.float16), "uint8 and float32, .*the file holds U8 and F16"),
+        (cast(f"{TABLE}.weight", torch.bfloat16), f"{TABLE}.weight and its scale .*holds BF16 and F32"),
+        (cast(f"{TABLE}.weight_scale", torch.float64), "or int8 and floating point; .*holds I8 and F64"),
         (
             lambda s: s.update({f"{LAYER}.weight": s[f"{LAYER}.weight"][:-1]}),
             "(?i)mismatch|packed must have shape",
@@ -237,6 +245,8 @@ def test_settings_that_do_not_fit_are_refused(saved, tmp_path):
     refused(folder, "format 2; this version reads 1: upgrade tritern")
     change_settings(folder, format_version=1, modules=["encoder.layer.9.output.dense"])
     refused(folder, "names the ternary layer 'encoder.layer.9.output.dense'")
+    change_settings(folder, modules=["encoder.layer.0.output"])
+    refused(folder, "'encoder.layer.0.output', but the model has no nn.Linear there")
     change_settings(folder, group_size=64)
     refused(folder, "unknown fields in the tritern quantization_config: group_size")
 

@@ -16,10 +16,10 @@ from tritern_kernels.training import Codes, blended_weight, ternarize_given, ter
 
 from .. import hf
 from ..config import TernaryConfig
-from ..embedding import Int8Embedding
+from ..embedding import Int8Embedding, multiplied, multiplier
 from ..errors import TriternError
 from ..linear import TernaryLinear
-from ..patch import plan
+from ..patch import plan, put
 
 SMALLEST_SCALE = 1e-8
 """Scales are kept at or above this while they are learned."""
@@ -161,14 +161,29 @@ class TrainableTernaryLinear(nn.Module):
 
 
 class TrainableInt8Embedding(nn.Embedding):
-    """An ``nn.Embedding`` whose looked-up rows are rounded as in ``Int8Embedding``, straight-through."""
+    """An ``nn.Embedding`` whose looked-up rows are rounded as in ``Int8Embedding``, straight-through.
+
+    Attributes:
+        embed_scale, original: as in ``Int8Embedding``.
+    """
+
+    embed_scale: float
+    original: type[nn.Embedding]
 
     @classmethod
     def around(cls, table: nn.Embedding) -> TrainableInt8Embedding:
         """One that takes over a table's parameter."""
         new = cls(table.num_embeddings, table.embedding_dim, table.padding_idx, device="meta")
         new.weight = table.weight
+        new.embed_scale, new.original = multiplier(table) or 1.0, type(table)
         return new.train(table.training)
+
+    def packed_table(self) -> Int8Embedding:
+        """The inference table with the present values."""
+        shape = self.num_embeddings, self.embedding_dim, self.padding_idx
+        new = Int8Embedding.from_embedding(nn.Embedding(*shape, _weight=self.weight))
+        new.embed_scale, new.original = self.embed_scale, self.original
+        return new.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002, the parent's name
         """Ids [...] -> [..., embedding_dim]."""
@@ -176,7 +191,8 @@ class TrainableInt8Embedding(nn.Embedding):
         q, scale = quantize_activations(rows.detach().reshape(-1, rows.shape[-1]))
         scale = scale.to(rows.dtype)
         value = (q.to(rows.dtype) * scale[:, None]).view(rows.shape)
-        return value + (rows - rows.detach())  # value, to the bit, with the rows' gradient
+        value = value + (rows - rows.detach())  # value, to the bit, with the rows' gradient
+        return multiplied(value, self.embed_scale)
 
 
 def make_trainable(
@@ -203,11 +219,11 @@ def make_trainable(
         assert isinstance(old, nn.Linear)
         new = TrainableTernaryLinear(old, rule=config.rule, activation_bits=config.activation_bits, **options)
         new.weight_scale = first.setdefault(id(old.weight), new).weight_scale  # shared as the weight is
-        _put(model, choice.names, new)
+        put(model, choice.names, new)
     for choice in tables:
         assert isinstance(choice.module, nn.Embedding)
         if through_tables:
-            _put(model, choice.names, TrainableInt8Embedding.around(choice.module))
+            put(model, choice.names, TrainableInt8Embedding.around(choice.module))
     return [name for c in linears + tables for name in c.names]
 
 
@@ -236,15 +252,10 @@ def _swap(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     for layer in old.values():
         if isinstance(layer, TrainableTernaryLinear):
             new.setdefault(id(layer), layer.packed_layer())
+        elif isinstance(layer, TrainableInt8Embedding):
+            new.setdefault(id(layer), layer.packed_table())
         elif isinstance(layer, nn.Embedding):
             new.setdefault(id(layer), Int8Embedding.from_embedding(layer))
     for name, layer in old.items():
-        _put(model, [name], new[id(layer)])
+        put(model, [name], new[id(layer)])
     return old
-
-
-def _put(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
-    for name in names:
-        old = model.get_submodule(name)
-        module._forward_hooks, module._forward_pre_hooks = old._forward_hooks, old._forward_pre_hooks
-        model.set_submodule(name, module)
