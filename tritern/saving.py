@@ -88,7 +88,6 @@ def _with_requirement(plain: Callable[..., None]) -> Callable[..., None]:
         patched_while_loading = next(_patched_here(model), None) is not None
         if patched_while_loading and "tritern" not in (model._model_card_text or ""):
             model._model_card_text = model_card(model, _settings(model))
-        Path(path).mkdir(parents=True, exist_ok=True)
         with sealed(path):
             plain(model, path, *args, **kwargs)
             file = Path(path, "config_sentence_transformers.json")
