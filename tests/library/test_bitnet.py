@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from transformers.integrations.bitnet import pack_weights
 import tritern
 from tests.conftest import WORDS
 from tritern import CheckpointError, TernaryLinear
-from tritern.bitnet import Header
+from tritern.bitnet_layers import METHOD, Header
 
 SIZES = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -274,6 +276,28 @@ def test_other_formats_are_refused(generator, embedding, tmp_path, tiny_path):
 def test_a_model_without_its_head(generator, tmp_path):
     folder = change(copy_of(generator[0], tmp_path), architectures=["BitNetModel"])
     check(tritern.from_bitnet(folder, dtype=torch.float32), generator[1].model)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    refused(tmp_path / "away", "away is neither a folder nor a name on the hub, such as owner/name")
+
+
+LOAD = """
+import sys, tritern
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer(sys.argv[1], device="cpu")
+sys.stdout.write(model.encode(sys.argv[2]).tobytes().hex())
+"""
+
+
+@pytest.mark.parametrize("embedding", ["qwen3"], indirect=True)
+def test_a_new_process_that_imports_tritern_loads_what_was_saved(embedding, tmp_path):
+    model = tritern.from_bitnet(embedding[0], device="cpu", dtype=torch.float32)
+    model.save_pretrained(str(tmp_path))
+    assert not any(METHOD in file.read_text() for file in tmp_path.rglob("*.json"))
+    command = [sys.executable, "-c", LOAD, str(tmp_path), "bado kemi lu"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.stdout == model.encode("bado kemi lu").tobytes().hex(), result.stderr[-2000:]
 
 
 def test_a_damaged_file_is_named(tmp_path):
