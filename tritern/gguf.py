@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,11 +30,11 @@ QWEN2_WORDS = (
 def export_gguf(model: nn.Module, path: str | Path) -> None:
     """Write a ternary SentenceTransformer as a GGUF file.
 
-    Families: BERT with a WordPiece tokenizer in lower case (all-MiniLM, English bge and e5), as llama.cpp's
-    ``bert``, and Qwen3 (Qwen3-Embedding), as ``qwen3``. Ternary layers become TQ2_0 where in_features is a
-    multiple of 256, else Q4_0 where it is one of 32, else F16; int8 tables become Q8_0 (F16 where the width
-    is no multiple of 32). Codes are exact in the quantized types and a row's scale is rounded to float16.
-    What the model has in full precision is F16 (linear layers and word tables) or F32 (the rest).
+    Families: BERT with a WordPiece tokenizer in lower case and without accents (all-MiniLM, English bge and
+    e5), as llama.cpp's ``bert``, and Qwen3 (Qwen3-Embedding), as ``qwen3``. Ternary layers become TQ2_0 where
+    in_features is a multiple of 256, else Q4_0 where it is one of 32, else F16; int8 tables become Q8_0 (F16
+    where the width is no multiple of 32). Codes are exact in the quantized types and a row's scale is rounded
+    to float16. What the model has in full precision is F16 (linear layers and word tables) or F32 (the rest).
 
     llama.cpp rounds activations to int8 in blocks of 32 or 256 where tritern rounds whole tokens, so vectors
     are close to tritern's, not equal. GGUF has no place for prompts, for max_seq_length and for normalization
@@ -44,57 +45,47 @@ def export_gguf(model: nn.Module, path: str | Path) -> None:
     Args:
         model: a SentenceTransformer of Transformer, Pooling (mean, cls or lasttoken) and perhaps Normalize,
             with at least one ternary layer.
-        path: of the file.
+        path: of the file; one that is there already is replaced once the new one is whole.
 
     Raises:
         TriternError: another model, family, tokenizer or pooling, layers with an RMSNorm of their own, or
-            scales beyond float16. Nothing is written then.
+            values beyond float16. Nothing is written then.
         ImportError: the gguf package is not installed.
     """
-    gguf = _gguf()
+    gguf, path = _gguf(), Path(path)
     transformer, pooling = _parts(model)
-    config, arch = transformer.config, transformer.config.model_type
+    arch = transformer.config.model_type
     if arch not in ("bert", "qwen3"):
         raise TriternError(f"export_gguf writes the families bert and qwen3; this model's is {arch!r}")
-    _check_config(config)
+    _check_config(transformer.config)
     names = gguf.get_tensor_name_map(
-        gguf.MODEL_ARCH.BERT if arch == "bert" else gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers
+        gguf.MODEL_ARCH.BERT if arch == "bert" else gguf.MODEL_ARCH.QWEN3,
+        transformer.config.num_hidden_layers,
     )
-    tensors: dict[str, tuple[np.ndarray, Any]] = {}
-    for name, content in _tensors(gguf, transformer).items():
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_name(path.stem)
+    writer.add_pooling_type(gguf.PoolingType[POOLING[pooling]])
+    _add_sizes(gguf, writer, transformer.config)
+    (_add_wordpiece if arch == "bert" else _add_bpe)(gguf, writer, model.tokenizer, transformer.config)
+    for name, (data, kind) in _tensors(gguf, transformer).items():
         full = name if arch == "bert" else f"model.{name}"
         new = names.get_name(full, try_suffixes=(".weight", ".bias"))
         if new is None:
             raise TriternError(f"{name} has no place in a GGUF file of the family {arch!r}")
-        tensors[new] = content
+        writer.add_tensor(new, data, raw_dtype=kind)
 
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_name(Path(path).stem)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_pooling_type(gguf.PoolingType[POOLING[pooling]])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_TQ2_0)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    if arch == "bert":
-        writer.add_layer_norm_eps(config.layer_norm_eps)
-        writer.add_causal_attention(False)
-        _add_wordpiece(gguf, writer, model.tokenizer, config)
-    else:
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-        _add_bpe(gguf, writer, model.tokenizer, config)
-    for name, (data, kind) in tensors.items():
-        writer.add_tensor(name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    temporary = path.with_name(
+        f"{path.name}.{os.getpid()}"
+    )  # what was there before stays until this is whole
+    try:
+        writer.write_header_to_file(temporary)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        temporary.replace(path)
+    finally:
+        writer.close()
+        temporary.unlink(missing_ok=True)
 
 
 def _gguf() -> ModuleType:
@@ -152,6 +143,26 @@ def _check_config(config: Any) -> None:
             )
 
 
+def _add_sizes(gguf: ModuleType, writer: Any, config: Any) -> None:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_TQ2_0)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if config.model_type == "bert":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+        writer.add_causal_attention(False)
+        writer.add_token_type_count(config.type_vocab_size)
+    else:
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+
+
 def _tensors(gguf: ModuleType, transformer: PreTrainedModel) -> dict[str, tuple[np.ndarray, Any]]:
     """Content and GGML type of every tensor but the pooler's, by its name in the model."""
     types, found = gguf.GGMLQuantizationType, {}
@@ -167,14 +178,15 @@ def _tensors(gguf: ModuleType, transformer: PreTrainedModel) -> dict[str, tuple[
         for key, value in module.named_parameters(recurse=False):
             table = name.endswith(("word_embeddings", "embed_tokens"))
             half = key == "weight" and (table or isinstance(module, nn.Linear))
-            data = value.detach().float().cpu().numpy()
-            found[f"{name}.{key}"] = (data.astype(np.float16), types.F16) if half else (data, types.F32)
+            data = _half(f"{name}.{key}", value) if half else value.detach().float().cpu().numpy()
+            found[f"{name}.{key}"] = data, types.F16 if half else types.F32
     return found
 
 
 def _ternary(gguf: ModuleType, name: str, layer: TernaryLinear) -> tuple[np.ndarray, Any]:
     types, K = gguf.GGMLQuantizationType, layer.in_features
-    codes, scale = layer.packed().codes().cpu().numpy(), _half(name, layer.weight_scale)
+    codes = layer.packed().codes().cpu().numpy()
+    scale = _half(f"{name}.weight_scale", layer.weight_scale)[:, None]
     values = codes * scale.astype(np.float32)
     if K % 256 == 0:
         return gguf.quants.quantize(values, types.TQ2_0), types.TQ2_0
@@ -186,7 +198,8 @@ def _ternary(gguf: ModuleType, name: str, layer: TernaryLinear) -> tuple[np.ndar
 
 def _int8(gguf: ModuleType, name: str, table: Int8Embedding) -> tuple[np.ndarray, Any]:
     types, K = gguf.GGMLQuantizationType, table.embedding_dim
-    codes, scale = table.weight.cpu().numpy(), _half(name, table.weight_scale)
+    codes = table.weight.cpu().numpy()
+    scale = _half(f"{name}.weight_scale", table.weight_scale)[:, None]
     if K % 32 == 0:
         return _blocks(scale, codes.view(np.uint8).reshape(len(codes), K // 32, 32)), types.Q8_0
     return (codes * scale.astype(np.float32)).astype(np.float16), types.F16
@@ -198,12 +211,15 @@ def _blocks(scale: np.ndarray, content: np.ndarray) -> np.ndarray:
     return np.concatenate([start, content], axis=-1).reshape(len(content), -1)
 
 
-def _half(name: str, scale: Tensor) -> np.ndarray:
-    """Scales as float16 [N, 1]."""
-    rounded = scale.detach().to("cpu", torch.float16)
+def _half(name: str, values: Tensor) -> np.ndarray:
+    """The values as float16."""
+    rounded = values.detach().to("cpu", torch.float16)
     if not torch.isfinite(rounded).all():
-        raise TriternError(f"{name} has scales beyond float16, the largest {scale.max():g}")
-    return rounded.numpy()[:, None]
+        raise TriternError(
+            f"{name} has values beyond float16, in which a GGUF file holds it: the largest is "
+            f"{values.detach().abs().max():g}"
+        )
+    return rounded.numpy()
 
 
 def _token_types(gguf: ModuleType, tokenizer: Any, size: int) -> tuple[list[str], list[int]]:
@@ -222,11 +238,12 @@ def _token_types(gguf: ModuleType, tokenizer: Any, size: int) -> tuple[list[str]
 
 def _add_wordpiece(gguf: ModuleType, writer: Any, tokenizer: Any, config: Any) -> None:
     settings = _tokenizer_settings(tokenizer)
-    lower = (settings["normalizer"] or {}).get("lowercase")
-    if settings["model"]["type"] != "WordPiece" or not lower:
+    normalizer = settings["normalizer"] or {}
+    lower, accents = normalizer.get("lowercase"), normalizer.get("strip_accents")
+    if settings["model"]["type"] != "WordPiece" or not lower or accents is False:
         raise TriternError(
-            f"a BERT for llama.cpp must have a WordPiece tokenizer in lower case; this one is "
-            f"{settings['model']['type']}, lowercase={lower}"
+            f"a BERT for llama.cpp must have a WordPiece tokenizer in lower case and without accents; this "
+            f"one is {settings['model']['type']}, lowercase={lower}, strip_accents={accents}"
         )
     texts, kinds = _token_types(gguf, tokenizer, config.vocab_size)
     # llama.cpp marks the start of a word, not its continuation
@@ -234,7 +251,6 @@ def _add_wordpiece(gguf: ModuleType, writer: Any, tokenizer: Any, config: Any) -
         text if kind == gguf.TokenType.CONTROL else text[2:] if text.startswith("##") else "\u2581" + text
         for text, kind in zip(texts, kinds)
     ]
-    writer.add_token_type_count(config.type_vocab_size)
     writer.add_tokenizer_model("bert")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(words)

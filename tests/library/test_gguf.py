@@ -1,4 +1,5 @@
 import re
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,11 +26,12 @@ from tritern.linear import RMSNorm
 gguf = pytest.importorskip("gguf")
 
 
-def bert(folder, *, pooling="mean", words=WORDS, lower=True, **config):
+def bert(folder, *, pooling="mean", words=WORDS, lower=True, accents=None, **config):
     """A random BERT whose layers cover all three types: in_features of 256, 96 and 80."""
     vocabulary = ["[PAD]", "[UNK]", "[MASK]", "[SEP]", "[CLS]", *words, *(f"##{w}" for w in words[:20])]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=lower).save_pretrained(folder)
+    settings = {"do_lower_case": lower, "strip_accents": accents}
+    BertTokenizerFast(vocab=str(folder / "vocab.txt"), **settings).save_pretrained(folder)
     sizes = dict(
         vocab_size=1100, hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=40, initializer_range=0.2,
@@ -102,7 +104,7 @@ def equal_to(model, path, names):
             assert torch.equal(value, expected.detach().float())
         if getattr(module, "bias", None) is not None:
             left.discard(f"{name}.bias")
-            assert torch.equal(tensors[f"{name}.bias"], module.bias.detach())
+            assert torch.equal(tensors[f"{name}.bias"], module.bias.detach().float())
             assert stored[f"{name}.bias"].tensor_type.name == "F32"
     assert not left
 
@@ -126,6 +128,33 @@ QWEN3_LAYER = {
 
 def names_of(layers, part, start):
     return {**start, **{f"{part}.{i}.{a}": f"blk.{i}.{b}" for i in range(2) for a, b in layers.items()}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tmp_path, dtype):
+    model = tritern.patch(bert(tmp_path).to(dtype), embedding_bits=8, skip="*.layer.1.output.dense")
+    tritern.export_gguf(model, tmp_path / "model.gguf")
+    equal_to(model, tmp_path / "model.gguf", names_of(BERT_LAYER, "encoder.layer", BERT_NAMES))
+
+
+def test_a_file_that_is_there_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    model, path = tritern.patch(bert(tmp_path)), tmp_path / "out" / "model.gguf"
+    tritern.export_gguf(model, path)
+    before = path.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(gguf.GGUFWriter, "write_tensors_to_file", Mock(side_effect=OSError(28)))
+        with pytest.raises(OSError, match="28"):
+            tritern.export_gguf(model, path)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+    model[0].model.encoder.layer[0].output.dense.weight_scale.mul_(2)
+    tritern.export_gguf(model, path)
+    assert path.read_bytes() != before and list(path.parent.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        tritern.export_gguf(model, tmp_path / "nowhere" / "model.gguf")
+    with pytest.raises(OSError, match="directory"):
+        tritern.export_gguf(model, path.parent)
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("embedding_bits", [8, 16])
@@ -277,11 +306,16 @@ def test_what_does_not_fit_is_refused(tmp_path):
     tritern.patch(model)
     layer = model[0].model.encoder.layer[0].output.dense
     layer.weight_scale[3] = 1e6
-    refused(model, path, "encoder.layer.0.output.dense has scales beyond float16, the largest 1e")
+    refused(
+        model, path, "encoder.layer.0.output.dense.weight_scale has values beyond float16.* largest is 1e"
+    )
     layer.weight_scale[3] = 1
     layer.norm = RMSNorm(256, 1e-6)
     refused(model, path, "encoder.layer.0.output.dense has an RMSNorm of its own")
     layer.norm = None
+    words = model[0].model.bfloat16().embeddings.word_embeddings.weight
+    words.data[3, 3] = -1e6
+    refused(model, path, "embeddings.word_embeddings.weight has values beyond float16.* largest is 999424")
     model.append(Dense(96, 8))
     refused(model, path, "this one has Transformer, Pooling, Normalize, Dense")
 
@@ -290,7 +324,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
     ("change", "match"),
     [
         (dict(pooling="max"), "pooling_mode must be one of mean, cls, lasttoken; it is 'max'"),
-        (dict(lower=False), "WordPiece tokenizer in lower case; this one is WordPiece, lowercase=False"),
+        (dict(lower=False), "WordPiece tokenizer in lower case.* this one is WordPiece, lowercase=False"),
+        (dict(accents=False), "without accents; this one is WordPiece, lowercase=True, strip_accents=False"),
         (dict(hidden_act="relu"), "hidden_act of a bert model must be 'gelu'.*; it is 'relu'"),
         (dict(is_decoder=True), "is_decoder of a bert model must be False.*; it is True"),
     ],
