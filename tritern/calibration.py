@@ -46,6 +46,11 @@ DAMPING = 0.01
 keep the original's weights.
 """
 
+FIRST_SCALE, KICKS = 0.8, (0.85, 1.15)
+"""Of the rule's scales, by which the first codes are rounded, and of the best ones found, where the search
+starts again: together a tenth less squared error than one descent from the rule's codes (MiniLM).
+"""
+
 SWEEPS = 20
 COLUMNS = 128
 """Codes of so many inputs are revised before what follows from them is passed on to the rest of the row."""
@@ -344,7 +349,7 @@ def _fit(linear: nn.Linear, squares: Tensor, product: Tensor, config: TernaryCon
         H, C = H - torch.outer(mean, mean), C - torch.outer(given, mean)
     damping = DAMPING * H.diagonal().mean()
     H, C = H + damping * torch.eye(len(H), device=H.device), C + damping * linear.weight
-    codes, scale = descend(start.packed().codes().float(), start.weight_scale, H.float(), C.float())
+    codes, scale = search(start.weight_scale, H, C)
     bias = linear.bias
     if bias is not None:
         bias = nn.Parameter((given - scale * (codes.double() @ mean)).to(bias.dtype), bias.requires_grad)
@@ -352,17 +357,34 @@ def _fit(linear: nn.Linear, squares: Tensor, product: Tensor, config: TernaryCon
     return TernaryLinear.from_packed(packed, bias, activation_bits=config.activation_bits)
 
 
-def descend(codes: Tensor, scale: Tensor, H: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [N, K] (-1, 0, +1 in float32) and positive scales [N] near a minimum of
-    ``scale^2 codes H codes^T - 2 scale codes C^T`` in every row, by coordinate descent from those given.
+def search(scale: Tensor, H: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes float32 [N, K] in {-1, 0, +1} and positive scales float32 [N] with, in every row, a low
+    ``scale^2 codes H codes^T - 2 scale codes C^T``.
+
+    A descent from the best real-valued weights, rounded; then others from there, with scales too small or too
+    large for one sweep, of which each row keeps what is lower.
 
     Args:
-        codes, scale: where to start.
-        H: float32 [K, K], symmetric and positive definite.
-        C: float32 [N, K].
+        scale: float32 [N], about as large as the result.
+        H: float64 [K, K], symmetric and positive definite.
+        C: float64 [N, K].
+    """
+    weight = torch.linalg.solve(H, C.T).T.float()
+    H, C, scale = H.float(), C.float(), FIRST_SCALE * scale
+    codes = (weight / scale[:, None]).round().clamp(-1, 1)
+    codes, scale = descend(codes, _best_scale(codes, scale, H, C), H, C)
+    for factor in KICKS:
+        others, other_scale = descend(codes, factor * scale, H, C)
+        lower = _objective(others, other_scale, H, C) < _objective(codes, scale, H, C)
+        codes, scale = torch.where(lower[:, None], others, codes), torch.where(lower, other_scale, scale)
+    return codes, scale
+
+
+def descend(codes: Tensor, scale: Tensor, H: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales that no change of one code or of the scale makes better, from those given; shapes and
+    objective as in ``search``, all float32.
     """
     codes, diagonal = codes.clone(), H.diagonal()
-    scale = _best_scale(codes, scale, H, C)
     for _ in range(SWEEPS):
         slope = C / scale[:, None] - codes @ H
         changed = 0
@@ -386,6 +408,11 @@ def descend(codes: Tensor, scale: Tensor, H: Tensor, C: Tensor) -> tuple[Tensor,
 
 
 def _best_scale(codes: Tensor, scale: Tensor, H: Tensor, C: Tensor) -> Tensor:
-    """Scales [N] that minimise the objective for given codes; the old one where that is not positive."""
+    """Scales [N] that minimise the objective for these codes; the given ones where that is not positive."""
     along, length = (codes * C).sum(1), ((codes @ H) * codes).sum(1)
     return torch.where((along > 0) & (length > 0), along / length.clamp(min=1e-30), scale)
+
+
+def _objective(codes: Tensor, scale: Tensor, H: Tensor, C: Tensor) -> Tensor:
+    """What ``search`` minimises, [N]."""
+    return scale**2 * ((codes @ H) * codes).sum(1) - 2 * scale * (codes * C).sum(1)
