@@ -35,6 +35,8 @@ from eval_sets import Encoder, EvalSet
 
 FIDELITY_TEXTS = 2000
 MIN_FIDELITY_TEXTS = 12
+CALIBRATION_JOINED = 0.3
+"""Share of the calibration texts that are several lines of the file in one."""
 FIDELITY = ("cosine", "cosine_p5", "overlap", "rank_correlation")
 
 
@@ -71,7 +73,11 @@ def arguments() -> argparse.ArgumentParser:
         help="patch with calibration_texts too, from this file of texts (.txt, .jsonl, .csv, .parquet)",
     )
     parser.add_argument(
-        "--calibration-texts", type=int, default=512, metavar="N", help="first N of FILE (default: 512)"
+        "--calibration-texts",
+        type=int,
+        default=512,
+        metavar="N",
+        help="from the head of FILE; 30 %% of them are several lines joined (default: 512)",
     )
     parser.add_argument(
         "--embedding-bits", type=int, default=16, choices=(8, 16), help="of patched models (default: 16)"
@@ -165,10 +171,14 @@ def load_model(arm: Arm, options: argparse.Namespace, texts: Sequence[str] | Non
 
 
 def read_calibration_texts(options: argparse.Namespace) -> list[str] | None:
-    """The texts of --calibrate, if it is given."""
+    """The texts of --calibrate, if it is given, some joined: lines are shorter than most documents."""
     from tritern.distillation import read_texts
+    from tritern.distillation.data import joined
 
-    return read_texts(options.calibrate, limit=options.calibration_texts) if options.calibrate else None
+    if not options.calibrate:
+        return None
+    lines = read_texts(options.calibrate, limit=4 * options.calibration_texts)
+    return joined(lines, CALIBRATION_JOINED)[: options.calibration_texts]
 
 
 def means(scores: Mapping[str, float], sets: Iterable[EvalSet]) -> dict[str, float]:
