@@ -199,7 +199,7 @@ def test_tasks_sets_rules_and_bits_are_obeyed(run, ternary_path):
 
 def test_calibrated_rows(run, tmp_path):
     file = tmp_path / "texts.txt"
-    file.write_text("\n".join(t for t in TEXTS * 2 if t) + "\n")
+    file.write_text("\n".join(TEXTS * 6) + "\n")
     options = ("--calibrate", file, "--calibration-texts", 40, "--embedding-bits", 8, "--tasks", "fidelity")
     rows = run(*options)["rows"]
     assert list(rows) == ["teacher", "patched, mse", "calibrated, mse"]
