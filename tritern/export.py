@@ -26,14 +26,17 @@ def dequantize(model: Model) -> Model:
     rounds activations too, and the dequantized one does not.
 
     Raises:
-        TriternError: nothing to dequantize, or layers with an RMSNorm of their own (as ``from_bitnet`` may
-            give), which no plain model can hold. The model is then unchanged.
+        TriternError: not a model, nothing to dequantize, or layers with an RMSNorm of their own (as
+            ``from_bitnet`` may give), which no plain model can hold. The model is then unchanged.
     """
+    if not isinstance(model, nn.Module):
+        raise TriternError(f"model must be a ternary model; received {type(model).__name__}")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     layers = replace_by_plain(model, dtype)
     hf.detach(model)
-    if hasattr(model, "_model_card_text"):  # a sentence-transformers model
-        vars(model)["_model_card_text"] = _card(model, layers)
+    for module in model.modules():
+        if hasattr(module, "_model_card_text"):  # a sentence-transformers model
+            vars(module)["_model_card_text"] = _card(module, layers)
     return model
 
 
@@ -73,6 +76,8 @@ def replace_by_plain(model: nn.Module, dtype: torch.dtype) -> int:
 def _card(model: Any, layers: int) -> str:
     data = model.model_card_data
     base = data.base_model or data.model_id or "a sentence-transformers model"
+    kinds = (k.__name__ for k in type(model).__mro__ if k.__module__.startswith("sentence_transformers."))
+    kind = next(kinds, "SentenceTransformer")
     return f"""---
 library_name: sentence-transformers
 tags: [sentence-transformers]
@@ -85,8 +90,8 @@ here as ordinary floating-point weights with the same values: they load without 
 Scores published for the original do not hold for this model.
 
 ```python
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import {kind}
 
-model = SentenceTransformer("path/to/this/folder")
+model = {kind}("path/to/this/folder")
 ```
 """

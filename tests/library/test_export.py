@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from torch import nn
 
 import tritern
@@ -83,7 +83,29 @@ def test_shared_layers_and_weights_stay_shared():
     assert calls == [1]
 
 
+def test_the_card_names_the_class_that_loads_the_model(tiny_path):
+    model = CrossEncoder(tiny_path, device="cpu", num_labels=1)
+    around = nn.ModuleDict({"model": tritern.patch(model)})
+    tritern.dequantize(around)
+    assert 'model = CrossEncoder("path/to/this/folder")' in model._model_card_text
+    assert "Dequantized ternary version" in model._model_card_text
+
+
+def test_a_model_with_adapters(tiny):
+    peft = pytest.importorskip("peft")
+    model = tritern.patch(tiny, activation_bits=16)
+    model.add_adapter(
+        tritern.lora(peft.LoraConfig(target_modules=["query"], init_lora_weights=False, lora_alpha=32))
+    )
+    vectors = model.encode(TEXTS)
+    tritern.dequantize(model)
+    assert type(model[0].model.encoder.layer[0].attention.self.query.base_layer) is nn.Linear
+    np.testing.assert_allclose(model.encode(TEXTS), vectors, rtol=0, atol=1e-5)
+
+
 def test_what_cannot_be_dequantized_is_refused(tiny):
+    with pytest.raises(TriternError, match="must be a ternary model; received str"):
+        tritern.dequantize("minilm-ternary")
     with pytest.raises(TriternError, match="no ternary layer or int8 table inside SentenceTransformer"):
         tritern.dequantize(tiny)
     with pytest.raises(TriternError, match="to_linear"):
