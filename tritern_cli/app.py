@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from contextlib import redirect_stdout
@@ -12,13 +13,14 @@ import typer
 from typer.core import TyperCommand
 
 from . import bench, convert, distill, evaluate, info, search, tune
+from .common import Refused
 
 EXAMPLES = """**Examples**
 
     tritern info all-MiniLM-L6-v2
     tritern convert all-MiniLM-L6-v2 minilm-ternary --embedding-bits 8
     tritern distill all-MiniLM-L6-v2 corpus.txt minilm-distilled --max_steps 1000
-    tritern eval minilm-distilled --teacher all-MiniLM-L6-v2 --texts corpus.txt
+    tritern eval minilm-distilled corpus.txt --teacher all-MiniLM-L6-v2
     tritern search minilm-distilled corpus.txt "how do I sort a list?"
 
 Models are sentence-transformers: a folder, or a name on the Hugging Face hub. Results go to standard
@@ -56,7 +58,7 @@ def _expected() -> tuple[type[Exception], ...]:
     library, torch = sys.modules.get("tritern"), sys.modules.get("torch")
     ours = [library.TriternError] if library else []
     memory = [torch.OutOfMemoryError] if torch else []
-    return (OSError, ImportError, *ours, *memory)
+    return (Refused, OSError, ImportError, *ours, *memory)
 
 
 app = typer.Typer(
@@ -97,4 +99,7 @@ def options(
 
 def main() -> None:
     """Entry point of the script ``tritern``."""
+    for stream in (sys.stdout, sys.stderr):  # a character that a terminal lacks is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="tritern")

@@ -43,7 +43,10 @@ SENTENCE = (
 def bench(
     model: Model,
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Measure this one too, such as the original.")
+        str | None,
+        typer.Option(
+            metavar="MODEL", callback=common.model_name, help="Measure this one too, such as the original."
+        ),
     ] = None,
     texts: Annotated[
         str | None, typer.Option(metavar="FILE", help=f"{common.TEXTS} Default: one sentence of 39 words.")
@@ -161,16 +164,8 @@ def _table(results: list[dict[str, Any]], setting: dict[str, Any]) -> str:
         name = f"{r['model']} ({'ternary, ' if r['ternary'] else ''}{r['dtype']}, {r['device']})"
         held = "not measured" if r["held_mb"] is None else f"{r['held_mb']:.1f} MB"
         times = f"{r['query_p50_ms']:.1f} ms", f"{r['query_p99_ms']:.1f} ms"
-        rows.append(
-            (
-                name,
-                f"{r['texts_per_second']:.1f}",
-                speed,
-                *times,
-                f"{r['weights_mb']:.1f} MB",
-                held,
-            )
-        )
+        rate, weights = f"{r['texts_per_second']:.1f}", f"{r['weights_mb']:.1f} MB"
+        rows.append((name, rate, speed, *times, weights, held))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))

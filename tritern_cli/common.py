@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,7 +24,32 @@ class Result:
     text: str
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub name of a sentence-transformer.")]
+class Refused(Exception):
+    """What a user can mend, said in the message."""
+
+
+def model_name(name: str | None) -> str | None:
+    """Refuse at once what can be neither a folder with a model nor a name on the hub."""
+    if name is None:
+        return None
+    path = Path(name)
+    if name and path.is_dir():
+        if not any((path / file).exists() for file in ("modules.json", "config.json", "adapter_config.json")):
+            raise typer.BadParameter(f"the folder {name} holds no model (no modules.json, no config.json)")
+        return name
+    if path.is_file():
+        raise typer.BadParameter(f"{name} is a file; name the folder of a model, or a model on the hub")
+    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise typer.BadParameter(f"there is no folder {name!r}")
+    return name
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", callback=model_name, help="Folder or hub name of a sentence-transformer."
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print results as JSON, one object a line, and nothing else.")
 ]
@@ -55,11 +84,12 @@ def load(
     """A model from a folder or from the hub, ternary or not."""
     import torch
     from sentence_transformers import SentenceTransformer
+    from transformers.utils.logging import disable_progress_bar
 
-    from tritern import CheckpointError, TriternError
+    from tritern import CheckpointError
 
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise TriternError(f"model {name}: there is no such folder")
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     settings = {"dtype": getattr(torch, dtype)} if dtype else {}
     try:
         return SentenceTransformer(
@@ -68,43 +98,60 @@ def load(
     except CheckpointError:
         raise
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
-        where = "" if Path(name).is_dir() else ", which is no folder here, from the hub"
+        where = "" if Path(name).is_dir() else " (no folder here, so taken for a name on the hub)"
         on = f" on {device}" if device else ""
-        raise TriternError(f"cannot load model {name}{where}{on}: {error}") from error
+        raise Refused(f"cannot load model {name}{where}{on}: {error}") from error
 
 
 def read(source: str, *, column: str | None = None, limit: int | None = None) -> list[str]:
     """The texts of a file, a data set on the hub or standard input, without empty ones."""
-    from tritern import TriternError
-
     if source == "-":
-        try:
-            texts = list(typer.get_text_stream("stdin", encoding="utf-8", errors="strict"))[:limit]
-        except UnicodeDecodeError as error:
-            raise TriternError(f"texts: standard input is not UTF-8 ({error.reason})") from None
+        texts = list(islice(lines(), limit))
+    elif column is None and source.endswith(".txt") and Path(source).is_file():  # needs no extra
+        with open(source, "rb") as file:
+            texts = list(islice(lines(file, source), limit))
     else:
         try:
             from tritern.distillation import read_texts
         except ImportError as error:
-            raise ImportError(f"texts: {error}, or give lines with - on standard input") from error
+            raise ImportError(f"texts: {error}, or give a .txt file") from error
         texts = read_texts(source, column=column, limit=limit)
     texts = [text for text in map(str.strip, texts) if text]
     if not texts:
-        raise TriternError(f"texts: {'standard input' if source == '-' else source} is empty")
+        raise Refused(f"texts: {'standard input' if source == '-' else source} is empty")
     return texts
 
 
-def prepare(output: Path, force: bool, how: str = "") -> None:
-    """Refuse a folder that holds something already, and make it, so that no work is done in vain."""
-    from tritern import TriternError
+def lines(stream: Iterable[bytes] | None = None, name: str = "standard input") -> Iterator[str]:
+    """Lines of a file or of standard input, as they come."""
+    for number, line in enumerate(stream or typer.get_binary_stream("stdin"), 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise Refused(
+                f"{name}, line {number}: not UTF-8 ({error.reason}); convert it, for example with "
+                "iconv -f latin1 -t utf-8"
+            ) from None
 
+
+def check_output(output: Path, force: bool, how: str = "") -> None:
+    """Refuse a folder that holds something already or cannot be written, so that no work is done in vain."""
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         if not force:
             what = "is there already" if output.is_file() else "is not empty"
-            raise TriternError(f"{output} {what}: name another, or write into it with --force{how}")
+            raise Refused(f"{output} {what}: name another, or write into it with --force{how}")
         if output.is_file():
-            raise TriternError(f"{output} is a file; name a folder")
-    output.mkdir(parents=True, exist_ok=True)
+            raise Refused(f"{output} is a file; name a folder")
+    check_writable(output)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file or folder that could not be made or written."""
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if there != path and not there.is_dir():
+        raise Refused(f"cannot write {path}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise Refused(f"cannot write {path}: no permission to write {there}")
 
 
 def is_ternary(model: SentenceTransformer) -> bool:

@@ -40,7 +40,9 @@ def convert(
     calibrate: Annotated[
         str | None, typer.Option(metavar="FILE", help=f"Calibrate on these texts: {common.TEXTS}")
     ] = None,
-    calibrate_texts: Annotated[int, typer.Option(min=1, help="Use no more than so many of them.")] = 256,
+    calibrate_texts: Annotated[
+        int | None, typer.Option(min=1, help="Use no more than so many of them; default: 256.")
+    ] = None,
     column: Column = None,
     dtype: Dtype = None,
     format: Annotated[
@@ -56,23 +58,31 @@ def convert(
 
     A model that is ternary already is saved in another --format.
     """
+    if not calibrate and (column or calibrate_texts):
+        raise typer.BadParameter("--column and --calibrate-texts say how to read the file of --calibrate")
     _check_output(output, format, force)
-    texts = common.read(calibrate, column=column, limit=calibrate_texts) if calibrate else None
+    texts = common.read(calibrate, column=column, limit=calibrate_texts or 256) if calibrate else None
     loaded = common.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
     import tritern
 
     settings = dict(rule=rule, activation_bits=activation_bits, embedding_bits=embedding_bits, skip=skip)
     settings = {name: value for name, value in {**settings, "calibration_texts": texts}.items() if value}
-    if format == "tritern" or settings or not common.is_ternary(loaded):
+    if not common.is_ternary(loaded):
         tritern.patch(loaded, **settings)
+    elif format == "tritern" or settings:
+        raise common.Refused(
+            f"{model} is ternary already: save it with --format dense or gguf and no other settings, or name "
+            "the full-precision model"
+        )
     size = tritern.summary(loaded)
     _save(loaded, output, format)
     files = [output] if output.is_file() else [f for f in output.rglob("*") if f.is_file()]
     total = sum(file.stat().st_size for file in files)
     data: dict[str, Any] = {"model": model, "output": str(output), "format": format, "bytes_on_disk": total}
     data["summary"] = summary_data(size)
-    yield Result(data, f"{size}\nSaved in {output}, {total / 1e6:.1f} MB on disk.")
+    note = "\nJudge it on texts that it was not calibrated on." if texts else ""
+    yield Result(data, f"{size}\nSaved in {output}, {total / 1e6:.1f} MB on disk.{note}")
 
 
 def summary_data(size: Any) -> dict[str, Any]:
@@ -81,22 +91,21 @@ def summary_data(size: Any) -> dict[str, Any]:
 
 
 def _check_output(output: Path, format: str, force: bool) -> None:
-    from tritern import TriternError
-
     if format != "gguf":
-        common.prepare(output, force)
+        common.check_output(output, force)
         return
     if output.is_dir():
-        raise TriternError(f"{output} is a folder; with --format gguf name a file, such as {output}.gguf")
+        raise common.Refused(f"{output} is a folder; with --format gguf name a file, such as {output}.gguf")
     if output.exists() and not force:
-        raise TriternError(f"{output} is there already: name another file, or write over it with --force")
-    output.parent.mkdir(parents=True, exist_ok=True)
+        raise common.Refused(f"{output} is there already: name another file, or write over it with --force")
+    common.check_writable(output)
 
 
 def _save(model: SentenceTransformer, output: Path, format: str) -> None:
     import tritern
 
     if format == "gguf":
+        output.parent.mkdir(parents=True, exist_ok=True)
         tritern.export_gguf(model, output)
         return
     if format == "dense":

@@ -57,7 +57,12 @@ def distill(
         typer.Option(help="Put before the texts, in turn; default: e5's for e5, else the model's prompts."),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Another model with the same tokenizer; default: the model itself.")
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            callback=common.model_name,
+            help="Another model with the same tokenizer; default: the model itself.",
+        ),
     ] = None,
     rule: Rule = None,
     activation_bits: ActivationBits = None,
@@ -69,7 +74,8 @@ def distill(
         int, typer.Option(min=0, help="Texts kept out of training, to measure closeness on.")
     ] = 256,
     joined_ratio: Annotated[
-        float | None, typer.Option(help="Share of longer texts made by joining several; default: 0.05.")
+        float | None,
+        typer.Option(min=0, max=1, help="Share of longer texts made by joining several; default: 0.05."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT.")
@@ -85,6 +91,7 @@ def distill(
     """Train a ternary model to give the vectors of the original, from raw text alone."""
     if misplaced := next((v for v in (model, texts, str(output)) if v.startswith("--")), None):
         raise typer.BadParameter(f"{misplaced}: no such option here; settings come after MODEL TEXTS OUTPUT")
+    common.check_output(output, force or resume, ", or go on with --resume")
     import tritern
     from tritern.distillation.arguments import parse_settings
     from tritern.distillation.data import usual_prefixes
@@ -97,7 +104,6 @@ def distill(
         raise typer.BadParameter(f"--{taken.pop()}: the folder is OUTPUT, and --resume goes on with it")
     if steps is not None:
         settings["max_steps"] = steps
-    common.prepare(output, force or resume, ", or go on with --resume")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("httpx", "sentence_transformers", "datasets"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

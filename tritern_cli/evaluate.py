@@ -16,19 +16,23 @@ from .common import AsJson, BatchSize, Column, Device, Dtype, Model, Result, Tru
 
 EXAMPLES = """**Examples**
 
-    tritern eval minilm-ternary --teacher all-MiniLM-L6-v2 --texts sample.txt
-    zcat corpus.txt.gz | shuf -n 1000 | tritern eval minilm-ternary --texts - --json
+    tritern eval minilm-ternary sample.txt --teacher all-MiniLM-L6-v2
+    zcat corpus.txt.gz | shuf -n 1000 | tritern eval minilm-ternary - --json
 
-Texts like those you will embed, and not those trained on, say most. Time grows with the square of their
-number."""
+Texts like those you will embed, and not those trained or calibrated on, say most. Time grows with the square
+of their number."""
 
 
 def evaluate(
     model: Model,
-    texts: Annotated[str, typer.Option(metavar="FILE", help=f"At least k + 2: {common.TEXTS}")],
+    texts: Annotated[str, typer.Argument(metavar="TEXTS", help=f"At least k + 2: {common.TEXTS}")],
     teacher: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The original; default: the base model in MODEL's model card."),
+        typer.Option(
+            metavar="MODEL",
+            callback=common.model_name,
+            help="The original; default: the base model in MODEL's model card.",
+        ),
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Neighbours compared.")] = 10,
     limit: Annotated[int, typer.Option(min=1, help="Use no more than so many texts.")] = 1000,
@@ -61,13 +65,11 @@ def _base_model(model: str) -> str:
     """The base model that the model card names."""
     from huggingface_hub import ModelCard
 
-    from tritern import TriternError
-
     try:
         card = Path(model) / "README.md" if Path(model).is_dir() else model
         base = ModelCard.load(card).data.to_dict().get("base_model")
     except Exception:  # no card, no network, no YAML: it names nothing
         base = None
     if not isinstance(base, str):
-        raise TriternError(f"{model} does not say what it was made from: name the original with --teacher")
+        raise common.Refused(f"{model} does not say what it was made from: name the original with --teacher")
     return base

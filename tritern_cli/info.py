@@ -20,7 +20,10 @@ EXAMPLES = """**Examples**
 
 def info(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Folder or hub name; without it: versions only.")
+        str | None,
+        typer.Argument(
+            metavar="MODEL", callback=common.model_name, help="Folder or hub name; without it: versions only."
+        ),
     ] = None,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,

@@ -26,7 +26,7 @@ calls look up."""
 def tune(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Folder or hub name, or a size known here, as bge-base."),
+        typer.Argument(metavar="MODEL", help="Folder or hub name, or a size known here, as bge-base."),
     ] = None,
     shape: Annotated[
         list[str] | None, typer.Option(metavar="NxK", help="Of a weight: out x in features. Repeatable.")
@@ -53,17 +53,15 @@ def tune(
 
     import torch
 
-    from tritern import TriternError
-
     if not torch.cuda.is_available():
-        raise TriternError("tuning times kernels on a CUDA GPU, and torch sees none here")
+        raise common.Refused("tuning times kernels on a CUDA GPU, and torch sees none here")
     from tritern_kernels import tune as kernels
     from tritern_kernels import tuning
 
     known = [name for name in models or () if name in kernels.MODELS]
     for name in models or ():
         if name not in known:
-            shapes += _shapes(name, trust_remote_code)
+            shapes += _shapes(str(common.model_name(name)), trust_remote_code)
     gpu = torch.cuda.get_device_name()
     table = output or tuning.CONFIG_DIR / f"{tuning.gpu_slug(gpu)}.json"
     arguments = ["--json", str(table), *_option("--models", known), *_option("--shapes", shapes)]

@@ -83,15 +83,28 @@ def test_what_ends_a_verb(monkeypatch, ternary_path, texts_file, raised, code, m
         raise raised
 
     monkeypatch.setattr(tritern, "evaluate", evaluate)
-    result = run("eval", ternary_path, "--teacher", ternary_path, "--texts", texts_file)
+    result = run("eval", ternary_path, texts_file, "--teacher", ternary_path)
     assert result.exit_code == code and result.stdout == ""
     assert result.stderr.endswith(f"a note\n{message}")
+
+
+def test_a_terminal_without_the_characters(ternary_path, texts_file):
+    command = [sys.executable, "-m", "tritern_cli", "search", str(ternary_path), str(texts_file), "-k", "1"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    done = subprocess.run(
+        command,
+        input="ba caf\u00e9\n".encode(),
+        capture_output=True,
+        env={**environment, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0 and done.stdout.startswith(b"ba caf\\xe9\n"), done.stderr
+    assert b"it/s" not in done.stderr  # no progress bars where nobody looks
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, ternary_path, texts_file):
     monkeypatch.setattr(tritern, "evaluate", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run("eval", ternary_path, "--teacher", ternary_path, "--texts", texts_file)
+        run("eval", ternary_path, texts_file, "--teacher", ternary_path)
 
 
 # ---------------------------------------------------------------- convert
@@ -122,6 +135,12 @@ def test_convert_with_calibration(tiny, tiny_path, texts_file, tmp_path, sentenc
     answer("convert", tiny_path, tmp_path / "a", "--calibrate", "-", "--calibrate-texts", 20, input=texts)
     fitted = tritern.patch(tiny, calibration_texts=sentences[:20])
     assert np.array_equal(load(tmp_path / "a").encode(sentences[:5]), fitted.encode(sentences[:5]))
+    assert (
+        "Judge it on texts that it was not"
+        in run("convert", tiny_path, tmp_path / "c", "--calibrate", "-", input=texts).stdout
+    )
+    alone = wrong_usage("convert", tiny_path, tmp_path / "d", "--calibrate-texts", 20)
+    assert "say how to read the file of --calibrate" in alone
     few = error("convert", tiny_path, tmp_path / "b", "--calibrate", texts_file, "--calibrate-texts", 15)
     assert "at least 16 texts" in few
 
@@ -134,10 +153,11 @@ def test_convert_to_an_ordinary_checkpoint(tiny_path, ternary_path, texts, tmp_p
     vectors = dense.encode(texts, normalize_embeddings=True)
     packed = load(ternary_path).encode(texts, normalize_embeddings=True)
     assert (vectors * packed).sum(1).min() > 0.995 > (vectors * original).sum(1).min()
-    assert "already ternary" in error(
+    assert "is ternary already" in error(
         "convert", ternary_path, tmp_path / "a", "--format", "dense", "--rule", "twn"
     )
-    assert "already ternary" in error("convert", ternary_path, tmp_path / "b")
+    assert "save it with --format dense or gguf" in error("convert", ternary_path, tmp_path / "b")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
 def test_convert_to_gguf(tiny_path, tmp_path):
@@ -160,26 +180,32 @@ def test_convert_overwrites_only_by_force(tiny_path, ternary_path, tmp_path):
     assert (out / "thesis.tex").read_text() == "years" and common.is_ternary(load(out))
     assert "is there already" in error("convert", tiny_path, out / "thesis.tex")
     assert "is a file; name a folder" in error("convert", tiny_path, out / "thesis.tex", "--force")
-    assert "Not a directory" in error("convert", tiny_path, out / "thesis.tex" / "x")
+    assert "thesis.tex is a file" in error("convert", tiny_path, out / "thesis.tex" / "x")
+
+
+@pytest.mark.parametrize("name", ["x", "new/x"])
+def test_convert_where_nothing_can_be_written(monkeypatch, tiny_path, tmp_path, name):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK or Path(path) != tmp_path)
+    assert f"no permission to write {tmp_path}" in error("convert", tiny_path, tmp_path / name)
+    gguf = error("convert", tiny_path, tmp_path / f"{name}.gguf", "--format", "gguf")
+    assert f"no permission to write {tmp_path}" in gguf
 
 
 # ---------------------------------------------------------------- eval, info, search
 
 
 def test_eval_is_evaluate(tiny_path, ternary_path, texts_file, sentences):
-    (found,) = answer(
-        "eval", ternary_path, "--teacher", tiny_path, "--texts", texts_file, "--limit", 40, "-k", 5
-    )
+    (found,) = answer("eval", ternary_path, texts_file, "--teacher", tiny_path, "--limit", 40, "-k", 5)
     expected = tritern.evaluate(
         load(ternary_path), load(tiny_path), sentences[:20], k=5
     )  # every other is empty
     assert found == {"model": str(ternary_path), "teacher": tiny_path, **vars(expected)}
-    result = run("eval", tiny_path, "--teacher", tiny_path, "--texts", "-", input="\n".join(sentences[:30]))
+    result = run("eval", tiny_path, "-", "--teacher", tiny_path, input="\n".join(sentences[:30]))
     assert result.stdout.startswith("cosine 1.0000") and "on 30 texts" in result.stdout
 
 
 def test_eval_finds_the_teacher_in_the_model_card(tiny_path, ternary_path, texts_file, tmp_path):
-    assert "name the original with --teacher" in error("eval", ternary_path, "--texts", texts_file)
+    assert "name the original with --teacher" in error("eval", ternary_path, texts_file)
     patched = tritern.patch(load(tiny_path))
     card = tmp_path / "own"
     patched.save_pretrained(str(card))
@@ -187,14 +213,14 @@ def test_eval_finds_the_teacher_in_the_model_card(tiny_path, ternary_path, texts
     model = load(tiny_path)
     model.model_card_data.base_model = tiny_path
     tritern.patch(model).save_pretrained(str(tmp_path / "named"))
-    (found,) = answer("eval", tmp_path / "named", "--texts", texts_file)
+    (found,) = answer("eval", tmp_path / "named", texts_file)
     assert found["teacher"] == tiny_path and found["cosine"] < 1
 
 
 def test_eval_of_different_widths_is_json(monkeypatch, ternary_path, texts_file):
     fidelity = tritern.Fidelity(float("nan"), float("nan"), 0.5, 0.5, 10, 60)
     monkeypatch.setattr(tritern, "evaluate", lambda *args, **kwargs: fidelity)
-    result = run("eval", ternary_path, "--teacher", ternary_path, "--texts", texts_file, "--json")
+    result = run("eval", ternary_path, texts_file, "--teacher", ternary_path, "--json")
     assert json.loads(result.stdout, parse_constant=pytest.fail)["cosine"] is None
 
 
@@ -222,14 +248,33 @@ def test_search_ranks_texts(ternary_path, tmp_path):
     lines = run("search", ternary_path, "-", "ba da fa", "-k", 2, input="\n".join(corpus)).stdout.splitlines()
     assert lines[0] == "ba da fa" and lines[1].split() == ["1.000", "ba", "da", "fa"] and len(lines) == 3
     assert "name queries as arguments" in wrong_usage("search", ternary_path, "-")
+    assert "not text in this terminal's encoding" in wrong_usage("search", ternary_path, "-", "caf\udce9")
+    assert "standard input, line 1: not UTF-8" in error(*command, input=b"caf\xe9\n")
+
+
+def test_search_shows_a_hit_on_one_line(ternary_path, tmp_path):
+    long = "ba\n" + "da " * 200
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": long}))
+    command = ["search", ternary_path, tmp_path / "c.jsonl", "ba"]
+    (found,) = answer(*command)
+    assert found["hits"][0]["text"] == long.strip()
+    _, line = run(*command).stdout.splitlines()
+    assert "ba da da" in line and line.endswith(" ...") and len(line) < 330
 
 
 # ---------------------------------------------------------------- errors
 
 
 def test_models_that_cannot_be_loaded(ternary_path, tmp_path):
-    assert "model ./nope: there is no such folder" in error("info", "./nope")
+    assert "there is no folder './nope'" in wrong_usage("info", "./nope")
+    assert "there is no folder ''" in wrong_usage("info", "")
     (tmp_path / "empty").mkdir()
+    assert "holds no model" in wrong_usage("info", tmp_path / "empty")
+    file = tmp_path / "texts.txt"
+    file.write_text("{}")
+    for swapped in (["distill", file, ternary_path, "out"], ["bench", ternary_path, "--against", file]):
+        assert "is a file; name the folder of a model" in wrong_usage(*swapped)
+    (tmp_path / "empty" / "config.json").write_text("{}")
     assert f"cannot load model {tmp_path / 'empty'} on cpu: Unrecog" in error("info", tmp_path / "empty")
     shutil.copytree(ternary_path, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
@@ -241,18 +286,24 @@ def test_models_that_cannot_be_loaded(ternary_path, tmp_path):
 
 
 def test_texts_that_cannot_be_read(ternary_path, texts_file, tmp_path, monkeypatch):
-    command = ["eval", ternary_path, "--teacher", ternary_path, "--texts"]
+    command = ["eval", "--teacher", ternary_path, ternary_path]
     assert "nope.txt is not there" in error(*command, tmp_path / "nope.txt")
     (tmp_path / "empty.txt").write_text("")
     assert "empty.txt is empty" in error(*command, tmp_path / "empty.txt")
     assert "standard input is empty" in error(*command, "-", input="\n \n")
-    assert "standard input is not UTF-8" in error(*command, "-", input=b"a\n\xff\n")
+    assert "standard input, line 2: not UTF-8" in error(*command, "-", input=b"a\n\xff\n")
     assert "has no text column 'body'" in error(*command, texts_file, "--column", "body")
     assert "k + 2 = 12" in error(*command, "-", input="one\ntwo")
     for name in [n for n in sys.modules if n.startswith("tritern.distillation")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'tritern[train]'" in error(*command, texts_file)
+    (tmp_path / "a.csv").write_text("text\none\n")
+    assert "pip install 'tritern[train]', or give a .txt file" in error(*command, tmp_path / "a.csv")
+    plain = tmp_path / "plain.txt"
+    plain.write_bytes(b"\xef\xbb\xbfone\r\n\ntwo\nthree\n")
+    assert common.read(str(plain), limit=3) == ["one", "two"]
+    plain.write_bytes(b"one\ncaf\xe9\n")
+    assert "plain.txt, line 2: not UTF-8" in error(*command, plain)
 
 
 @pytest.mark.parametrize(

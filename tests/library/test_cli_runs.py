@@ -54,6 +54,7 @@ def test_distill_refuses_unknown_settings(tiny_path, texts_file, tmp_path):
     assert "--output_dir: the folder is OUTPUT" in wrong_usage(*command, "--output_dir", "b")
     assert "--max_steps: no such option here" in wrong_usage("distill", "--max_steps", 3, *command[1:])
     assert "needs at least 288 different texts" in error(*command, "--use_cpu")
+    assert not (tmp_path / "out").exists()
     assert "--blend_ratio" in run("distill", "--help-all").stdout
 
 
@@ -61,18 +62,8 @@ def test_distill_refuses_unknown_settings(tiny_path, texts_file, tmp_path):
 
 
 def test_bench(tiny_path, ternary_path, texts_file):
-    command = [
-        "bench",
-        ternary_path,
-        "--against",
-        tiny_path,
-        "--texts",
-        texts_file,
-        "--count",
-        70,
-        "--rounds",
-        2,
-    ]
+    command = ["bench", ternary_path, "--against", tiny_path, "--texts", texts_file, "--count", 70]
+    command += ["--rounds", 2]
     (found,) = answer(*command, "--queries", 3, "--batch-size", 8, "--device", "cpu")
     ours, theirs = found["results"]
     assert (ours["model"], ours["ternary"]) == (str(ternary_path), True)
@@ -84,7 +75,7 @@ def test_bench(tiny_path, ternary_path, texts_file):
     assert found["count"] == 70 and found["queries"] == 6 and found["environment"]["torch"]
     text = run("bench", ternary_path, "--count", 4, "--rounds", 1, "--queries", 1).stdout
     assert "4 texts of 39 words" in text and "held" in text
-    assert "there is no such folder" in error("bench", "./nope")
+    assert "there is no folder './nope'" in wrong_usage("bench", "./nope")
 
 
 def test_tune(monkeypatch, ternary_path, tmp_path):
