@@ -74,7 +74,13 @@ class Accepted(Exception):
 
 
 def parse_only(monkeypatch):
-    """Scripts stop when their arguments are parsed."""
+    """Scripts stop when their arguments are parsed, and so does ``tritern`` if they hand theirs on to it."""
+
+    def command():
+        parse_cli(sys.argv[1:])
+        raise Accepted
+
+    monkeypatch.setattr("tritern_cli.app.main", command)
     original = argparse.ArgumentParser.parse_known_args
 
     def parse(self, *args, **kwargs):
