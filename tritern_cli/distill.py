@@ -36,7 +36,9 @@ def _print_settings(wanted: bool) -> None:
     if wanted:
         from tritern.distillation.arguments import settings_parser
 
-        typer.echo(settings_parser("tritern distill MODEL TEXTS OUTPUT").format_help())
+        parser = settings_parser()
+        parser.usage = "tritern distill MODEL TEXTS OUTPUT [--SETTING VALUE]..."  # not all 150 of them
+        typer.echo(parser.format_help())
         raise typer.Exit
 
 

@@ -55,7 +55,8 @@ def test_distill_refuses_unknown_settings(tiny_path, texts_file, tmp_path):
     assert "--max_steps: no such option here" in wrong_usage("distill", "--max_steps", 3, *command[1:])
     assert "needs at least 288 different texts" in error(*command, "--use_cpu")
     assert not (tmp_path / "out").exists()
-    assert "--blend_ratio" in run("distill", "--help-all").stdout
+    settings = run("distill", "--help-all").stdout
+    assert settings.count("--blend_ratio") == 1 and "MODEL TEXTS OUTPUT [--SETTING VALUE]..." in settings
 
 
 # ---------------------------------------------------------------- bench, tune

@@ -66,6 +66,9 @@ def test_texts_that_cannot_be_read(tmp_path):
     (tmp_path / "cut.txt.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(TriternError, match="cut.txt.gz cannot be read as text: "):
         read_texts(tmp_path / "cut.txt.gz")
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1\xef\xff")
+    with pytest.raises(TriternError, match="cut.parquet cannot be read as parquet: "):
+        read_texts(tmp_path / "cut.parquet")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(TriternError, match="empty.txt is empty"):
         read_texts(tmp_path / "empty.txt")

@@ -162,11 +162,11 @@ class _SettingsParser(HfArgumentParser):
         raise TriternError(f"settings: {message}")
 
 
-def settings_parser(prog: str | None = None) -> HfArgumentParser:
+def settings_parser() -> HfArgumentParser:
     """Parser of ``--name value`` for every field of ``TernaryDistillationArguments``."""
     fields: Any = TernaryDistillationArguments
     form = ArgumentDefaultsHelpFormatter
-    return _SettingsParser(fields, prog=prog, add_help=False, allow_abbrev=False, formatter_class=form)
+    return _SettingsParser(fields, add_help=False, allow_abbrev=False, formatter_class=form)
 
 
 def parse_settings(arguments: Sequence[str]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def _column(rows: Iterable[dict], column: str | None, limit: int | None, source:
 def _unreadable(path: Path, kind: str, error: Exception) -> str:
     """What is wrong with a file that could not be read: most often bytes that are not UTF-8."""
     where, cause = str(path), error
-    if path.suffix not in _COMPRESSED:
+    if path.suffix not in _COMPRESSED and kind != "parquet":
         with path.open("rb") as file:
             for number, content in enumerate(file, 1):
                 try:
