@@ -18,32 +18,29 @@ The objective is that of GPTQ (arXiv:2210.17323), with the original's outputs on
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
 from tritern_kernels import PackedTernary
 from tritern_kernels.formats import pack
 
-from .choice import blocks_of
 from .config import TernaryConfig
 from .embedding import Int8Embedding
 from .errors import TriternError
 from .linear import TernaryLinear
+from .passes import Batch, Group, Stream, evaluating, trace
 
 LEAST_TEXTS = 16
 """Fewer say next to nothing about the inputs of a layer."""
 
-DAMPING = 0.01
-"""Share of the inputs' mean square added to all of them, independently: directions that the texts hardly use
-keep the original's weights.
+DAMPING, SCARCITY = 0.01, 0.3
+"""Share of the inputs' mean square that is added to all of them, independently, so that directions that the
+texts hardly use keep the original's weights; and how much more of it, times in_features / tokens.
 """
 
 FIRST_SCALE, KICKS = 0.8, (0.85, 1.15)
@@ -51,53 +48,70 @@ FIRST_SCALE, KICKS = 0.8, (0.85, 1.15)
 starts again: together a tenth less squared error than one descent from the rule's codes (MiniLM).
 """
 
-SWEEPS = 20
+SWEEPS = 8
+"""Times that a descent goes through all codes; more lower the error by less than a hundredth (MiniLM)."""
+
 COLUMNS = 128
 """Codes of so many inputs are revised before what follows from them is passed on to the rest of the row."""
 
 
 def calibrate(
-    model: Any, layers: Sequence[str], tables: Sequence[str], inputs: Sequence[Any], config: TernaryConfig
+    model: Any,
+    layers: Sequence[tuple[str, ...]],
+    tables: Sequence[tuple[str, ...]],
+    inputs: Sequence[Any],
+    config: TernaryConfig,
 ) -> dict[str, TernaryLinear]:
     """Ternary layers for linear ones, fitted to what the model makes of the inputs. It is left as it is.
 
-    Layers that no input reaches, as those of a model's image half, are not among the results.
+    Not among the results are layers that no input reaches, as those of a model's image half, and those whose
+    runs cannot be compared or fitted: experts that see other tokens than before, inputs that are all zero.
 
     Args:
         model: a sentence-transformers model, in full precision.
-        layers: names of the ``nn.Linear``s.
-        tables: names of the ``nn.Embedding``s that will be int8, so that layers make up for their errors too.
+        layers: all names of each ``nn.Linear``.
+        tables: all names of each ``nn.Embedding`` that will be int8, so that layers make up for that too.
         inputs: texts, or what else ``model.preprocess`` takes.
-        config: ``rule`` says from which codes the descent starts.
+        config: ``rule`` says by which scales the first codes are rounded.
+
+    Returns:
+        The layers by their first names.
 
     Raises:
-        TriternError: not a model that takes texts, or too few texts.
+        TriternError: not a model that takes texts, or too few different texts.
     """
     batches = _batches(model, inputs)
     student = copy.deepcopy(model).eval()
-    for name in tables:
-        table = student.get_submodule(name)
+    for names in tables:
+        table = student.get_submodule(names[0])
         assert isinstance(table, nn.Embedding)
-        student.set_submodule(name, Int8Embedding.from_embedding(table))
+        _put(student, names, Int8Embedding.from_embedding(table))
+    all_names = {names[0]: names for names in layers}
     fitted: dict[str, TernaryLinear] = {}
-    with _evaluating(model), torch.inference_mode(False), torch.no_grad():
-        groups = _trace(model, layers, batches[0])
-        streams = _Stream(model, batches), _Stream(student, batches)
-        bar = tqdm(groups, desc="Calibrating", unit="step", delay=2, leave=False, disable=None)
-        for group in bar:
-            for stream in streams:
-                stream.advance(group.names[0])
-            squares, products = _measure(*streams, group)
-            for name, product in products.items():
-                fitted[name] = _fit(model.get_submodule(name), squares, product, config)
-                student.set_submodule(name, fitted[name])
+    with evaluating(model):
+        groups = trace(model, list(all_names), batches[0])
+        original, ternary = Stream(model, batches), Stream(student, batches)
+        for group in tqdm(groups, desc="Calibrating", unit="step", delay=2, leave=False, disable=None):
+            original.advance(group.names[0])
+            ternary.advance(group.names[0])
+            # later runs of a shared layer would be fitted to inputs that its own first runs will change
+            moments = _measure(original, original if group.times > 1 else ternary, group)
+            if moments is None:
+                continue
+            for name in group.names:
+                layer = _fit(model.get_submodule(name), name, moments, config)
+                if layer is not None:
+                    fitted[name] = layer
+                    _put(student, all_names[name], layer)
     return fitted
 
 
-# ---------------------------------------------------------------- inputs
+def _put(model: nn.Module, names: Sequence[str], module: nn.Module) -> None:
+    for name in names:
+        model.set_submodule(name, module)
 
 
-def _batches(model: Any, inputs: Sequence[Any], size: int = 32) -> list[dict[str, Any]]:
+def _batches(model: Any, inputs: Sequence[Any], size: int = 32) -> list[Batch]:
     """Preprocessed batches, the shortest first; the model's prompts, if any, before the texts in turn."""
     if not hasattr(model, "preprocess"):
         raise TriternError(
@@ -106,10 +120,11 @@ def _batches(model: Any, inputs: Sequence[Any], size: int = 32) -> list[dict[str
         )
     if isinstance(inputs, str):
         raise TriternError("calibration_texts must be many texts, not one string")
-    inputs = [i for i in inputs if not (isinstance(i, str) and not i.strip())]
+    texts = dict.fromkeys(i for i in inputs if isinstance(i, str) and i.strip())
+    inputs = [*texts, *(i for i in inputs if not isinstance(i, str))]
     if len(inputs) < LEAST_TEXTS:
         raise TriternError(
-            f"calibration_texts must be at least {LEAST_TEXTS} texts, a few hundred are better; "
+            f"calibration_texts must be at least {LEAST_TEXTS} different texts, a few hundred are better; "
             f"received {len(inputs)} that are not empty"
         )
     prompts = list(dict.fromkeys(p or "" for p in (getattr(model, "prompts", None) or {}).values())) or [""]
@@ -120,239 +135,82 @@ def _batches(model: Any, inputs: Sequence[Any], size: int = 32) -> list[dict[str
     return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()} for b in batches]
 
 
-def _token_weights(batch: dict[str, Any], rows: int, device: torch.device) -> Tensor | None:
-    """Weights [rows] that sum to 1 over the tokens of a text and leave padding out; None: all rows alike."""
-    mask = batch.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return None
-    weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
-    if rows == mask.numel():
-        return weights.flatten().to(device)
-    if rows == int(mask.sum()):  # padding was taken out
-        return weights[mask.bool()].to(device)
-    return None
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout for as long as the context lasts."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-# ---------------------------------------------------------------- passes through a model
-
-
-class _Done(Exception):
-    """Thrown by a hook when a pass has gone far enough."""
-
-
-class _Additions(TorchDispatchMode):
-    """Calls ``seen(tensor, other)`` when ``other`` is added to a tensor that is watched: a residual stream to
-    what a layer gives.
-    """
-
-    def __init__(self, seen: Callable[[Tensor, Tensor], None]) -> None:
-        super().__init__()
-        self.seen = seen
-        self.watched: dict[int, Tensor] = {}  # by address; kept, so that no other tensor comes to lie there
-
-    def watch(self, tensor: Tensor) -> None:
-        """Look for additions to this tensor from now on."""
-        self.watched[tensor.data_ptr()] = tensor
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) and not kwargs:
-            tensors = [a for a in args if isinstance(a, Tensor)]
-            if len(tensors) == 2 and tensors[0].shape == tensors[1].shape:
-                for one, other in (tensors, tensors[::-1]):
-                    if (known := self.watched.get(one.data_ptr())) is not None and known.shape == one.shape:
-                        self.seen(known, other.clone())  # add_ may be about to change it
-                        break
-        return func(*args, **(kwargs or {}))
-
-
-@dataclass
-class _Group:
-    """Layers with the same input, in the order in which they run, how often they do in one pass, and whether
-    a residual stream is added to what they give.
-    """
-
-    names: list[str]
-    times: int
-    added: bool
-
-
-def _trace(model: nn.Module, layers: Sequence[str], batch: dict[str, Any]) -> list[_Group]:
-    """All layers that the batch reaches, in groups, in the order of their first run."""
-    first: list[tuple[str, Tensor]] = []
-    times: dict[str, int] = {}
-    outputs: dict[int, str] = {}
-    added: set[str] = set()
-
-    def enter(name: str, module: nn.Module, args: Any) -> None:
-        times[name] = times.get(name, 0) + 1
-        if times[name] == 1:
-            first.append((name, args[0]))  # kept, so that no later tensor comes to lie at its address
-
-    def leave(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        additions.watch(output)
-        outputs[id(output)] = name
-
-    additions = _Additions(lambda output, _: added.add(outputs[id(output)]))
-    with ExitStack() as stack:
-        for name in layers:
-            layer = model.get_submodule(name)
-            stack.callback(layer.register_forward_pre_hook(partial(enter, name)).remove)
-            stack.callback(layer.register_forward_hook(partial(leave, name)).remove)
-        stack.enter_context(additions)
-        model(dict(batch))
-    groups: list[_Group] = []
-    for i, (name, x) in enumerate(first):
-        group = groups[-1] if i and x is first[i - 1][1] else None
-        if group and (group.times, group.added) == (times[name], False) and name not in added:
-            group.names.append(name)
-        else:
-            groups.append(_Group([name], times[name], name in added))
-    return groups
-
-
-@dataclass
-class _Call:
-    """One run of a group of layers: its input, what each layer gave and what was added to the last one's."""
-
-    input: Tensor
-    outputs: list[Tensor]
-    added: Tensor | None = None
-
-
-class _Stream:
-    """A model's passes over the batches, each begun behind the last block that is finished.
-
-    Finished blocks are not run again: each hands on what the last of them gave for the batch. Where that
-    changes what arrives behind them, as the blocks do not form a chain, everything is run from the start.
-    """
-
-    def __init__(self, model: nn.Module, batches: list[dict[str, Any]]) -> None:
-        self.model, self.batches = model, batches
-        self.blocks = blocks_of(model)
-        self.finished: list[nn.Module] = []
-        self.kept: list[Any] = [None] * len(batches)
-
-    def run(self, i: int) -> None:
-        """One pass over batch ``i``, until a hook throws ``_Done``."""
-        for block in self.finished:
-            block.forward = lambda *_, out=self.kept[i], **__: out
-        try:
-            self.model(dict(self.batches[i]))
-        except _Done:
-            pass
-        finally:
-            for block in self.finished:
-                del block.forward
-
-    def advance(self, layer: str) -> None:
-        """Finish the blocks before the one that holds ``layer``."""
-        names = list(self.blocks)
-        here = next((i for i, n in enumerate(names) if layer.startswith(f"{n}.")), 0)
-        before = [self.blocks[n] for n in names[:here]]
-        if len(before) <= len(self.finished) or len({id(b) for b in before}) < len(before):
-            return
-        outputs = [self._output(i, before[-1]) for i in range(len(self.batches))]
-        expected = self._input(layer)
-        self.finished, self.kept = before, outputs
-        if not torch.equal(self._input(layer), expected):
-            self.blocks, self.finished = {}, []
-
-    def _output(self, i: int, block: nn.Module) -> Any:
-        found: list[Any] = []
-
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(output)
-            raise _Done
-
-        with ExitStack() as hooks:
-            hooks.callback(block.register_forward_hook(keep).remove)
-            self.run(i)
-        return found[0]
-
-    def _input(self, layer: str) -> Tensor:
-        """What arrives at a layer from the first, shortest batch."""
-        return self.calls(0, _Group([layer], 1, added=False))[0].input
-
-    def calls(self, i: int, group: _Group) -> list[_Call]:
-        """The runs of a group of layers in one pass over batch ``i``."""
-        found: list[_Call] = []
-
-        def enter(module: nn.Module, args: Any) -> None:
-            found.append(_Call(args[0], []))
-
-        def leave(module: nn.Module, args: Any, output: Tensor) -> None:
-            found[-1].outputs.append(output)
-            if group.added:
-                additions.watch(output)
-            elif len(found) == group.times and len(found[-1].outputs) == len(group.names):
-                raise _Done
-
-        def seen(output: Tensor, other: Tensor) -> None:
-            found[-1].added = other
-            if len(found) == group.times:
-                raise _Done
-
-        additions = _Additions(seen)
-        with ExitStack() as stack:
-            layers = [self.model.get_submodule(name) for name in group.names]
-            stack.callback(layers[0].register_forward_pre_hook(enter).remove)
-            for layer in layers:
-                stack.callback(layer.register_forward_hook(leave).remove)
-            if group.added:
-                stack.enter_context(additions)
-            self.run(i)
-        return found
-
-
 # ---------------------------------------------------------------- what is minimised
 
 
-def _measure(teacher: _Stream, student: _Stream, group: _Group) -> tuple[Tensor, dict[str, Tensor]]:
+@dataclass
+class Moments:
     """Sums over tokens, float64: of x' x'^T [K + 1, K + 1], where a 1 is put behind every x', and for each
-    layer of y x'^T [N, K + 1], y being what the layer should give.
+    layer of y x'^T [N, K + 1], y being what the layer should give; and how many tokens there were.
     """
-    squares, products = torch.zeros(()), dict.fromkeys(group.names, torch.zeros(()))
-    for i, batch in enumerate(teacher.batches):
-        for wanted, given in zip(teacher.calls(i, group), student.calls(i, group)):
-            rows = given.input.reshape(-1, given.input.shape[-1]).float()
+
+    squares: Tensor
+    products: dict[str, Tensor]
+    tokens: int
+
+
+def _measure(original: Stream, ternary: Stream, group: Group) -> Moments | None:
+    """Moments of a group's outputs in one stream and inputs in the other; None where runs do not match."""
+    found: Moments | None = None
+    for i, batch in enumerate(original.batches):
+        wanted, given = original.calls(i, group), ternary.calls(i, group)
+        if [c.input.shape for c in wanted] != [c.input.shape for c in given]:
+            return None
+        for target, call in zip(wanted, given):
+            weights = _token_weights(batch, call.input)
+            rows = call.input.reshape(len(weights), -1).float()
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-            weights = _token_weights(batch, len(rows), rows.device)
-            weighted = rows if weights is None else rows * weights[:, None]
-            squares = (weighted.T @ rows).double() + squares.to(rows.device)
-            for name, y in zip(group.names, wanted.outputs):
-                if wanted.added is not None and given.added is not None:
-                    y = y + (wanted.added - given.added)
-                product = y.reshape(len(rows), -1).float().T @ weighted
-                products[name] = product.double() + products[name].to(rows.device)
-    return squares, products
+            weighted = rows * weights[:, None]
+            products: dict[str, Tensor] = {}
+            for name, y in target.outputs.items():
+                y = y.float()
+                if target.added is not None and call.added is not None:
+                    y = y + (target.added.float() - call.added.float())
+                products[name] = (y.reshape(len(rows), -1).T @ weighted).double()
+            squares, tokens = (weighted.T @ rows).double(), int(weights.count_nonzero())
+            if found is None:
+                found = Moments(squares, products, tokens)
+            else:
+                found.squares += squares
+                found.products = {name: found.products[name] + p for name, p in products.items()}
+                found.tokens += tokens
+    return found
 
 
-def _fit(linear: nn.Linear, squares: Tensor, product: Tensor, config: TernaryConfig) -> TernaryLinear:
-    """The ternary layer for the sums of ``_measure``."""
-    start = TernaryLinear.from_linear(linear, rule=config.rule, activation_bits=config.activation_bits)
-    total, mean = squares[-1, -1], squares[-1, :-1] / squares[-1, -1]
+def _token_weights(batch: Batch, x: Tensor) -> Tensor:
+    """Weights for the rows of x [..., K]: a text's tokens share a weight of 1 and padding has none; rows that
+    are not tokens share the weight of all texts.
+    """
+    rows = x.shape[:-1].numel()
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return torch.ones(rows, device=x.device)
+    weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
+    if x.shape[:-1] == mask.shape:
+        return weights.flatten().to(x.device)
+    if rows == int(mask.sum()):  # padding was taken out
+        return weights[mask.bool()].to(x.device)
+    return torch.full((rows,), len(mask) / rows, device=x.device)
+
+
+def _fit(layer: Any, name: str, moments: Moments, config: TernaryConfig) -> TernaryLinear | None:
+    """The ternary layer for these moments; None where they say nothing."""
+    total, squares, product = moments.squares[-1, -1], moments.squares, moments.products[name]
+    mean, given = squares[-1, :-1] / total, product[:, -1] / total
     H, C = squares[:-1, :-1] / total, product[:, :-1] / total
-    if linear.bias is not None:
-        given = product[:, -1] / total
+    if layer.bias is not None:
         H, C = H - torch.outer(mean, mean), C - torch.outer(given, mean)
-    damping = DAMPING * H.diagonal().mean()
-    H, C = H + damping * torch.eye(len(H), device=H.device), C + damping * linear.weight
+    damping = (DAMPING + SCARCITY * len(H) / max(moments.tokens, 1)) * H.diagonal().mean()
+    if not (damping > 0 and torch.isfinite(H).all() and torch.isfinite(C).all()):
+        return None
+    H, C = H + damping * torch.eye(len(H), device=H.device), C + damping * layer.weight.double()
+    start = TernaryLinear.from_linear(layer, rule=config.rule, activation_bits=config.activation_bits)
     codes, scale = search(start.weight_scale, H, C)
-    bias = linear.bias
+    bias = layer.bias
     if bias is not None:
         bias = nn.Parameter((given - scale * (codes.double() @ mean)).to(bias.dtype), bias.requires_grad)
+    if not (torch.isfinite(scale).all() and (bias is None or torch.isfinite(bias).all())):
+        return None
     packed = PackedTernary(pack(codes.to(torch.int8)), scale, start.packed().shape)
     return TernaryLinear.from_packed(packed, bias, activation_bits=config.activation_bits)
 
@@ -381,8 +239,8 @@ def search(scale: Tensor, H: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def descend(codes: Tensor, scale: Tensor, H: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales that no change of one code or of the scale makes better, from those given; shapes and
-    objective as in ``search``, all float32.
+    """Codes and scales that no change of one code or of the scale makes better, or ``SWEEPS`` sweeps towards
+    such, from those given; shapes and objective as in ``search``, all float32.
     """
     codes, diagonal = codes.clone(), H.diagonal()
     for _ in range(SWEEPS):

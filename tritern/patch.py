@@ -62,8 +62,8 @@ def patch(
         model: the model; its weights must be loaded, finite, in float32, float16 or bfloat16.
         config: settings; the defaults of ``TernaryConfig`` if None.
         skip, rule, activation_bits, embedding_bits: replace the config's field of that name.
-        calibration_texts: at least 16 texts, or other inputs of a sentence-transformers model. Its prompts
-            are put before them in turn.
+        calibration_texts: at least 16 different texts, or other inputs of a sentence-transformers model. Its
+            prompts are put before them in turn.
 
     Raises:
         TriternError: nothing to patch, already patched, already quantized otherwise, carrying adapters,
@@ -95,8 +95,8 @@ def patch(
     table_names = [c.names for c in tables]
     fitted: dict[str, TernaryLinear] = {}
     if calibration_texts is not None:
-        own = [c.name for c in chosen if sum(c.module.weight is d.module.weight for d in chosen) == 1]
-        fitted = calibrate(model, own, [n[0] for n in table_names], calibration_texts, config)
+        own = [c.names for c in chosen if sum(c.module.weight is d.module.weight for d in chosen) == 1]
+        fitted = calibrate(model, own, table_names, calibration_texts, config)
     del chosen, tables  # so that each full-precision weight is freed as soon as its layer is replaced
 
     for names, source in tqdm(linears, desc="Ternarizing", unit="layer", delay=2, leave=False, disable=None):

@@ -7,7 +7,8 @@ from torch import nn
 
 import tritern
 from tritern import Int8Embedding, TernaryLinear, TriternError, calibration
-from tritern.calibration import _Group, _measure, _Stream, _token_weights, _trace, descend, search
+from tritern.calibration import _measure, _token_weights, descend, search
+from tritern.passes import Group, Stream, trace
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,8 @@ def quadratic():
     return torch.sign(w) * (w.abs() > 0.7), x.T @ x / 500, w @ (x.T @ x) / 500
 
 
-def test_descent_ends_where_no_single_code_and_no_scale_can_be_better(quadratic):
+def test_descent_ends_where_no_single_code_and_no_scale_can_be_better(quadratic, monkeypatch):
+    monkeypatch.setattr(calibration, "SWEEPS", 100)
     start, H, C = quadratic
     codes, scale = descend(start, torch.ones(20), H, C)
     assert set(codes.unique().tolist()) <= {-1.0, 0.0, 1.0} and (scale > 0).all()
@@ -98,7 +100,7 @@ def names_of(model):
 def test_what_is_summed(tiny, sentences):
     """Against the sums over every text alone, without padding."""
     batches = batches_of(tiny.eval(), sentences[:16])
-    groups = _trace(tiny, names_of(tiny), batches[0])
+    groups = trace(tiny, names_of(tiny), batches[0])
     assert [(len(g.names), g.times, g.added) for g in groups] == [
         (3, 1, False), (1, 1, True), (1, 1, False), (1, 1, True),
     ] * 2  # fmt: skip
@@ -106,28 +108,32 @@ def test_what_is_summed(tiny, sentences):
     other[0].auto_model.encoder.layer[0].output.dense.weight.data *= 0.5
     with torch.no_grad():
         for group in (groups[4], groups[5]):
-            squares, products = _measure(_Stream(tiny, batches), _Stream(other, batches), group)
+            moments = _measure(Stream(tiny, batches), Stream(other, batches), group)
             expected, product = 0.0, 0.0
             for text in sentences[:16]:
-                a, b = (_Stream(m, batches_of(tiny, [text])).calls(0, group)[0] for m in (tiny, other))
+                a, b = (Stream(m, batches_of(tiny, [text])).calls(0, group)[0] for m in (tiny, other))
                 x = torch.cat([b.input[0], torch.ones(b.input.shape[1], 1)], 1)
-                y = a.outputs[-1][0]
+                y = a.outputs[group.names[-1]][0]
                 if group.added:
                     block = tiny[0].auto_model.encoder.layer[0].output
-                    assert not torch.equal(a.added, b.added) and a.added.shape == a.outputs[0].shape
+                    assert (
+                        not torch.equal(a.added, b.added) and a.added.shape == a.outputs[group.names[0]].shape
+                    )
                     assert block.dense.out_features == a.added.shape[-1]
                     y = y + a.added[0] - b.added[0]
                 expected, product = expected + x.T @ x / len(x), product + y.T @ x / len(x)
-            assert torch.allclose(squares.float(), expected, rtol=1e-3, atol=1e-3)
-            assert torch.allclose(products[group.names[-1]].float(), product, rtol=1e-3, atol=1e-3)
+            assert torch.allclose(moments.squares.float(), expected, rtol=1e-3, atol=1e-3)
+            found = moments.products[group.names[-1]].float()
+            assert torch.allclose(found, product, rtol=1e-3, atol=1e-3)
+            assert moments.tokens == sum(int(b["attention_mask"].sum()) for b in batches)
 
 
 def test_the_residual_stream_is_what_the_block_adds(tiny, sentences):
     batches = batches_of(tiny.eval(), sentences[:8])
-    groups = _trace(tiny, names_of(tiny), batches[0])
+    groups = trace(tiny, names_of(tiny), batches[0])
     with torch.no_grad():
-        (block,) = _Stream(tiny, batches).calls(0, groups[0])
-        (call,) = _Stream(tiny, batches).calls(0, groups[1])
+        (block,) = Stream(tiny, batches).calls(0, groups[0])
+        (call,) = Stream(tiny, batches).calls(0, groups[1])
         assert groups[1].names[0].endswith("attention.output.dense") and torch.equal(call.added, block.input)
 
 
@@ -148,18 +154,17 @@ def test_an_addition_in_place_is_seen_as_it_was_before(in_place):
 
     model, batch = Block(), {"x": torch.randn(3, 4)}
     with torch.no_grad():
-        (group,) = _trace(model, ["linear"], batch)
-        (call,) = _Stream(model, [batch]).calls(0, group)
+        (group,) = trace(model, ["linear"], batch)
+        (call,) = Stream(model, [batch]).calls(0, group)
     assert group.added and torch.equal(call.added, 2 * batch["x"])
 
 
 def test_weights_of_tokens():
     batch = {"attention_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])}
-    padded = _token_weights(batch, 8, torch.device("cpu"))
-    assert padded.tolist() == [0.5, 0.5, 0, 0, 0.25, 0.25, 0.25, 0.25]
-    assert _token_weights(batch, 6, torch.device("cpu")).tolist() == [0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
-    assert _token_weights(batch, 5, torch.device("cpu")) is None
-    assert _token_weights({}, 8, torch.device("cpu")) is None
+    assert _token_weights(batch, torch.zeros(2, 4, 3)).tolist() == [0.5, 0.5, 0, 0, *[0.25] * 4]
+    assert _token_weights(batch, torch.zeros(6, 3)).tolist() == [0.5, 0.5, *[0.25] * 4]
+    assert _token_weights(batch, torch.zeros(8, 3)).tolist() == [0.25] * 8  # no tokens: as much as all texts
+    assert _token_weights({}, torch.zeros(2, 4, 3)).tolist() == [1.0] * 8
 
 
 class Blocks(nn.Module):
@@ -183,15 +188,15 @@ class Blocks(nn.Module):
 def test_finished_blocks_are_not_run_again_where_they_form_a_chain(chain):
     model = Blocks(chain)
     batches = [{"x": torch.randn(3, 8)} for _ in range(2)]
-    group = _Group(["layers.2.0"], 1, added=False)
+    group = Group(["layers.2.0"], 1, added=False)
     with torch.no_grad():
-        expected = [_Stream(model, batches).calls(i, group)[0] for i in range(2)]
-        stream = _Stream(model, batches)
+        expected = [Stream(model, batches).calls(i, group)[0] for i in range(2)]
+        stream = Stream(model, batches)
         stream.advance("layers.1.0")
         stream.advance("layers.2.0")
         model.layers[0][0].weight.zero_()  # so that a pass from the start would give something else
         found = [stream.calls(i, group)[0] for i in range(2)]
-    same = [torch.equal(a.outputs[0], b.outputs[0]) for a, b in zip(expected, found)]
+    same = [torch.equal(a.outputs["layers.2.0"], b.outputs["layers.2.0"]) for a, b in zip(expected, found)]
     assert same == [chain, chain]
     assert not any("forward" in vars(m) or m._forward_hooks for m in model.modules())
 
@@ -211,7 +216,7 @@ def test_layers_that_texts_do_not_reach_and_shared_weights_are_patched_by_the_ru
 def test_refusals_leave_the_model_as_it_was(tiny, sentences):
     before = {n: id(m) for n, m in tiny.named_modules()}
     for texts, match in (
-        (sentences[:15] + ["", " "], "at least 16 texts.*received 15 that are not empty"),
+        (sentences[:15] + ["", " ", sentences[0]], "at least 16 different texts.*received 15 that"),
         ("one text", "many texts, not one string"),
     ):
         with pytest.raises(TriternError, match=match):
@@ -230,3 +235,112 @@ def test_prompts_are_put_before_the_texts(tiny, sentences, monkeypatch):
     monkeypatch.setattr(tiny, "preprocess", lambda x: seen.extend(x) or preprocess(x))
     tritern.patch(tiny, calibration_texts=sentences[:32])
     assert sorted({s[:4] for s in seen}) == ["bo: ", "di: "] and len(seen) == 32
+
+
+def test_blocks_that_are_not_run_or_run_in_another_order():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(input=x)
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("unused", "late", "early"):
+                self.register_module(name, nn.ModuleList(Block() for _ in range(2)))
+
+        def forward(self, batch):
+            x = batch["x"]
+            for layer in (*self.early, *self.late):
+                x = layer(x)
+            return x
+
+    model, batches = Odd(), [{"x": torch.randn(3, 4)}]
+    names = [n for n, m in model.named_modules() if type(m) is nn.Linear]
+    with torch.no_grad():
+        groups = trace(model, names, batches[0])
+        assert [g.names for g in groups] == [
+            [f"{n}.linear"] for n in ("early.0", "early.1", "late.0", "late.1")
+        ]
+        stream = Stream(model, batches)
+        expected = stream.calls(0, groups[3])[0].input
+        stream.advance("late.1.linear")
+        assert len(stream.finished) == 3
+        assert torch.equal(stream.calls(0, groups[3])[0].input, expected)
+
+
+def test_a_forward_of_an_instances_own_stays():
+    model = Blocks(chain=True)
+    own = model.layers[0].forward
+    model.layers[0].forward = own  # as accelerate's hooks do
+    stream = Stream(model, [{"x": torch.randn(3, 8)}])
+    with torch.no_grad():
+        stream.advance("layers.2.0")
+        stream.calls(0, Group(["layers.2.0"], 1, added=False))
+    assert vars(model.layers[0])["forward"] is own and "forward" not in vars(model.layers[1])
+
+
+def test_layers_that_see_nothing_or_other_rows_are_left_to_the_rule(tiny, sentences):
+    bert = tiny[0].auto_model
+    expected = TernaryLinear.from_linear(bert.encoder.layer[1].output.dense)
+    nn.init.zeros_(bert.encoder.layer[1].intermediate.dense.weight)
+    nn.init.zeros_(bert.encoder.layer[1].intermediate.dense.bias)  # GELU of 0 is 0
+    tritern.patch(tiny, calibration_texts=sentences[:32])
+    found = bert.encoder.layer[1].output.dense
+    assert torch.equal(found.weight, expected.weight) and torch.equal(found.bias, expected.bias)
+
+
+def test_runs_with_other_rows_do_not_match(tiny, sentences):
+    tiny.eval()
+    short, long = ([dict(tiny.preprocess(sentences[:n]))] for n in (4, 5))
+    group = trace(tiny, names_of(tiny), short[0])[0]
+    with torch.no_grad():
+        assert _measure(Stream(tiny, short), Stream(tiny, long), group) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_with_large_inputs(tiny, tiny_path, sentences, dtype):
+    model = SentenceTransformer(tiny_path, device="cpu", model_kwargs={"dtype": dtype})
+    norm = model[0].auto_model.encoder.layer[0].attention.output.LayerNorm
+    norm.weight.data *= 300
+    original = copy.deepcopy(model).encode(sentences[200:])
+    tritern.patch(model, calibration_texts=sentences[:100])
+    assert tritern.evaluate(model, original, sentences[200:]).cosine > 0.9
+
+
+def test_layers_that_run_many_times_are_not_made_worse(sentences, tmp_path):
+    """The later runs of shared layers see what the first runs gave."""
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import AlbertConfig, AlbertModel, BertTokenizerFast
+
+    from tests.conftest import WORDS
+
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    torch.manual_seed(0)
+    config = AlbertConfig(
+        vocab_size=5 + len(WORDS), embedding_size=32, hidden_size=32, num_hidden_layers=12,
+        num_attention_heads=2, intermediate_size=64, initializer_range=0.2, max_position_embeddings=64,
+    )  # fmt: skip
+    AlbertModel(config).save_pretrained(tmp_path / "model")
+    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "model")
+    transformer = Transformer(str(tmp_path / "model"))
+    model = SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu")
+    plain = tritern.patch(copy.deepcopy(model))
+    calibrated = tritern.patch(copy.deepcopy(model), calibration_texts=sentences[:64])
+    before, after = (tritern.evaluate(m, model, sentences[200:300]).cosine for m in (plain, calibrated))
+    assert after > max(before, 0.9)
+
+
+def test_few_texts_do_no_harm(minilm, minilm_path):
+    from pydoc_data.topics import topics
+
+    texts = [" ".join(text.split()[:40]) for text in topics.values()]
+    few, held, skip = texts[:16], texts[16:], ["*.layer.[1-5].*"]
+    original, other = minilm.encode(held), SentenceTransformer(minilm_path, device="cpu")
+    calibrated = tritern.patch(other, calibration_texts=few, skip=skip)
+    plain = tritern.evaluate(tritern.patch(minilm, skip=skip), original, held)
+    found = tritern.evaluate(calibrated, original, held)
+    assert found.cosine > plain.cosine + 0.02 and found.rank_correlation > plain.rank_correlation
