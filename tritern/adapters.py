@@ -43,11 +43,13 @@ class TernaryLoraLinear(Linear):
             )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused: the sum of codes and an adapter is not ternary."""
-        raise TriternError(
-            "an adapter cannot be merged into ternary weights: keep it beside them, or merge it into the "
-            "full-precision model and patch that"
-        )
+        """Refused as long as the layer is ternary: the sum of codes and an adapter is not."""
+        if isinstance(self.get_base_layer(), TernaryLinear):
+            raise TriternError(
+                "an adapter cannot be merged into ternary weights: keep it beside them, or merge it into the "
+                "full-precision or dequantized model"
+            )
+        super().merge(safe_merge, adapter_names)
 
 
 def lora(config: LoraConfig) -> LoraConfig:

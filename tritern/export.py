@@ -12,6 +12,7 @@ from .embedding import Int8Embedding
 from .errors import TriternError
 from .linear import TernaryLinear
 from .patch import put
+from .saving import kind_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -76,8 +77,7 @@ def replace_by_plain(model: nn.Module, dtype: torch.dtype) -> int:
 def _card(model: Any, layers: int) -> str:
     data = model.model_card_data
     base = data.base_model or data.model_id or "a sentence-transformers model"
-    kinds = (k.__name__ for k in type(model).__mro__ if k.__module__.startswith("sentence_transformers."))
-    kind = next(kinds, "SentenceTransformer")
+    kind = kind_of(model)
     return f"""---
 library_name: sentence-transformers
 tags: [sentence-transformers]

@@ -200,13 +200,14 @@ def foreign_quantization(model: nn.Module) -> str | None:
     return None
 
 
-def attach(model: nn.Module, config: TernaryConfig | None = None) -> None:
+def attach(model: nn.Module, config: TernaryConfig | None = None, calibrated_on: int = 0) -> None:
     """Tell the transformers models inside ``model`` which of their layers are ternary and which tables int8,
     so that they save and load.
 
     Args:
         model: has ternary layers.
         config: how they were made; None: what the models' configurations say.
+        calibrated_on: number of texts that the weights were fitted to, for the model card.
     """
     outermost: list[str] = []
     for name, module in model.named_modules():
@@ -220,7 +221,7 @@ def attach(model: nn.Module, config: TernaryConfig | None = None) -> None:
                 module.hf_quantizer = TernaryHfQuantizer(settings, pre_quantized=False)  # type: ignore[assignment]
     extend_save()
     if hasattr(model, "_model_card_text"):  # a sentence-transformers model
-        vars(model)["_model_card_text"] = model_card(model, config or TernaryConfig())
+        vars(model)["_model_card_text"] = model_card(model, config or TernaryConfig(), calibrated_on)
 
 
 def detach(model: nn.Module) -> None:

@@ -117,7 +117,7 @@ def patch(
         table = model.get_submodule(names[0])
         assert isinstance(table, nn.Embedding)
         put(model, names, Int8Embedding.from_embedding(table))
-    hf.attach(model, config)
+    hf.attach(model, config, len(calibration_texts or ()))
     return model
 
 

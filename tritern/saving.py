@@ -134,18 +134,27 @@ def _settings(model: nn.Module) -> Any:
     return getattr(next(configs, None), "quantization_config", TernaryConfig())
 
 
-def model_card(model: Any, config: Any) -> str:
+def kind_of(model: Any) -> str:
+    """Name of the sentence-transformers class that loads a model."""
+    kinds = (k.__name__ for k in type(model).__mro__ if k.__module__.startswith("sentence_transformers."))
+    return next(kinds, "SentenceTransformer")
+
+
+def model_card(model: Any, config: Any, calibrated_on: int = 0) -> str:
     """README.md of a sentence-transformers model that was patched and not trained.
 
     Args:
-        model: the SentenceTransformer.
+        model: the SentenceTransformer, CrossEncoder or the like.
         config: has ``rule`` and ``activation_bits``.
+        calibrated_on: number of texts that the weights were fitted to.
     """
     layers = sum(isinstance(m, TernaryLinear) for m in model.modules())
     tables = any(isinstance(m, Int8Embedding) for m in model.modules())
     data = model.model_card_data
     base = data.base_model or data.model_id or "a sentence-transformers model"
     named = f"\nbase_model: {data.base_model}" if data.base_model else ""
+    fitted = f", its weights fitted to {calibrated_on:,} texts" if calibrated_on else ""
+    kind = kind_of(model)
     return f"""---
 library_name: sentence-transformers{named}
 tags: [sentence-transformers, tritern, ternary]
@@ -156,13 +165,13 @@ tags: [sentence-transformers, tritern, ternary]
 {layers} linear layers hold weights in {{-1, 0, +1}}, two bits each, one scale per output row
 (rule `{config.rule}`); activations are {"int8 per token" if config.activation_bits == 8 else "16-bit"},
 word embeddings {"int8 per row" if tables else "not rounded"}.
-Made by `tritern.patch` without training: expect lower quality than the original's.
+Made by `tritern.patch` without training{fitted}: expect lower quality than the original's.
 Scores published for the original do not hold for this model.
 
 ```python
 import tritern  # registers the format
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import {kind}
 
-model = SentenceTransformer("path/to/this/folder")
+model = {kind}("path/to/this/folder")
 ```
 """

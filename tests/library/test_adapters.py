@@ -62,6 +62,12 @@ def test_an_adapter_is_trained_saved_and_loaded(ternary, texts, tmp_path):
     assert np.array_equal(again.encode(texts), after)
     with pytest.raises(TriternError, match="cannot be merged into ternary weights"):
         again[0].model.merge_and_unload()
+    plain = tritern.dequantize(again)
+    adapted = plain.encode(texts)
+    plain[0].model = plain[0].model.merge_and_unload()
+    assert np.allclose(plain.encode(texts), adapted, atol=1e-5) and not np.allclose(
+        adapted, before, atol=1e-2
+    )
 
 
 def test_summary_calls_adapters_by_their_name(ternary):

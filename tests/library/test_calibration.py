@@ -28,6 +28,7 @@ def test_calibrated_layers_are_closer_to_the_original(tiny, tiny_path, calibrate
 
 def test_saved_and_loaded(calibrated, sentences, tmp_path):
     calibrated.save_pretrained(str(tmp_path))
+    assert "without training, its weights fitted to 200 texts" in (tmp_path / "README.md").read_text()
     loaded = SentenceTransformer(str(tmp_path), device="cpu")
     assert (loaded.encode(sentences[:20]) == calibrated.encode(sentences[:20])).all()
 
