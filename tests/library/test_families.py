@@ -154,7 +154,8 @@ def made(tmp_path_factory):
         model.save_pretrained(str(folder / name / "saved"))
         messages = [str(w.message) for w in caught if w.category is UserWarning]
         results[name] = before, families.vectors(model), tritern.summary(model), messages
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-c", CHILD, str(folder), *EXPECTED]
     child = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=300)
     assert child.returncode == 0, child.stderr[-3000:]
