@@ -95,11 +95,9 @@ class TernaryHfQuantizer(HfQuantizer):
             verify(files)
         settings = self.quantization_config
         assert isinstance(settings, TernaryQuantizationConfig)
+        names_now = _names_now(model, [*settings.modules, *settings.embeddings])
         for name in settings.modules:
-            try:
-                old = model.get_submodule(name)
-            except AttributeError:
-                old = None
+            old = _submodule(model, names_now[name])
             if type(old) is not nn.Linear:  # a subclass may compute something else
                 raise CheckpointError(
                     f"config.json names the ternary layer {name!r}, but the model has no nn.Linear there"
@@ -109,17 +107,14 @@ class TernaryHfQuantizer(HfQuantizer):
                 activation_bits=settings.activation_bits, norm_eps=settings.norms.get(name), device="meta",
                 dtype=old.weight.dtype,
             )  # fmt: skip
-            model.set_submodule(name, new)
+            model.set_submodule(names_now[name], new)
         for name in settings.embeddings:
-            try:
-                table = model.get_submodule(name)
-            except AttributeError:
-                table = None
+            table = _submodule(model, names_now[name])
             if not isinstance(table, nn.Embedding) or multiplier(table) is None:
                 raise CheckpointError(
                     f"config.json names the int8 table {name!r}, but the model has no nn.Embedding there"
                 )
-            model.set_submodule(name, Int8Embedding.like(table))
+            model.set_submodule(names_now[name], Int8Embedding.like(table))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -187,6 +182,31 @@ TernaryQuantizationConfig.__name__ = TernaryConfig.__name__
 # Called rather than used as decorators, which would hide the classes' own types.
 register_quantization_config(METHOD)(TernaryQuantizationConfig)
 register_quantizer(METHOD)(TernaryHfQuantizer)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _names_now(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
+    """What the layers that config.json names are called in the model. Versions of transformers call some
+    differently, and rename the weights of a checkpoint while they load it: so are these.
+    """
+    found = {name: name for name in names}
+    missing = [name for name in names if _submodule(model, name) is None]
+    if missing:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+        here = model.state_dict()
+        for name in missing:
+            key, _ = rename_source_key(f"{name}.weight", renamings, [], model.base_model_prefix, here)
+            found[name] = key.removesuffix(".weight")
+    return found
 
 
 def foreign_quantization(model: nn.Module) -> str | None:
