@@ -109,6 +109,7 @@ def _load(name: str, text: str, settings: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     import tritern
+    from tritern.saving import is_ternary
 
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     before = _resident()
@@ -119,7 +120,7 @@ def _load(name: str, text: str, settings: dict[str, Any]) -> dict[str, Any]:
         "model": name,
         "device": str(_model.device),
         "dtype": str(_model.dtype).removeprefix("torch."),
-        "ternary": common.is_ternary(_model),
+        "ternary": is_ternary(_model),
         "weights_mb": tritern.summary(_model).model_bytes_after / 1e6,
         "held_mb": None if math.isnan(held) else held / 1e6,
     }

@@ -154,13 +154,6 @@ def check_writable(path: Path) -> None:
         raise Refused(f"cannot write {path}: no permission to write {there}")
 
 
-def is_ternary(model: SentenceTransformer) -> bool:
-    """Whether a model has ternary layers."""
-    from tritern import TernaryLinear
-
-    return any(isinstance(module, TernaryLinear) for module in model.modules())
-
-
 def environment() -> dict[str, str | None]:
     """Versions and the device that torch would take."""
     import platform

@@ -65,10 +65,11 @@ def convert(
     loaded = common.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
     import tritern
+    from tritern.saving import is_ternary
 
     settings = dict(rule=rule, activation_bits=activation_bits, embedding_bits=embedding_bits, skip=skip)
     settings = {name: value for name, value in {**settings, "calibration_texts": texts}.items() if value}
-    if not common.is_ternary(loaded):
+    if not is_ternary(loaded):
         tritern.patch(loaded, **settings)
     elif format == "tritern" or settings:
         raise common.Refused(

@@ -38,9 +38,10 @@ def info(
         return
 
     import tritern
+    from tritern.saving import is_ternary
 
     loaded = common.load(model, device="cpu", trust_remote_code=trust_remote_code)
-    ternary = common.is_ternary(loaded)
+    ternary = is_ternary(loaded)
     size = tritern.summary(loaded if ternary else tritern.patch(loaded))
     note = "" if ternary else f"{model} is not ternary; this is what `tritern convert` would make of it.\n"
     data = {"model": model, "ternary": ternary, "summary": summary_data(size), "environment": found}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tritern
+from tritern.saving import is_ternary
 from tritern_cli import common
 
 from .cli import answer, error, load, run, wrong_usage
@@ -148,7 +149,7 @@ def test_convert_with_calibration(tiny, tiny_path, texts_file, tmp_path, sentenc
 def test_convert_to_an_ordinary_checkpoint(tiny_path, ternary_path, texts, tmp_path):
     (found,) = answer("convert", ternary_path, tmp_path / "dense", "--format", "dense")
     dense = load(tmp_path / "dense")
-    assert not common.is_ternary(dense) and len(found["summary"]["layers"]) == 12
+    assert not is_ternary(dense) and len(found["summary"]["layers"]) == 12
     original = load(tiny_path).encode(texts, normalize_embeddings=True)
     vectors = dense.encode(texts, normalize_embeddings=True)
     packed = load(ternary_path).encode(texts, normalize_embeddings=True)
@@ -177,7 +178,7 @@ def test_convert_overwrites_only_by_force(tiny_path, ternary_path, tmp_path):
     (out / "thesis.tex").write_text("years")
     assert "out is not empty: name another, or write into it with --force" in error("convert", tiny_path, out)
     answer("convert", tiny_path, out, "--force")
-    assert (out / "thesis.tex").read_text() == "years" and common.is_ternary(load(out))
+    assert (out / "thesis.tex").read_text() == "years" and is_ternary(load(out))
     assert "is there already" in error("convert", tiny_path, out / "thesis.tex")
     assert "is a file; name a folder" in error("convert", tiny_path, out / "thesis.tex", "--force")
     assert "thesis.tex is a file" in error("convert", tiny_path, out / "thesis.tex" / "x")

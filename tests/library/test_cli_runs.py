@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from tritern_cli import common
+from tritern.saving import is_ternary
 
 from .cli import answer, error, load, run, wrong_usage
 
@@ -29,7 +29,7 @@ def test_distill(tiny_path, sentences, tmp_path):
     config = {"rule": "twn", "activation_bits": 16, "embedding_bits": 8, "skip": ["*.layer.0.*"]}
     assert record["config"] == config and len(found["summary"]["layers"]) == 6
     assert record["settings"]["group_by_length"] is False
-    assert common.is_ternary(load(tmp_path / "out"))
+    assert is_ternary(load(tmp_path / "out"))
     assert "or go on with --resume" in error(*command)
 
 
