@@ -288,7 +288,8 @@ def test_teacher_vectors_instead_of_a_teacher(tiny_path, sentences, tmp_path):
 
 
 TORCHRUN = """
-import sys, torch, tritern
+import os, sys, torch, tritern
+from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 torch.set_num_threads(1)
 folder, batch, model = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -300,6 +301,7 @@ tritern.distill(
     blend_ratio=0.15, recovery_ratio=0.25,
     cpu_bf16=False,
 )
+assert PartialState().num_processes == int(os.environ["WORLD_SIZE"]), "each process would write the model"
 """
 
 

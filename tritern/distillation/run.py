@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import MISSING, Field, asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -302,11 +302,23 @@ def _record(
     }
 
 
+_NOT_OF_THE_RUN = (
+    *("output_dir", "logging_dir", "prompts", "router_mapping", "learning_rate_mapping", "report_to"),
+    *("accelerator_config", "disable_tqdm", "hub_token", "prediction_loss_only"),
+)
+
+
 def _changed(args: TernaryDistillationArguments) -> dict[str, Any]:
     """Settings that are not transformers' own defaults, as plain values."""
-    plain = SentenceTransformerTrainingArguments(output_dir=str(args.output_dir)).to_dict()
-    skip = ("output_dir", "logging_dir", "prompts", "router_mapping", "learning_rate_mapping", "report_to")
-    return {k: v for k, v in args.to_dict().items() if k not in skip and (k not in plain or plain[k] != v)}
+    # the fields are asked: making another set of arguments would reset accelerate's state of the processes
+    plain = {f.name: _default(f) for f in fields(SentenceTransformerTrainingArguments)}
+    settings = {k: v for k, v in args.to_dict().items() if k not in _NOT_OF_THE_RUN}
+    # what is not set may have become False or [] in the making
+    return {k: v for k, v in settings.items() if k not in plain or (plain[k] != v and (plain[k] or v))}
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _name(model: SentenceTransformer) -> str:
