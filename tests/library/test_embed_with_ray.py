@@ -1,0 +1,159 @@
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+import tritern
+from tritern.search import SearchIndex, embed
+
+pytest.importorskip("ray.data")
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "embed_with_ray.py"
+TWICE = """
+import runpy, sys
+import ray
+script, folder, model = sys.argv[1:]
+ray.init(num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, _temp_dir=folder)
+common = ["--model", model, "--patch", "--output"]
+bad, good = [*common, "of-bad", "--actors", "1"], [*common, "shards", "--actors", "2", "--index", "idx"]
+for arguments in (["bad.txt", *bad], ["c/*", *good]):
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as error:
+        print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def script():
+    return runpy.run_path(str(SCRIPT))
+
+
+def test_a_corpus_on_two_actors(tiny_path, tiny, sentences, tmp_path):
+    folder = tmp_path / "c"
+    folder.mkdir()
+    texts = [*sentences[:60], sentences[0]]  # one twice
+    (folder / "a.txt").write_text("\n".join([*texts[:20], " ", *texts[20:30]]), encoding="utf-8-sig")
+    rows = [{"text": text, "n": n} for n, text in enumerate(texts[30:45])]
+    (folder / "b.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    pq.write_table(pa.table({"n": range(16), "text": texts[45:]}), folder / "c.parquet", row_group_size=5)
+    (tmp_path / "bad.txt").write_bytes(b"good\ncaf\xe9\n")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    environment |= {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory(prefix="ray-") as short:  # sockets want a short path
+        done = subprocess.run(
+            [sys.executable, "-c", TWICE, str(SCRIPT), short, tiny_path],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (
+        f"error: {tmp_path / 'bad.txt'}, line 2: not UTF-8" in done.stdout and "Traceback" not in done.stdout
+    )
+    assert "3 files; 2 copies of the model on 2 CPUs" in done.stdout
+    assert not (tmp_path / "of-bad" / "_embedded.json").exists()
+
+    found = pa.concat_tables(pq.read_table(f) for f in sorted((tmp_path / "shards").glob("*.parquet")))
+    lines = [n for n in range(1, 32) if n != 21]
+    numbers = {"a.txt": lines, "b.jsonl": range(1, 16), "c.parquet": range(1, 17)}
+    ids = [f"c/{name}:{n}" for name, those in numbers.items() for n in those]
+    assert found["id"].to_pylist() == ids and found["text"].to_pylist() == texts
+    assert str(found.schema.field("vector").type) == "fixed_size_list<element: float>[32]"
+    vectors = np.array(found["vector"].to_pylist(), np.float32)
+    model = tritern.patch(tiny)
+    assert np.array_equal(vectors, embed(model, texts, task="document").numpy())
+    made = json.loads((tmp_path / "shards" / "_embedded.json").read_text())
+    assert (made["texts"], made["patch"], len(made["files"])) == (61, True, 3)
+
+    with SearchIndex.open(tmp_path / "idx", model) as index:
+        assert np.array_equal(index.vectors, vectors) and list(index.items()) == list(zip(ids, texts))
+        assert index.search([texts[50]], k=1)[0][0].id == ids[50]
+
+
+def test_an_index_of_shards(script, tiny_path, tiny, sentences, tmp_path, monkeypatch, capsys):
+    """Of several of them, as another kind, without Ray."""
+    texts = [f"{sentences[i - n]} {sentences[i]}" for n in range(1, 5) for i in range(400)]
+    vectors = embed(tiny, texts, task="document").numpy()
+    (tmp_path / "shards").mkdir()
+    for n, part in enumerate(np.array_split(np.arange(len(texts)), 3)):
+        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors[part].ravel()), 32)
+        ids, chosen = [f"i{i}" for i in part], [texts[i] for i in part]
+        shard = pa.table({"id": ids, "text": chosen, "vector": column})
+        pq.write_table(shard, tmp_path / "shards" / f"{n}.parquet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", "--output", "shards", "--index", "idx", "--kind", "ivf-flat"])
+    with pytest.raises(SystemExit, match="holds no complete shards"):
+        script["main"]()
+    made = {"model": tiny_path, "patch": False, "dtype": None}
+    (tmp_path / "shards" / "_embedded.json").write_text(json.dumps(made))
+    script["main"]()
+    assert "1,600 texts in idx (IVF" in capsys.readouterr().out
+    with SearchIndex.open("idx", SentenceTransformer(tiny_path, device="cpu")) as index:
+        assert index.kind == "ivf-flat" and np.array_equal(index.vectors, vectors)
+        assert index.search([texts[1500]], k=1)[0][0].id == "i1500"
+    with pytest.raises(SystemExit) as wrong:
+        script["main"]()
+    assert wrong.value.code == 2 and "idx is there already" in capsys.readouterr().err
+
+
+def test_ids_of_a_column(script, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"said": "one", "key": 7}\n{"said": "two", "key": "b"}\n')
+    (table,) = script["read"]({"name": ["a.jsonl"], "path": [str(tmp_path / "a.jsonl")]}, "said", "key")
+    assert table.to_pydict() == {"id": ["7", "b"], "text": ["one", "two"]}
+    pq.write_table(pa.table({"said": ["one"], "key": [7]}), tmp_path / "a.parquet")
+    assert list(script["records"](str(tmp_path / "a.parquet"), "said", "key")) == [(7, "one")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "one", "key": 1}\n[1]', r"line 2: not a JSON object with 'text' and 'key'"),
+        ("a.jsonl", '{"text": "one"}', r"line 1: not a JSON object with 'text' and 'key'"),
+        ("a.jsonl", '{"text": "one", "key": null}', "row 1: 'key' holds no id"),
+        ("a.jsonl", '{"text": 3, "key": "k"}', "row 1: 'text' holds 3; it must be a string"),
+        ("a.jsonl", '{"text": ', "line 1: not a JSON object"),
+        ("a.parquet", None, r"has no column 'key'; it has text"),
+    ],
+)
+def test_rows_that_are_refused(script, tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is None:
+        pq.write_table(pa.table({"text": ["one"]}), path)
+    else:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        list(script["read"]({"name": [name], "path": [str(path)]}, "text", "key"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no*.txt", "--model", "m", "--output", "new"], "there is no file no*.txt"),
+        (["a.csv", "--model", "m", "--output", "new"], "a.csv is none of .txt, .jsonl, .parquet"),
+        (["a.txt", "--model", "m", "--output", "."], "is not empty (of a broken run?)"),
+        (["a.txt", "--model", "a.txt", "--output", "new"], "--model a.txt: "),
+        (["a.txt", "--output", "new"], "name the model to embed with"),
+        (["--output", "new"], "name texts to embed, or an --index"),
+        (["a.txt", "--model", "m", "--output", "new", "--actors", "0"], "must be at least 1; received 0"),
+    ],
+)  # fmt: skip
+def test_arguments_that_are_refused(script, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "a.csv").write_text("one")
+    monkeypatch.setattr(sys, "argv", ["embed_with_ray.py", *arguments])
+    with pytest.raises(SystemExit) as refused:
+        script["main"]()
+    told = capsys.readouterr().err if refused.value.code == 2 else str(refused.value)
+    assert message in told and "\n" not in told.strip().rpartition("error: ")[2]
+    assert not (tmp_path / "new").exists()
