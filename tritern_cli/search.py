@@ -4,36 +4,59 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import common
-from .common import AsJson, BatchSize, Column, Device, Dtype, Model, Result, Trust
+from .common import AsJson, Column, Device, Dtype, Model, Result, Trust
 
 EXAMPLES = """**Examples**
 
     tritern search minilm-ternary notes.txt "what did we decide?" "who is on call?"
     tritern search minilm-ternary abstracts.parquet --column abstract -k 3 --json < queries.txt
+    tritern search minilm-ternary corpus.txt "one query" --index corpus.index --kind ivf-flat
+    tritern search minilm-ternary corpus.index "another query"
 
-Without queries, each line of standard input is one and is answered as it comes. Scores are cosines. Vectors
-are not kept: a large corpus wants an index, such as faiss. Of long texts the beginning is shown; --json has
-them whole."""
+Without queries, each line of standard input is one and is answered as it comes. With --index the vectors are
+kept: the same command embeds nothing again, or goes on where it was interrupted, and the folder can be named
+in place of the texts. Of long texts the beginning is shown; --json has them whole. Needs the search extra:
+pip install 'tritern[search]'."""
 
 SHOWN = 300
 """Characters of a text."""
+KINDS = "flat", "ivf-flat", "ivf-pq", "hnsw", "int8", "binary"
+"""Those of ``tritern.search``, which takes seconds to import."""
+ROWS_FILE = "rows.sqlite"
+"""By which the folder of an index is known."""
 
 
 def search(
     model: Model,
-    texts: Annotated[str, typer.Argument(metavar="TEXTS", help=f"What is searched: {common.TEXTS}")],
+    texts: Annotated[
+        str,
+        typer.Argument(
+            metavar="TEXTS", help=f"What is searched: the folder of an index (--index), or {common.TEXTS}"
+        ),
+    ],
     queries: Annotated[
         list[str] | None, typer.Argument(metavar="QUERY", help="Default: lines of standard input.")
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Texts shown for each query.")] = 5,
+    index: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Keep the index here, and go on with what is there."),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(KINDS)}, or a string for faiss.index_factory; default: {KINDS[0]}."),
+    ] = None,
     column: Column = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use no more than so many texts.")] = None,
-    batch_size: BatchSize = 32,
+    tokens_per_batch: Annotated[
+        int | None, typer.Option(min=1, help="Tokens embedded at once; default: 1024 on a CPU, else 16384.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -44,22 +67,34 @@ def search(
         raise typer.BadParameter("standard input holds the texts (-), so name queries as arguments")
     if broken := next((q for q in queries or () if not _is_unicode(q)), None):
         raise typer.BadParameter(f"the query {broken!a} is not text in this terminal's encoding (use UTF-8)")
-    corpus = common.read(texts, column=column, limit=limit)
+    made = (Path(texts) / ROWS_FILE).is_file()
+    building = {"--index": index, "--kind": kind, "--column": column, "--limit": limit}
+    if made and (given := [option for option, value in building.items() if value is not None]):
+        raise typer.BadParameter(f"{texts} is an index that is there already: leave out {', '.join(given)}")
+    if index and index.exists() and not (index / ROWS_FILE).is_file():
+        if index.is_file() or any(index.iterdir()):
+            raise common.Refused(f"{index} is there and no index: name another folder for --index")
+    corpus = [] if made else common.read(texts, column=column, limit=limit)
     loaded = common.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
-    from sentence_transformers.util import semantic_search
+    from tritern.search import SearchIndex
 
-    bar = sys.stderr.isatty()
-    vectors = loaded.encode_document(
-        corpus, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=bar
-    )
-    for query in queries or _queries():
-        asked = loaded.encode_query(query, convert_to_tensor=True, show_progress_bar=False)
-        found = semantic_search(asked, vectors, top_k=k)[0]
-        hits = [{"score": h["score"], "text": corpus[int(h["corpus_id"])]} for h in found]
-        yield Result(
-            {"query": query, "hits": hits}, "\n".join([typer.style(query, bold=True), *map(_line, hits)])
+    if made:
+        opened = SearchIndex.open(texts, loaded, tokens_per_batch=tokens_per_batch)
+    else:
+        opened = SearchIndex.build(
+            index,
+            loaded,
+            corpus,
+            kind=kind or "flat",
+            tokens_per_batch=tokens_per_batch,
+            show_progress_bar=sys.stderr.isatty(),
         )
+    with opened:
+        for query in queries or _queries():
+            hits = [vars(hit) for hit in opened.search([query], k)[0]]
+            lines = [typer.style(query, bold=True), *map(_line, hits)]
+            yield Result({"query": query, "hits": hits}, "\n".join(lines))
 
 
 def _queries() -> Iterator[str]:

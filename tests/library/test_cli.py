@@ -11,7 +11,9 @@ import torch
 
 import tritern
 from tritern.saving import is_ternary
+from tritern.search import KINDS, SearchIndex
 from tritern_cli import common
+from tritern_cli import search as search_verb
 
 from .cli import answer, error, load, run, wrong_usage
 
@@ -251,6 +253,47 @@ def test_search_ranks_texts(ternary_path, tmp_path):
     assert "name queries as arguments" in wrong_usage("search", ternary_path, "-")
     assert "not text in this terminal's encoding" in wrong_usage("search", ternary_path, "-", "caf\udce9")
     assert "standard input, line 1: not UTF-8" in error(*command, input=b"caf\xe9\n")
+
+
+def test_search_keeps_an_index(ternary_path, texts_file, tmp_path, sentences):
+    folder = tmp_path / "new" / "index"
+    command = ["search", ternary_path, texts_file, sentences[7], "-k", 2]
+    (plain,) = answer(*command)
+    (kept,) = answer(*command, "--index", folder)
+    assert kept == plain and plain["hits"][0]["text"] == sentences[7] and plain["hits"][0]["id"] == 7
+    assert SearchIndex.open(folder, load(ternary_path)).kind == "flat"
+    written = [file.stat().st_mtime_ns for file in folder.glob("vectors*")]
+    assert answer(*command, "--index", folder) == answer(
+        "search", ternary_path, folder, sentences[7], "-k", 2
+    )
+    assert written == [file.stat().st_mtime_ns for file in folder.glob("vectors*")] != []
+    assert "holds another corpus" in error(*command, "--index", folder, "--limit", 5)
+    assert "was built with kind 'flat'" in error(*command, "--index", folder, "--kind", "hnsw")
+    given = wrong_usage("search", ternary_path, folder, "q", "--kind", "flat", "--limit", 3)
+    assert "is there already: leave out --kind, --limit" in given
+
+
+def test_search_by_kind(ternary_path, texts_file, tmp_path, sentences):
+    assert search_verb.KINDS == tuple(KINDS)
+    command = ["search", ternary_path, texts_file, sentences[7], "-k", 3]
+    (exact,) = answer(*command)
+    (found,) = answer(*command, "--kind", "int8", "--index", tmp_path / "index", "--tokens-per-batch", 64)
+    assert [h["id"] for h in found["hits"]] == [h["id"] for h in exact["hits"]]
+    assert SearchIndex.open(tmp_path / "index", load(ternary_path)).kind == "int8"
+    assert "kind must be one of flat, ivf-flat" in error(*command, "--kind", "best")
+
+
+def test_search_where_it_cannot(ternary_path, tiny_path, texts_file, tmp_path, monkeypatch):
+    command = ["search", ternary_path, texts_file, "q"]
+    answer(*command, "--index", tmp_path / "index")
+    assert "was built with another model" in error("search", tiny_path, tmp_path / "index", "q")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.tex").write_text("years")
+    assert "thesis is there and no index" in error(*command, "--index", tmp_path / "thesis")
+    assert "is there and no index" in error(*command, "--index", tmp_path / "thesis" / "a.tex")
+    assert "is a folder" in error("search", ternary_path, tmp_path / "thesis", "q")
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    assert "faiss is missing: pip install 'tritern[search]'" in error(*command)
 
 
 def test_search_shows_a_hit_on_one_line(ternary_path, tmp_path):
