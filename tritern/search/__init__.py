@@ -1,0 +1,10 @@
+"""Semantic search: ``SearchIndex.build(folder, model, texts)``, then ``index.search(queries)``.
+
+A sentence-transformer embeds, faiss finds; needs the ``search`` or the ``gpu-search`` extra.
+"""
+
+from .embed import embed
+from .index import Hit, SearchIndex
+from .kinds import KINDS
+
+__all__ = ["KINDS", "Hit", "SearchIndex", "embed"]

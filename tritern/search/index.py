@@ -1,0 +1,434 @@
+"""``SearchIndex``: texts in, neighbours out, on disk."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..errors import TriternError
+from . import adding, kinds
+from .embed import embed
+from .faiss_index import FaissIndex
+from .store import ROWS_FILE, Id, Store
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+PROBES = (
+    "A man is playing a guitar on stage.",
+    "How do I sort a list of dictionaries by a key?",
+    "Übergrößenträger, naïve café, 北京, мир",
+    "x = [f(i) for i in range(10)]  # 3.14",
+    "The committee postponed its decision until the budget is known. " * 40,
+)
+SAME_MODEL = 0.995
+"""Least mean cosine between the probes' vectors now and when the index was built: 16-bit arithmetic and other
+hardware stay above, the ternary form of a model and its original are far below."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A text found.
+
+    Attributes:
+        id: as given when it was added.
+        score: the model's similarity: cosine, dot product or negative Euclidean distance; exact, of the
+            stored vector.
+        text: as given.
+    """
+
+    id: Id
+    score: float
+    text: str
+
+
+class SearchIndex:
+    """Texts with ids in a folder, found by meaning: a sentence-transformer and a faiss index.
+
+    Made by ``build`` and ``open``. Searching may be done from several threads, writing from one.
+
+    Attributes:
+        model: embeds queries and texts.
+        tokens_per_batch: as in ``embed``.
+    """
+
+    def __init__(
+        self, store: Store, model: SentenceTransformer, gpus: int | None, tokens_per_batch: int | None
+    ) -> None:
+        self._store, self.model, self.tokens_per_batch = store, model, tokens_per_batch
+        self._faiss = FaissIndex(store, _gpus(gpus, store["kind"], model))
+        self._at_close = ExitStack()
+        self._at_close.callback(store.close)
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | Path | None,
+        model: SentenceTransformer,
+        texts: Iterable[str],
+        ids: Iterable[Id] | None = None,
+        *,
+        kind: str = "flat",
+        rescore: int | None = None,
+        gpus: int | None = None,
+        tokens_per_batch: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> SearchIndex:
+        """Embed a corpus into a folder, or go on where a call with the same corpus was interrupted.
+
+        Args:
+            folder: a new one, or that of an interrupted call; None: a temporary one, deleted on ``close``.
+            model: embeds the texts, with the prompt it has for documents.
+            texts: taken once, in windows: they may be more than fit into memory.
+            ids: unique ints or strings, one for each text; default 0, 1, 2 ...
+            kind: one of ``KINDS`` or a string for ``faiss.index_factory``, such as "IVF256,PQ48".
+            rescore: candidates taken from the index for every hit, compared by their stored vectors; default
+                that of the kind, 4 for factory strings.
+            gpus: to put the faiss index on; default all when the model is on one and faiss can use them.
+            tokens_per_batch: as in ``embed``.
+            show_progress_bar: default: if the log level is INFO or lower, as in ``encode``.
+
+        Raises:
+            TriternError: there are no texts; bad or repeated ids; the folder holds another corpus, kind or
+                model's vectors; the disk is full. What was written stays, and the next call goes on from it.
+        """
+        temporary = tempfile.TemporaryDirectory(prefix="tritern-search-") if folder is None else None
+        path = Path(temporary.name if temporary else folder or "")
+        kinds.check(kind, rescore, model.get_embedding_dimension(), _similarity(model))
+        items = iter(adding.items_of(texts, ids, 0))
+        first = list(itertools.islice(items, 1))
+        if not first and not (path / ROWS_FILE).exists():
+            raise TriternError("texts is empty: an index needs at least one text")
+        settings = {"kind": kind, "rescore": rescore, "similarity": _similarity(model), "model": _name(model)}
+        settings["probes"] = _probes(model).tobytes()
+        store = Store(path, create=settings)
+        with _closed_if_it_raises(store):
+            if (store["kind"], store["rescore"]) != (kind, rescore):
+                raise TriternError(
+                    f"{path} was built with kind {store['kind']!r} and rescore {store['rescore']}; received "
+                    f"{kind!r} and {rescore}: name a new folder, or open this one and reindex it"
+                )
+            index = cls(store, model, gpus, tokens_per_batch)
+            if temporary:
+                index._at_close.callback(temporary.cleanup)
+            with store.writing():
+                index._load()
+                items = adding.rest(store, itertools.chain(first, items))
+                index._add(items, _length(texts), show_progress_bar)
+        return index
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        model: SentenceTransformer,
+        *,
+        gpus: int | None = None,
+        tokens_per_batch: int | None = None,
+    ) -> SearchIndex:
+        """Open an index to search in it or to add to it.
+
+        Raises:
+            TriternError: there is none, it was built with another model, or its files are damaged.
+        """
+        store = Store(Path(folder))
+        with _closed_if_it_raises(store):
+            index = cls(store, model, gpus, tokens_per_batch)
+            index._load()
+        return index
+
+    def add(
+        self,
+        texts: Iterable[str],
+        ids: Iterable[Id] | None = None,
+        *,
+        vectors: np.ndarray | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> None:
+        """Add texts. When it raises, those of the windows before are in the index, and none of the others.
+
+        Args:
+            texts, ids: as in ``build``; default ids go on from the number of texts ever added.
+            vectors: [texts, width], made before with ``embed(model, texts, task="document")``.
+
+        Raises:
+            TriternError: as ``build``.
+        """
+        with self._store.writing():
+            items = adding.items_of(texts, ids, self._store.rows)
+            if vectors is None:
+                self._add(items, _length(texts), show_progress_bar)
+            else:
+                adding.add_vectors(self._store, items, self._comparable(vectors), self._write)
+                self._faiss.catch_up()
+
+    def remove(self, ids: Iterable[Id]) -> None:
+        """Remove texts: they are found no more. Their room is given back by ``compact``.
+
+        Raises:
+            TriternError: an id is not in the index; nothing is removed then.
+        """
+        with self._store.writing():
+            self._store.remove(list(ids))
+
+    def compact(self) -> None:
+        """Give back the room of removed texts, and make the faiss index anew."""
+        with self._store.writing():
+            self._faiss.forget()
+            self._store.compact()
+            self._faiss.catch_up()
+
+    def reindex(self, kind: str, *, rescore: int | None = None) -> None:
+        """Make the faiss index anew, of another kind, from the same vectors.
+
+        Args:
+            kind, rescore: as in ``build``.
+
+        Raises:
+            TriternError: the kind is unknown or cannot be made of these vectors; the index is then searched
+                exactly until it is given another kind.
+        """
+        kinds.kind_of(kind, rescore)
+        _gpus(self.gpus, kind, self.model)
+        with self._store.writing():
+            for name, value in {"kind": kind, "rescore": rescore, "factory": None}.items():
+                self._store[name] = value
+            self._faiss.forget()
+            self._faiss.catch_up()
+
+    def verify(self) -> None:
+        """Compare all that is stored with its checksums.
+
+        Raises:
+            CheckpointError: something is damaged.
+        """
+        self._store.verify()
+
+    def search(self, queries: Sequence[str], k: int = 10, *, exact: bool = False) -> list[list[Hit]]:
+        """The k most similar texts of each query, best first; all there are, if that is fewer.
+
+        Args:
+            queries: strings, embedded with the prompt the model has for queries.
+            k: hits wanted.
+            exact: compare all vectors, whatever the kind of the index.
+
+        Raises:
+            TriternError: k is under 1; a query is no string or empty.
+        """
+        queries = [queries] if isinstance(queries, str) else list(queries)
+        vectors = embed(self.model, queries, task="query", tokens_per_batch=self.tokens_per_batch)
+        scores, rows = self.search_vectors(vectors, k, exact=exact)
+        return self.hits(scores, rows)
+
+    def search_vectors(
+        self, queries: torch.Tensor | np.ndarray, k: int = 10, *, exact: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores, float32, and numbers of rows, int64, each [queries, min(k, len(self))], best first.
+
+        Args:
+            queries: [queries, width] as ``embed`` gives them; on a GPU they stay there if the index is there.
+            k, exact: as in ``search``.
+
+        Returns:
+            Where the index found fewer than k, rows are -1 and scores -inf.
+        """
+        if k < 1:
+            raise TriternError(f"k must be at least 1; received {k}")
+        if queries.ndim != 2 or (len(self) and queries.shape[1] != self._store.width):
+            raise TriternError(
+                f"queries must be [queries, {self._store.width}]; received {list(queries.shape)}"
+            )
+        wanted, removed = min(k, len(self)), self._store.removed
+        most = self._store.rows
+        if not wanted or not len(queries):
+            return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+        take = wanted
+        while True:  # most often once
+            scores, rows = self._faiss.search(queries, take, exact)
+            gone = np.isin(rows, removed) if len(removed) else np.zeros_like(rows, bool)
+            left = int((~gone).sum(1).min())
+            if left >= wanted or take >= most:
+                break
+            take = min(most, wanted + 4 * (take - left) + 16)  # removed rows took places: ask for more
+        if gone.any():
+            scores[gone], rows[gone] = -np.inf, -1
+            order = np.argsort(gone, axis=1, kind="stable")
+            scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+        return scores[:, :wanted], rows[:, :wanted]
+
+    def hits(self, scores: np.ndarray, rows: np.ndarray) -> list[list[Hit]]:
+        """What ``search_vectors`` found, with ids and texts."""
+        known = self._store.look_up(np.unique(rows[rows >= 0]).tolist())
+        return [
+            [Hit(known[r][0], float(s), known[r][1]) for s, r in zip(ss, rr.tolist()) if r in known]
+            for ss, rr in zip(scores, rows)
+        ]
+
+    def set_search_parameters(self, parameters: str) -> None:
+        """Trade speed for recall: "nprobe=16" for inverted lists, "efSearch=128" for graphs.
+
+        Raises:
+            TriternError: the index has no such parameters.
+        """
+        self._faiss.set_parameters(parameters)
+
+    def items(self) -> Iterator[tuple[Id, str]]:
+        """Ids and texts, in the order in which they were added."""
+        return self._store.items()
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __enter__(self) -> SearchIndex:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._at_close.close()
+
+    @property
+    def folder(self) -> Path:
+        """Where all is kept."""
+        return self._store.folder
+
+    @property
+    def kind(self) -> str:
+        """Name of the kind of index, or the faiss factory string given."""
+        return self._store["kind"]
+
+    @property
+    def rescore(self) -> int:
+        """Candidates taken from the index for every hit."""
+        return self._faiss.kind.rescore
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that the faiss index is on; 0: it is searched on the CPU."""
+        return self._faiss.gpus
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """[rows, width], float32, on disk; read-only. Those of removed texts are still among them."""
+        return self._store.vectors
+
+    @property
+    def factory(self) -> str:
+        """The string that faiss made the index of; "Flat" where vectors are compared as they are stored."""
+        return self._store["factory"] or "Flat"
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes on disk: of texts and ids, vectors, and the faiss index, which is in memory too."""
+        store, faiss = self._store, self._faiss
+        files = {"texts": self.folder / ROWS_FILE, "vectors": store.vectors_file, "faiss": faiss.file}
+        return {name: file.stat().st_size if file.exists() else 0 for name, file in files.items()}
+
+    def _load(self) -> None:
+        _check_model(self._store, self.model)
+        self._faiss.load()
+
+    def _add(self, items: Iterator[tuple[Id, str]], total: int | None, show: bool | None) -> None:
+        if show is None:
+            show = logger.isEnabledFor(logging.INFO)
+        adding.add(
+            self._store,
+            self.model,
+            items,
+            self._write,
+            tokens_per_batch=self.tokens_per_batch,
+            total=total,
+            show_progress_bar=show,
+        )
+        self._faiss.catch_up()
+
+    def _write(self, ids: Sequence[Id], texts: Sequence[str], vectors: torch.Tensor) -> None:
+        first = self._store.rows
+        self._store.append(ids, texts, vectors.cpu().numpy())
+        self._faiss.add(first, vectors)
+
+    def _comparable(self, vectors: np.ndarray) -> np.ndarray:
+        """Of length 1 if they are compared by cosine, as ``embed`` gives them."""
+        if self._faiss.similarity != "cosine":
+            return vectors
+        lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+        return np.where(np.abs(lengths - 1) < 1e-5, vectors, vectors / np.maximum(lengths, 1e-12))
+
+
+def _check_model(store: Store, model: SentenceTransformer) -> None:
+    """Refuse a model whose vectors are not those of the model that the store was made with."""
+    then, now = np.frombuffer(store["probes"], np.float32), _probes(model)
+    if then.size != now.size or _similarity(model) != store["similarity"]:
+        reason = "vectors of another width or similarity"
+    else:
+        then = then.reshape(now.shape)
+        lengths = np.linalg.norm(then, axis=1) * np.linalg.norm(now, axis=1)
+        cosine = float(((then * now).sum(1) / np.maximum(lengths, 1e-12)).mean())
+        if cosine >= SAME_MODEL:
+            return
+        reason = f"mean cosine {cosine:.3f} between the vectors of {len(now)} probes"
+    raise TriternError(
+        f"{store.folder} was built with another model ({store['model']}; {reason}): its vectors cannot be "
+        "compared. Open it with that model, or build an index with this one"
+    )
+
+
+@contextmanager
+def _closed_if_it_raises(store: Store) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        store.close()
+        raise
+
+
+def _length(texts: Iterable[str]) -> int | None:
+    return len(texts) if hasattr(texts, "__len__") else None  # pyright: ignore[reportArgumentType]
+
+
+def _gpus(gpus: int | None, kind: str, model: SentenceTransformer) -> int:
+    """How many to use: of those asked for, or all if the model is on one."""
+    faiss, on_gpu = kinds.import_faiss(), kinds.kind_of(kind, None).on_gpu
+    found = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+    if gpus is None:
+        return found if model.device.type == "cuda" and on_gpu else 0
+    if not 0 <= gpus <= found:
+        raise TriternError(f"gpus must be 0 to {found}, all that faiss sees; received {gpus}")
+    if gpus and not on_gpu:
+        names = ", ".join(name for name, other in kinds.KINDS.items() if other.on_gpu)
+        raise TriternError(f"gpus must be 0 for kind {kind!r}, for faiss has {names} only; received {gpus}")
+    return gpus
+
+
+def _similarity(model: SentenceTransformer) -> str:
+    name = model.similarity_fn_name
+    if name not in ("cosine", "dot", "euclidean"):
+        raise TriternError(
+            f"model.similarity_fn_name must be 'cosine', 'dot' or 'euclidean'; received {name!r}, for which "
+            "faiss has no index"
+        )
+    return name
+
+
+def _probes(model: SentenceTransformer) -> np.ndarray:
+    """Vectors of the probes as queries and as documents: [2 * len(PROBES), width], float32."""
+    both = [embed(model, PROBES, task=task).cpu().numpy() for task in ("query", "document")]
+    return np.concatenate(both)
+
+
+def _name(model: SentenceTransformer) -> str:
+    data, inner = model.model_card_data, getattr(model[0], "auto_model", None)
+    return str(getattr(inner, "name_or_path", None) or data.base_model or type(model[0]).__name__)

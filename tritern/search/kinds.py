@@ -1,0 +1,207 @@
+"""Kinds of faiss index by name, and what is done with them here: making, placing on GPUs, saving."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import TriternError
+
+MIN_ROWS = 1024
+"""Below it, kinds that are trained search exactly: there is too little to train on, and no need."""
+GPU_K = 2048
+"""Most results for a query that faiss gives on GPUs."""
+TRAIN_ROWS = 100_000
+"""Most vectors to train on; faiss uses up to 256 a centroid."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A faiss index and how it is used.
+
+    Attributes:
+        factory: (rows, width) -> string for ``faiss.index_factory``; None: no index, the vectors themselves
+            are compared.
+        rescore: candidates taken from the index for every hit, to be compared by their stored vectors.
+        on_gpu: whether faiss has it for GPUs.
+    """
+
+    factory: Callable[[int, int], str | None]
+    rescore: int
+    on_gpu: bool
+
+
+def _lists(rows: int) -> int:
+    """Inverted lists: 4 sqrt(rows), a power of two, with at least the 39 vectors each that faiss wants."""
+    return 2 ** max(0, int(math.log2(max(1.0, min(4 * math.sqrt(rows), rows / 39)))))
+
+
+def _pieces(width: int) -> int:
+    """Of product quantization, one byte each: of 8 dimensions where the width allows."""
+    return next(m for m in range(max(1, width // 8), 0, -1) if width % m == 0)
+
+
+KINDS = {
+    "flat": Kind(lambda rows, width: None, rescore=1, on_gpu=True),
+    "ivf-flat": Kind(lambda rows, width: f"IVF{_lists(rows)},Flat", rescore=1, on_gpu=True),
+    "ivf-pq": Kind(lambda rows, width: f"IVF{_lists(rows)},PQ{_pieces(width)}", rescore=8, on_gpu=True),
+    "hnsw": Kind(lambda rows, width: "HNSW32", rescore=1, on_gpu=False),
+    "int8": Kind(lambda rows, width: "SQ8", rescore=2, on_gpu=False),
+    "binary": Kind(lambda rows, width: "LSH", rescore=16, on_gpu=False),
+}
+"""Kinds of index by name: all vectors compared; inverted lists; inverted lists of product-quantized vectors;
+a graph; a byte a dimension; a bit a dimension, its sign."""
+
+
+def kind_of(name: str, rescore: int | None) -> Kind:
+    """A kind by its name, or of a string for ``faiss.index_factory``."""
+    if rescore is not None and rescore < 1:
+        raise TriternError(f"rescore must be at least 1; received {rescore}")
+    kind = KINDS.get(name) or Kind(lambda rows, width: name, rescore=4, on_gpu=True)
+    return kind if rescore is None else Kind(kind.factory, rescore, kind.on_gpu)
+
+
+def check(name: str, rescore: int | None, width: int | None, similarity: str) -> None:
+    """Refuse what cannot be made, before any work."""
+    kind = kind_of(name, rescore)
+    factory = kind.factory(MIN_ROWS, width or 64)
+    if width and factory:
+        new_index(factory, width, similarity)
+    else:
+        import_faiss()
+
+
+def import_faiss() -> Any:
+    """The module, or what to install."""
+    try:
+        import faiss
+    except ModuleNotFoundError:
+        raise TriternError(
+            "faiss is missing: pip install 'tritern[search]', or 'tritern[gpu-search]' to search on CUDA GPUs"
+        ) from None
+    return faiss
+
+
+def new_index(factory: str, width: int, similarity: str) -> Any:
+    """An index of faiss, untrained and empty.
+
+    Raises:
+        TriternError: faiss does not know the factory string, or not for this width.
+    """
+    faiss = import_faiss()
+    metrics = [faiss.METRIC_L2] if similarity == "euclidean" else [faiss.METRIC_INNER_PRODUCT]
+    if similarity == "cosine":
+        metrics.append(faiss.METRIC_L2)  # on vectors of length 1 the same order, and LSH knows no other
+    errors = []
+    for metric in metrics:
+        try:
+            index = faiss.index_factory(width, factory, metric)
+            break
+        except RuntimeError as error:
+            errors.append(error)
+    else:
+        reason = _reason(errors[0])
+        raise TriternError(
+            f"kind must be one of {', '.join(KINDS)} or a string for faiss.index_factory; received "
+            f"{factory!r} for vectors of width {width} compared by {similarity}: {reason}"
+        )
+    parts: list[Any] = [index, ivf(index), getattr(index, "pq", None)]
+    for part in parts:
+        if getattr(part, "cp", None) is not None:
+            part.cp.min_points_per_centroid = 1  # it warns of few vectors, and there are no more
+    set_parameters(index, default_parameters(index))
+    return index
+
+
+def ivf(index: Any) -> Any:
+    """The inverted lists inside, if any."""
+    faiss = import_faiss()
+    return faiss.try_extract_index_ivf(index)
+
+
+def default_parameters(index: Any) -> str:
+    """Where faiss' own defaults find too little: nprobe=1 and efSearch=16."""
+    if lists := ivf(index):
+        return f"nprobe={max(1, min(lists.nlist, round(2 * math.sqrt(lists.nlist))))}"
+    return "efSearch=64" if hasattr(index, "hnsw") else ""
+
+
+def set_parameters(index: Any, parameters: str) -> None:
+    """Set ``nprobe=16``, ``efSearch=128`` or others of ``faiss.ParameterSpace``, separated by commas."""
+    faiss = import_faiss()
+    on_gpu = getattr(faiss, "GpuIndex", ()) and isinstance(index, faiss.GpuIndex)
+    space = faiss.GpuParameterSpace() if on_gpu else faiss.ParameterSpace()
+    try:
+        if parameters:
+            space.set_index_parameters(index, parameters)
+    except RuntimeError as error:
+        raise TriternError(
+            f"this index has no parameters {parameters!r} ({_reason(error)}): inverted lists have nprobe=N, "
+            "graphs efSearch=N"
+        ) from None
+
+
+def sample(rows: int, removed: np.ndarray) -> np.ndarray:
+    """Numbers of the rows to train on: drawn with a fixed seed, the same for the same rows."""
+    kept = np.setdiff1d(np.arange(rows), removed, assume_unique=True)
+    if len(kept) > TRAIN_ROWS:
+        kept = np.sort(np.random.default_rng(0).choice(kept, TRAIN_ROWS, replace=False))
+    return kept
+
+
+def train(index: Any, vectors: np.ndarray) -> None:
+    """Train on [rows, width], float32.
+
+    Raises:
+        TriternError: there are too few for this kind.
+    """
+    try:
+        index.train(np.ascontiguousarray(vectors, np.float32))
+    except RuntimeError as error:
+        raise TriternError(
+            f"the index cannot be trained on {len(vectors):,} vectors ({_reason(error)}). They are stored: "
+            f"reindex them as another kind, such as {', '.join(map(repr, KINDS))}, or with fewer lists"
+        ) from None
+
+
+def to_gpus(index: Any, gpus: int) -> Any:
+    """The index on one GPU or in shards on several, by faiss' own cloning; with cuVS if that is built in."""
+    faiss = import_faiss()
+    importlib.import_module("faiss.contrib.torch_utils")  # tensors on a GPU go in and out without a copy
+    options = faiss.GpuMultipleClonerOptions()
+    options.shard = gpus > 1
+    if "CUVS" in faiss.get_compile_options():
+        options.use_cuvs = True
+    return faiss.index_cpu_to_gpus_list(index, co=options, gpus=list(range(gpus)))
+
+
+def save(index: Any, file: Path, on_gpu: bool) -> None:
+    """Write the index in place of the file, whole or not at all."""
+    faiss = import_faiss()
+    index = faiss.index_gpu_to_cpu(index) if on_gpu else index
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        faiss.write_index(index, str(temporary))
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(file)
+    except (OSError, RuntimeError) as error:
+        raise TriternError(
+            f"{file} cannot be written ({_reason(error)}): free some space and open the "
+            "index again. Texts and vectors are kept; this file is made from them"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    """Of faiss' message, what comes after the place in its source."""
+    return re.sub(r"^.* at \S+:\d+: (Error: )?", "", str(error).strip().splitlines()[-1])
