@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One round on a GPU machine, at most 8 minutes: the GPU tests, the GEMM race, the encoding benchmark and, where it
-# exists, the search benchmark. A stage that fails does not stop the next; the exit status is 1 when any failed.
+# One round on a GPU machine, at most 8 minutes: the GPU tests, the GEMM race, the encoding and the search benchmark.
+# A stage that fails does not stop the next; the exit status is 1 when any failed.
 #
 #     OUT=benchmarks/results/h200 bash benchmarks/gpu_round.sh
 #
 # OUT (default benchmarks/results; relative to the repository) receives the JSON files, the plot and a log per stage.
-# PYTHON names the interpreter (default: python, else python3).
+# PYTHON names the interpreter (default: python, else python3), TRITERN_DATA a folder of labelled sets to search in.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 OUT="${OUT:-benchmarks/results}"
@@ -57,8 +57,12 @@ else
 fi
 stage gemm 165 "$PYTHON" benchmarks/gemm.py --quick --json "$OUT/gemm.json" ${plot[@]+"${plot[@]}"}
 stage encode 105 "$PYTHON" benchmarks/encode.py --quick --json "$OUT/encode.json"
-if [[ -e benchmarks/embed_search.py ]]; then
-    stage search 120 "$PYTHON" benchmarks/embed_search.py --json "$OUT/search.json"
+if "$PYTHON" -c "import faiss" >/dev/null 2>&1; then
+    if ((${#plot[@]})); then plot=(--plot "$OUT/search.png"); fi
+    stage search 120 "$PYTHON" benchmarks/embed_search.py --repeat 3 --texts 2048 --json "$OUT/search.json" \
+        ${TRITERN_DATA:+--data "$TRITERN_DATA"} ${plot[@]+"${plot[@]}"}
+else
+    fail search 127 "faiss is not installed for $PYTHON: pip install faiss-gpu, or faiss-cpu"
 fi
 
 echo
