@@ -94,21 +94,20 @@ def _write_first(under_way: deque[tuple[Sequence[Id], Sequence[str]]], write: Wr
 
 def add_vectors(store: Store, items: Iterator[tuple[Any, str]], vectors: np.ndarray, write: Write) -> None:
     """Hand texts with vectors made before to ``write``."""
-    first = 0
-    while window := list(itertools.islice(items, WINDOW["cpu"])):
+    known = list(items)
+    if len(known) != len(vectors):
+        raise TriternError(
+            f"vectors must be one for each text; received {len(vectors)} for {len(known)} texts"
+        )
+    for first in range(0, len(known), WINDOW["cpu"]):
+        window = known[first : first + WINDOW["cpu"]]
         texts = [text for _, text in window]
         check_texts(texts, first)
         part = vectors[first : first + len(texts)]
-        if len(part) < len(texts) or not np.isfinite(part).all():
-            raise TriternError(
-                f"vectors must hold a finite row for every text; received {list(vectors.shape)}, and rows "
-                f"{first} to {first + len(texts) - 1} are missing or not finite"
-            )
+        if not np.isfinite(part).all():
+            raise TriternError(f"vectors must be finite; some of {first} to {first + len(texts) - 1} are not")
         ids = store.new_ids([id for id, _ in window])
         write(ids, texts, Tensor(np.asarray(part, np.float32)))
-        first += len(texts)
-    if first != len(vectors):
-        raise TriternError(f"vectors must be one for each text; received {len(vectors)} for {first} texts")
 
 
 def _windows(

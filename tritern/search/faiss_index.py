@@ -50,8 +50,8 @@ class FaissIndex:
         """Where it is saved."""
         return self._store.folder / f"index-{self._store.generation}.faiss"
 
-    def load(self) -> None:
-        """Read the file, if there is one that fits, and add what it lacks."""
+    def load(self, train: bool) -> None:
+        """Read the file, if there is one that fits, and catch up."""
         index = None
         if self.file.exists():
             try:
@@ -66,7 +66,7 @@ class FaissIndex:
             kinds.set_parameters(index, kinds.default_parameters(index))
             index = kinds.to_gpus(index, 1) if self.gpus == 1 else index
         self._index = index
-        self.catch_up()
+        self.catch_up(train)
 
     def forget(self) -> None:
         """Delete the file: the vectors or the kind are others now."""
@@ -86,12 +86,13 @@ class FaissIndex:
                 self._searched = None
             self._save(every=SAVE_SECONDS)
 
-    def catch_up(self) -> None:
-        """Train where it is time, add the rows that are missing, save."""
+    def catch_up(self, train: bool = True) -> None:
+        """Add the rows that are missing, and save; if wanted, train before that where it is time."""
         store, index = self._store, self._index
         outgrown = index is not None and store["factory"] != self.kind.factory(store.rows, store.width)
-        if index is None or (outgrown and store.rows > GROWTH * (store["trained_rows"] or store.rows)):
-            index = self._new(train=True)
+        outgrown = outgrown and train and store.rows > GROWTH * (store["trained_rows"] or store.rows)
+        if index is None or outgrown:
+            index = self._new(train)
             if index is None:
                 return
         self._index = index

@@ -123,7 +123,7 @@ class SearchIndex:
             if temporary:
                 index._at_close.callback(temporary.cleanup)
             with store.writing():
-                index._load()
+                index._load(train=False)  # once all texts are there, however often it was interrupted
                 items = adding.rest(store, itertools.chain(first, items))
                 index._add(items, _length(texts), show_progress_bar)
         return index
@@ -145,7 +145,7 @@ class SearchIndex:
         store = Store(Path(folder))
         with _closed_if_it_raises(store):
             index = cls(store, model, gpus, tokens_per_batch)
-            index._load()
+            index._load(train=True)
         return index
 
     def add(
@@ -337,9 +337,9 @@ class SearchIndex:
         files = {"texts": self.folder / ROWS_FILE, "vectors": store.vectors_file, "faiss": faiss.file}
         return {name: file.stat().st_size if file.exists() else 0 for name, file in files.items()}
 
-    def _load(self) -> None:
+    def _load(self, train: bool) -> None:
         _check_model(self._store, self.model)
-        self._faiss.load()
+        self._faiss.load(train)
 
     def _add(self, items: Iterator[tuple[Id, str]], total: int | None, show: bool | None) -> None:
         if show is None:

@@ -78,7 +78,8 @@ class Store:
         self.refresh()
 
     def _tables(self) -> bool:
-        return bool(self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'settings'").fetchone())
+        with self._failures():
+            return bool(self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'settings'").fetchone())
 
     def __getitem__(self, name: str) -> Any:
         """A setting, None where there is none of that name."""

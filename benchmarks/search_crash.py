@@ -1,0 +1,186 @@
+"""Builds an index in a process that is killed at random moments, and looks for what is lost.
+
+    python benchmarks/search_crash.py --texts sentences.txt --rows 1000000 --kills 10 --json crash.json
+
+The texts are those of --texts (by default sentences of Python's documentation), then the same again in numbered
+templates: what they say is not measured here. After each kill the same call goes on. The result is compared
+with an index built without interruption: ids, texts and vectors must be equal, and the faiss index's bytes too
+(not of hnsw, a graph whose making is random). The resident size of the building process is sampled: texts and
+vectors go to disk as they come, and it is to stay flat. --layers N takes the first N layers of the model only,
+to be done sooner.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import report
+from encode import packaged_model
+from search_sets import varied
+
+CHILD = "--build-into"
+"""The option by which the script starts itself to be killed."""
+
+
+def arguments() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("--model", help="hub name or path of a full-precision model; default: the packaged all-MiniLM-L6-v2")
+    add("--layers", type=int, metavar="N", help="keep the first N layers only (default: all)")
+    add("--texts", metavar="FILE", help="one text a line; .zst and .gz too (default: Python's documentation)")
+    add("--rows", type=int, default=1_000_000, help="default: 1,000,000")
+    add("--kind", default="ivf-pq", help="kind of index (default: ivf-pq)")
+    add("--kills", type=int, default=10, help="default: 10")
+    add("--seed", type=int, default=0, help="of the moments of killing")
+    add("--folder", type=Path, help="where to build; default: a temporary folder, deleted afterwards")
+    add("--json", type=Path, help="write the results here")
+    add(CHILD, type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def corpus(options: argparse.Namespace) -> Iterator[str]:
+    if options.texts:
+        from tritern.distillation import read_texts
+
+        texts = [t for t in read_texts(options.texts, limit=100_000) if t.strip()]
+    else:
+        from search_sets import sentences
+
+        texts = sentences().documents
+    return varied(texts, options.rows)
+
+
+def build(options: argparse.Namespace) -> None:
+    """What the killed process does: one call, the same each time."""
+    from sentence_transformers import SentenceTransformer
+
+    import tritern
+    from tritern.search import SearchIndex
+
+    model = SentenceTransformer(options.model or packaged_model(), device="cpu")
+    if options.layers:
+        inner: Any = model[0]
+        inner.auto_model.encoder.layer = inner.auto_model.encoder.layer[: options.layers]
+    SearchIndex.build(
+        options.build_into, tritern.patch(model), corpus(options), kind=options.kind, show_progress_bar=False
+    ).close()
+
+
+def run(options: argparse.Namespace, folder: Path, kill_after: float | None) -> dict[str, Any]:
+    """Build in a process, for so many seconds or to the end; rows written and MB resident over time."""
+    command = [sys.executable, __file__, *sys.argv[1:], CHILD, str(folder)]
+    start, sizes, first_rows = time.monotonic(), [], None
+    process = subprocess.Popen(command)
+    watched = psutil.Process(process.pid)
+    while process.poll() is None:
+        try:
+            memory, rows = watched.memory_full_info(), rows_in(folder)
+            sizes.append((rows, memory.rss / 1e6, memory.uss / 1e6))
+        except psutil.Error:
+            break
+        if rows and first_rows is None:
+            first_rows = round(time.monotonic() - start, 1)
+        if kill_after is not None and time.monotonic() - start > kill_after:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.2)
+    code = process.wait()
+    if code not in (0, -signal.SIGKILL):
+        raise SystemExit(f"the building process ended with {code}")
+    return {
+        "killed": code != 0,
+        "seconds": round(time.monotonic() - start, 1),
+        "rows_after": rows_in(folder),
+        "seconds_to_first_rows": first_rows,
+        "rows, resident MB, private MB": [list(map(round, size)) for size in sizes[:: len(sizes) // 40 + 1]],
+        "peak_resident_mb": round(max(rss for _, rss, _ in sizes)),
+        "peak_private_mb": round(max(uss for _, _, uss in sizes)),
+    }
+
+
+def rows_in(folder: Path) -> int:
+    """Rows written, asked without disturbing the process that writes."""
+    try:
+        with closing(
+            sqlite3.connect(f"file:{folder / 'rows.sqlite'}?mode=ro", uri=True, timeout=5)
+        ) as database:
+            return int(database.execute("SELECT value FROM settings WHERE name = 'rows'").fetchone()[0])
+    except sqlite3.Error:  # not there yet
+        return 0
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while block := content.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Checksums of the ids and texts in their order, the vectors, and the faiss index."""
+    from tritern.search.store import Store
+
+    store, rows = Store(folder), hashlib.sha256()
+    store.verify()
+    for item in store.items():
+        rows.update(repr(item).encode())
+    files = {"vectors": store.vectors_file, "faiss index": folder / "index-0.faiss"}
+    sums = {name: sha256(file) if file.exists() else "none" for name, file in files.items()}
+    return {"rows": str(store.rows), "ids and texts": rows.hexdigest(), **sums}
+
+
+def main() -> None:
+    options = arguments().parse_args()
+    if options.build_into:
+        return build(options)
+    with tempfile.TemporaryDirectory(prefix="tritern-crash-") as temporary:
+        folder = options.folder or Path(temporary)
+        whole = run(options, folder / "whole", None)
+        print(f"without interruption: {whole['seconds']} s, peak {whole['peak_resident_mb']} MB resident")
+        wanted, draw = content(folder / "whole"), random.Random(options.seed)
+        runs: list[dict[str, Any]] = []
+        starting, working = whole["seconds_to_first_rows"] or 1.0, whole["seconds"]
+        while len(runs) < options.kills:
+            done = rows_in(folder / "killed") / options.rows
+            share = (working - starting) * (1 - done) / (options.kills - len(runs) + 1)
+            runs.append(run(options, folder / "killed", draw.uniform(0.5, starting + 2 * share)))
+            print(f"after {runs[-1]['seconds']} s {runs[-1]['rows_after']:,} rows are written; killed")
+        runs.append(run(options, folder / "killed", None))
+        found = content(folder / "killed")
+    equal = {name: found[name] == wanted[name] for name in wanted}
+    print(f"killed {sum(r['killed'] for r in runs)} times, then finished: equal {equal}")
+    result = report.environment() | {
+        "command": " ".join(sys.argv),
+        "rows": options.rows,
+        "kind": options.kind,
+        "layers": options.layers,
+        "what": "speed, memory and safety only: the texts are varied by templates",
+        "uninterrupted": whole,
+        "interrupted": runs,
+        "equal": equal,
+    }
+    if options.json:
+        report.write_json(options.json, result)
+    excused = {"faiss index"} if options.kind == "hnsw" else set()
+    lost = [name for name, same in equal.items() if not same and name not in excused]
+    if lost:
+        raise SystemExit(f"not equal to the index built without interruption: {', '.join(lost)}")
+
+
+if __name__ == "__main__":
+    main()

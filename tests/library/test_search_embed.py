@@ -1,0 +1,190 @@
+"""Embedding without padding: the vectors of ``encode``, whatever the texts are embedded with."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+import tritern
+from tritern.search import embed
+from tritern.search.embed import Batching, _batches, embed_windows
+
+
+@pytest.fixture(scope="module")
+def ternary(tiny_path):
+    return tritern.patch(SentenceTransformer(tiny_path, device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def mixed(sentences):
+    """Texts of 1 to 60 words, in no order."""
+    return [" ".join(s.split()[: 1 + i % 60]) for i, s in enumerate(sentences[:300])]
+
+
+def test_vectors_are_those_of_encode(tiny_path, mixed):
+    model = SentenceTransformer(tiny_path, device="cpu")
+    expected = model.encode(mixed, normalize_embeddings=True, convert_to_tensor=True)
+    torch.testing.assert_close(embed(model, mixed), expected, atol=2e-6, rtol=0)
+
+
+def test_a_text_has_the_same_vector_alone_and_among_others(ternary, mixed):
+    vectors = embed(ternary, mixed)
+    for i in (0, 59, 131, 299):
+        assert torch.equal(embed(ternary, [mixed[i]])[0], vectors[i])
+    assert torch.equal(embed(ternary, mixed, tokens_per_batch=64), vectors)
+    assert torch.equal(
+        torch.cat(list(embed_windows(ternary, [mixed[:7], mixed[7:200], mixed[200:]]))), vectors
+    )
+
+
+def test_no_batch_is_padded(ternary, mixed, monkeypatch):
+    seen = []
+    forward = type(ternary).forward
+
+    def spy(self, features, **kwargs):
+        seen.append(features["attention_mask"])
+        return forward(self, features, **kwargs)
+
+    monkeypatch.setattr(type(ternary), "forward", spy)
+    embed(ternary, mixed, tokens_per_batch=256)
+    assert len(seen) > 10 and all(mask.all() for mask in seen)
+    assert all(len(mask) == 1 or mask.numel() <= 256 for mask in seen)
+
+
+def test_left_padding_is_cut_on_the_left(tiny_path, mixed):
+    model = SentenceTransformer(tiny_path, device="cpu")
+    right = embed(model, mixed)
+    model.tokenizer.padding_side = "left"
+    # positions count from the left in BERT: without padding nothing is moved
+    torch.testing.assert_close(embed(model, mixed), right, atol=2e-6, rtol=0)
+
+
+def test_rounded_lengths_are_padded_little(ternary, mixed):
+    plan = Batching(tokens=512, round_to=8, chunk=64, workers=1)
+    batches = list(_batches(ternary, mixed, None, plan))
+    assert sorted(int(i) for rows, _ in batches for i in rows) == list(range(len(mixed)))
+    for _, features in batches:
+        mask = features["attention_mask"]
+        assert mask.shape[1] == mask.sum(1).max() and mask.shape[1] - mask.sum(1).min() < 8
+
+
+@pytest.mark.parametrize("task", ["query", "document"])
+def test_prompts_are_those_of_encode_query_and_encode_document(tiny_path, mixed, task):
+    prompts = {"query": "lo vu bal", "document": "zal mon von"}
+    model = SentenceTransformer(tiny_path, device="cpu", prompts=prompts)
+    encode = model.encode_query if task == "query" else model.encode_document
+    expected = encode(mixed[:80], normalize_embeddings=True, convert_to_tensor=True)
+    found = embed(model, mixed[:80], task=task)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+    assert not torch.allclose(found, embed(model, mixed[:80]), atol=1e-3)
+
+
+def test_truncated_dimensions_and_dot_products(tiny_path, mixed):
+    model = SentenceTransformer(tiny_path, device="cpu", truncate_dim=8)
+    expected = torch.nn.functional.normalize(model.encode(mixed[:80], convert_to_tensor=True))
+    torch.testing.assert_close(embed(model, mixed[:80]), expected, atol=2e-6, rtol=0)
+    model.similarity_fn_name = "dot"
+    expected = model.encode(mixed[:80], convert_to_tensor=True)
+    torch.testing.assert_close(embed(model, mixed[:80]), expected, atol=2e-5, rtol=0)
+
+
+def test_models_whose_features_cannot_be_cut(sentences):
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(sorted({w for s in sentences for w in s.split()}))}
+    tokenizer = Tokenizer(models.WordLevel(words | {"[UNK]": len(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu")
+    expected = model.encode(sentences[:90], normalize_embeddings=True, convert_to_tensor=True)
+    torch.testing.assert_close(embed(model, sentences[:90]), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        (["good", 3], "texts must be strings; number 1 is int"),
+        ([b"bytes"], r"number 0 is bytes \(decode it"),
+        (["good", " \n"], "text number 1 is empty"),
+        (["\udcff"], "text number 0 holds what is no character"),
+    ],
+)
+def test_texts_without_a_meaningful_vector_are_refused(ternary, texts, message):
+    with pytest.raises(tritern.TriternError, match=message):
+        embed(ternary, texts)
+
+
+def test_other_bad_input(ternary, mixed):
+    with pytest.raises(tritern.TriternError, match="tokens_per_batch must be at least 1; received 0"):
+        embed(ternary, mixed, tokens_per_batch=0)
+    assert embed(ternary, []).shape == (0, 32)
+    assert embed(ternary, ["lo " * 300_000]).isfinite().all()  # nearly a megabyte: truncated by the model
+
+
+def test_vectors_that_are_not_finite_are_refused(tiny_path, mixed):
+    model = SentenceTransformer(tiny_path, device="cpu")
+    with torch.no_grad():
+        model[0].auto_model.embeddings.word_embeddings.weight[:] = float("inf")
+    with pytest.raises(tritern.TriternError, match="is not finite"):
+        embed(model, mixed)
+
+
+def test_failures_come_after_what_was_done_before_them(ternary, mixed):
+    def windows():
+        yield mixed[:100]
+        yield mixed[100:200]
+        raise OSError("the disk is gone")
+
+    done = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        for vectors in embed_windows(ternary, windows()):
+            done.append(len(vectors))
+    assert done == [100, 100]
+
+
+def test_failures_of_the_model_are_raised_and_end_all_threads(tiny_path, mixed, monkeypatch):
+    model = SentenceTransformer(tiny_path, device="cpu")
+    monkeypatch.setattr(type(model), "forward", lambda *a, **k: 1 / 0)
+    before, threads = threading.active_count(), torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        embed(model, mixed)
+    assert threading.active_count() == before and torch.get_num_threads() == threads
+
+
+def test_a_reader_that_stops_early_ends_all_threads(ternary, mixed):
+    before, threads = threading.active_count(), torch.get_num_threads()
+    windows = embed_windows(ternary, [mixed] * 50)
+    next(windows)
+    windows.close()
+    assert threading.active_count() == before and torch.get_num_threads() == threads
+
+
+def test_several_threads_may_embed_with_one_model(ternary, mixed):
+    """Rust tokenizers raise "Already borrowed" when two threads set their padding at once."""
+    expected, found = embed(ternary, mixed), {}
+    threads = [
+        threading.Thread(target=lambda n=n: found.setdefault(n, embed(ternary, mixed))) for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(torch.equal(v, expected) for v in found.values())
+
+
+def test_the_number_of_threads_is_put_back(ternary, mixed):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(embed(ternary, mixed), embed(ternary, mixed))
+        assert torch.get_num_threads() == 3
+        other = []
+        thread = threading.Thread(target=lambda: other.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert other == [3]
+    finally:
+        torch.set_num_threads(before)
+    assert np.isfinite(embed(ternary, mixed).numpy()).all()
