@@ -51,7 +51,7 @@ button { background: var(--accent); color: var(--paper); font-weight: 600; curso
 #status { margin: .75rem 0; min-height: 1.5em; color: var(--soft); }
 #sides { display: grid; gap: 1.25rem;
   grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
-dl, dl div, header { display: flex; flex-wrap: wrap; gap: .1rem .9rem; font-size: .85rem;
+dl, dl div, header { display: flex; flex-wrap: wrap; gap: .1rem .7rem; font-size: .85rem;
   color: var(--soft); }
 dl { margin: .25rem 0 .75rem; }
 dl div { gap: .3rem; }

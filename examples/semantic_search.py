@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # imported once the arguments are known to be good: it takes 
 
     from tritern.search import SearchIndex
 
-PACKAGED = "all-MiniLM-L6-v2"
 CALIBRATION, LEAST_CALIBRATION = 128, 32
 """Passages that the ternary weights are fitted to, at most; under the least they are only rounded."""
 SHOWN = 300
@@ -63,7 +62,7 @@ def first_line(error: BaseException) -> str:
 
 
 def short(name: str) -> str:
-    return PACKAGED if name == "packaged" else Path(os.path.abspath(name)).name
+    return "all-MiniLM-L6-v2" if name == "packaged" else Path(os.path.abspath(name)).name
 
 
 @contextmanager
@@ -114,8 +113,7 @@ def ternary_model(folder: Path, name: str, device: str | None, texts: list[str])
         return load(str(folder), device)
     model = load(name, device)
     if not is_ternary(model):
-        different = sorted(set(texts))
-        few = random.Random(0).sample(different, min(CALIBRATION, len(different)))
+        few = random.Random(0).sample(different := sorted(set(texts)), min(CALIBRATION, len(different)))
         fitted = len(few) >= LEAST_CALIBRATION
         how = f", fitted to {len(few)} passages: minutes on a CPU" if fitted else ""
         say(f"Making {short(name)} ternary{how}")
