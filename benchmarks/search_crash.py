@@ -139,7 +139,7 @@ def content(folder: Path) -> dict[str, str]:
     store.verify()
     for item in store.items():
         rows.update(repr(item).encode())
-    files = {"vectors": store.vectors_file, "faiss index": folder / "index-0.faiss"}
+    files = {"vectors": store.vectors_file, "faiss index": folder / f"index-{store.version}.faiss"}
     sums = {name: sha256(file) if file.exists() else "none" for name, file in files.items()}
     return {"rows": str(store.rows), "ids and texts": rows.hexdigest(), **sums}
 

@@ -1,6 +1,7 @@
 """Embedding without padding: the vectors of ``encode``, whatever the texts are embedded with."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -172,6 +173,30 @@ def test_several_threads_may_embed_with_one_model(ternary, mixed):
     for thread in threads:
         thread.join()
     assert len(found) == 4 and all(torch.equal(v, expected) for v in found.values())
+
+
+def test_a_model_in_training_mode_gives_the_vectors_of_evaluation(tiny_path, mixed):
+    model = SentenceTransformer(tiny_path, device="cpu")
+    expected = embed(model, mixed)
+    model.train()
+    assert torch.equal(embed(model, mixed), expected)
+    model.train()
+    torch.testing.assert_close(embed(model, mixed[:10]), expected[:10], atol=2e-6, rtol=0)
+
+
+def test_a_failure_does_not_wait_for_further_texts(ternary, mixed):
+    released = threading.Event()
+
+    def windows():
+        yield mixed[:10]
+        released.wait(60)
+
+    embedding = embed_windows(ternary, windows())
+    next(embedding)
+    start = time.monotonic()
+    embedding.close()
+    assert time.monotonic() - start < 20
+    released.set()
 
 
 def test_the_number_of_threads_is_put_back(ternary, mixed):

@@ -80,6 +80,7 @@ def embed(
 
     texts = [texts] if isinstance(texts, str) else list(texts)
     check_texts(texts)
+    model.eval()
     if not texts:
         return torch.empty(0, model.get_embedding_dimension() or 0, device=model.device)
     if len(texts) <= INLINE:
@@ -128,7 +129,7 @@ def embed_windows(
         advance: called with the number of texts done.
         model, task, tokens_per_batch: as in ``embed``.
     """
-    pipeline = _Pipeline(model, windows, task, batching(model.device, tokens_per_batch))
+    pipeline = _Pipeline(model.eval(), windows, task, batching(model.device, tokens_per_batch))
     try:
         yield from pipeline.run(advance)
     finally:
@@ -185,8 +186,9 @@ class _Pipeline:
 
     def stop(self) -> None:
         self.stopping.set()
-        for thread in self.threads:
+        for thread in self.threads[1:]:
             thread.join()
+        self.threads[0].join(timeout=1)  # it may wait for texts; with the next it ends
 
     def _guarded(self, job: Callable[[], None]) -> None:
         try:
@@ -210,6 +212,8 @@ class _Pipeline:
     def _tokenize(self) -> None:
         try:
             for number, window in enumerate(self.windows):
+                if not window:
+                    raise TriternError(f"windows must hold texts; number {number} is empty")
                 self._put(self.results, ("window", number, window))
                 for rows, features in _batches(self.model, window, self.task, self.plan):
                     self._put(self.batches, (number, rows, features))
@@ -268,10 +272,9 @@ def _batches(
         mask = features.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != len(chunk):
             for part in torch.arange(len(chunk)).split(32):  # of a kind that cannot be cut: as encode does it
-                yield (
-                    numbers[part],
-                    model.preprocess([chunk[i] for i in part.tolist()], prompt=prompt, **_task(task)),
-                )
+                with _tokenizers[model]:
+                    some = model.preprocess([chunk[i] for i in part.tolist()], prompt=prompt, **_task(task))
+                yield numbers[part], some
             continue
         lengths = mask.sum(1)
         rounded = (lengths + plan.round_to - 1) // plan.round_to

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,35 @@ from .store import Store
 logger = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60
-"""Between savings while texts are added. What the file lacks after a crash is added again on opening."""
+"""Least time between savings while texts are added. What a file lacks is added to it on opening."""
 GROWTH = 4
 """A trained index is trained anew once it holds so many times the rows that it was trained for."""
+
+
+class Shared:
+    """A lock that any number hold to read, or one to write."""
+
+    def __init__(self) -> None:
+        self._free, self._readers = threading.Condition(threading.RLock()), 0
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Wait for a writer; hold off others."""
+        with self._free:
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._readers -= 1
+                self._free.notify_all()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Wait for all readers; hold off others."""
+        with self._free:
+            self._free.wait_for(lambda: not self._readers)
+            yield
 
 
 class FaissIndex:
@@ -31,27 +59,36 @@ class FaissIndex:
     Attributes:
         kind: what the store's settings "kind" and "rescore" say.
         gpus: that it is on. On one it is made there; for several it is made on the CPU and cloned in shards.
+        saves: whether it is written to the folder.
+        lock: held by whoever searches, until the rows found are looked up, and against that by whoever adds
+            rows or numbers them anew.
     """
 
     def __init__(self, store: Store, gpus: int) -> None:
-        self._store, self.gpus = store, gpus
-        self.kind = kinds.kind_of(store["kind"], store["rescore"])
+        self._store, self.gpus, self.saves = store, gpus, True
         self.similarity: str = store["similarity"]
+        self.lock = Shared()
+        self._on_gpu = threading.Lock()  # faiss: one search at a time on a GPU
         self._index: Any = None
-        """Holds all rows, or is None."""
-        self._searched: Any = None
-        """The same, or its shards on several GPUs."""
+        """Holds all rows, or is None: all vectors are compared then."""
+        self._clones: Any = None
+        """The same in shards on several GPUs."""
+        self._forget()
+
+    def _forget(self) -> None:
+        self.version = self._store.version
+        self.kind = kinds.kind_of(self._store["kind"], self._store["rescore"])
+        self._index = self._clones = None
         self._parameters = ""
-        self._saved, self._rows_saved = time.monotonic(), 0
-        self._lock = threading.Lock()  # nobody may search while rows are added, nor two at once on a GPU
+        self._saved, self._saving, self._rows_saved = time.monotonic(), 0.0, 0
 
     @property
     def file(self) -> Path:
         """Where it is saved."""
-        return self._store.folder / f"index-{self._store.generation}.faiss"
+        return self._store.folder / f"index-{self.version}.faiss"
 
     def load(self, train: bool) -> None:
-        """Read the file, if there is one that fits, and catch up."""
+        """Read the file, if there is one that fits, and catch up; exact search stays if that cannot be."""
         index = None
         if self.file.exists():
             try:
@@ -66,25 +103,42 @@ class FaissIndex:
             kinds.set_parameters(index, kinds.default_parameters(index))
             index = kinds.to_gpus(index, 1) if self.gpus == 1 else index
         self._index = index
-        self.catch_up(train)
+        try:
+            self.catch_up(train)
+        except TriternError as error:
+            logger.warning("all vectors are compared, for there is no index of this kind: %s", error)
 
-    def forget(self) -> None:
-        """Delete the file: the vectors or the kind are others now."""
-        with self._lock:
-            self.file.unlink(missing_ok=True)
-            self._index = self._searched = None
-            self._parameters, self._rows_saved = "", 0
-            self.kind = kinds.kind_of(self._store["kind"], self._store["rescore"])
+    def refresh(self) -> None:
+        """Take in what another writer has done."""
+        with self.lock.writing():
+            self._store.refresh()
+            if self._store.version != self.version:
+                self._forget()
+
+    def compact(self) -> None:
+        """Number the rows anew, without the removed ones, and make the index of them."""
+        with self.lock.writing():
+            self._store.compact()
+            self._forget()
+        self.catch_up()
+
+    def change_kind(self, kind: str, rescore: int | None) -> None:
+        """Make an index of another kind; all vectors are compared until it is there."""
+        with self.lock.writing():
+            self._store.set(kind=kind, rescore=rescore, factory=None, version=self._store.version + 1)
+            self._forget()
+        self.catch_up()
+        self._store.tidy()
 
     def add(self, first: int, vectors: torch.Tensor) -> None:
         """Add the rows from ``first`` on, [rows, width], if all before them are there."""
-        if self._index is None:
+        if self._index is None and first == 0:
             self._index = self._new(train=False)
         if self._index is not None and self._index.ntotal == first:
-            with self._lock:
+            with self.lock.writing():
                 self._index.add(vectors.contiguous() if self.gpus == 1 else vectors.cpu().numpy())
-                self._searched = None
-            self._save(every=SAVE_SECONDS)
+                self._clones = None
+            self._save(self._index)
 
     def catch_up(self, train: bool = True) -> None:
         """Add the rows that are missing, and save; if wanted, train before that where it is time."""
@@ -95,13 +149,13 @@ class FaissIndex:
             index = self._new(train)
             if index is None:
                 return
-        self._index = index
         for _, block in store.blocks(index.ntotal):
-            with self._lock:
+            with self.lock.writing():
                 index.add(block)
-                self._searched = None
-            self._save(every=SAVE_SECONDS)
-        self._save(every=0)
+            self._save(index)
+        with self.lock.writing():
+            self._index, self._clones = index, None
+        self._save(index, at_once=True)
 
     def search(
         self, queries: torch.Tensor | np.ndarray, k: int, exact: bool
@@ -109,28 +163,33 @@ class FaissIndex:
         """As ``SearchIndex.search_vectors``, removed rows among them; k is at most the number of rows."""
         host = queries.cpu().numpy() if isinstance(queries, torch.Tensor) else queries
         host = np.ascontiguousarray(host, np.float32)
-        if exact or self._index is None:
+        if exact or self._index is None or (self.gpus and k > kinds.GPU_K):
             return exact_search(self._store.vectors, host, k, self.similarity)
         candidates = min(self._store.rows, k * self.kind.rescore)
-        if self.gpus:
-            candidates = max(k, min(candidates, kinds.GPU_K))
-        with self._lock:
-            if self._searched is None:
-                self._searched = kinds.to_gpus(self._index, self.gpus) if self.gpus > 1 else self._index
-                parameters = self._parameters or kinds.default_parameters(self._index)
-                kinds.set_parameters(self._searched, parameters)
-            asked = queries.contiguous() if self.gpus and isinstance(queries, torch.Tensor) else host
-            found = self._searched.search(asked, candidates)[1]
-        rows = found.cpu().numpy() if isinstance(found, torch.Tensor) else found
+        if not self.gpus:
+            rows = self._index.search(host, candidates)[1]
+        else:
+            with self._on_gpu:
+                asked = queries if self.gpus == 1 and isinstance(queries, torch.Tensor) else host
+                found = self._on_gpus().search(asked, min(candidates, kinds.GPU_K))[1]
+            rows = found.cpu().numpy() if isinstance(found, torch.Tensor) else found
         return rescored(self._store.vectors, host, rows, k, self.similarity)
+
+    def _on_gpus(self) -> Any:
+        if self.gpus == 1:
+            return self._index
+        if self._clones is None:
+            self._clones = kinds.to_gpus(self._index, self.gpus)
+            kinds.set_parameters(self._clones, self._parameters or kinds.default_parameters(self._index))
+        return self._clones
 
     def set_parameters(self, parameters: str) -> None:
         """As ``SearchIndex.set_search_parameters``."""
-        with self._lock:
+        with self.lock.writing():
             if self._index is None:
                 raise TriternError("all vectors are compared, without an index: there is nothing to set")
             kinds.set_parameters(self._index, parameters)
-            self._parameters, self._searched = parameters, None
+            self._parameters, self._clones = parameters, None
 
     def _new(self, train: bool) -> Any:
         """An empty index, trained if it is of a kind that is.
@@ -138,26 +197,28 @@ class FaissIndex:
         None where there is none: the vectors are compared as they are stored, there are too few to train on,
         or training is needed and not wanted now.
         """
-        rows, width = self._store.rows, self._store.width
-        factory = self.kind.factory(rows, width) or ("Flat" if self.gpus else None)
-        if factory is None or not rows:
+        store = self._store
+        factory = self.kind.factory(store.rows, store.width) or ("Flat" if self.gpus else None)
+        if factory is None or not store.rows:
             return None
-        index = kinds.new_index(factory, width, self.similarity)
-        if self.gpus == 1:
-            index = kinds.to_gpus(index, 1)
+        index = kinds.new_index(factory, store.width, self.similarity)
+        if not index.is_trained and (not train or len(store) < kinds.MIN_ROWS):
+            return None
+        index = kinds.to_gpus(index, 1) if self.gpus == 1 else index
         if not index.is_trained:
-            if not train or rows < kinds.MIN_ROWS:
-                return None
-            kinds.train(index, self._store.vectors[kinds.sample(rows, self._store.removed)])
-        self._store["factory"], self._store["trained_rows"] = factory, rows
+            kinds.train(index, store.vectors[kinds.sample(index, store.rows, store.removed)])
+        if self.saves:
+            store.set(factory=factory, trained_rows=store.rows)
         self._rows_saved = -1
-        self._index = index
-        self._save(every=0)
+        self._save(index, at_once=True)
         return index
 
-    def _save(self, every: float) -> None:
-        if self.kind.factory(1, 1) is None:  # a flat index, on GPUs only, is made of the vectors' file
-            return
-        if self._index.ntotal != self._rows_saved and time.monotonic() - self._saved >= every:
-            kinds.save(self._index, self.file, on_gpu=self.gpus == 1)
-            self._saved, self._rows_saved = time.monotonic(), self._index.ntotal
+    def _save(self, index: Any, at_once: bool = False) -> None:
+        """Write the file if it is due: seldom enough to spend a tenth of the time on it, or at once."""
+        due = at_once or time.monotonic() - self._saved > max(SAVE_SECONDS, 10 * self._saving)
+        # a flat index, on GPUs only, is made of the vectors' file
+        if due and self.saves and index.ntotal != self._rows_saved and self.kind.factory(1, 1) is not None:
+            start = time.monotonic()
+            kinds.save(index, self.file, on_gpu=self.gpus == 1)
+            self._saved, self._rows_saved = time.monotonic(), index.ntotal
+            self._saving = self._saved - start

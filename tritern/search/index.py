@@ -18,7 +18,7 @@ from ..errors import TriternError
 from . import adding, kinds
 from .embed import embed
 from .faiss_index import FaissIndex
-from .store import ROWS_FILE, Id, Store
+from .store import ROWS_FILE, Busy, Id, Store
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -95,7 +95,8 @@ class SearchIndex:
             kind: one of ``KINDS`` or a string for ``faiss.index_factory``, such as "IVF256,PQ48".
             rescore: candidates taken from the index for every hit, compared by their stored vectors; default
                 that of the kind, 4 for factory strings.
-            gpus: to put the faiss index on; default all when the model is on one and faiss can use them.
+            gpus: to put the faiss index on; default all when the model is on one and faiss has the kind for
+                GPUs, 0 for factory strings.
             tokens_per_batch: as in ``embed``.
             show_progress_bar: default: if the log level is INFO or lower, as in ``encode``.
 
@@ -122,7 +123,7 @@ class SearchIndex:
             index = cls(store, model, gpus, tokens_per_batch)
             if temporary:
                 index._at_close.callback(temporary.cleanup)
-            with store.writing():
+            with index._writing():
                 index._load(train=False)  # once all texts are there, however often it was interrupted
                 items = adding.rest(store, itertools.chain(first, items))
                 index._add(items, _length(texts), show_progress_bar)
@@ -145,7 +146,12 @@ class SearchIndex:
         store = Store(Path(folder))
         with _closed_if_it_raises(store):
             index = cls(store, model, gpus, tokens_per_batch)
-            index._load(train=True)
+            try:
+                with index._writing():
+                    index._load(train=True)
+            except Busy:  # to search, nothing must be written
+                index._faiss.saves = False
+                index._load(train=True)
         return index
 
     def add(
@@ -165,8 +171,8 @@ class SearchIndex:
         Raises:
             TriternError: as ``build``.
         """
-        with self._store.writing():
-            items = adding.items_of(texts, ids, self._store.rows)
+        with self._writing():
+            items = adding.items_of(texts, ids, self._store.added)
             if vectors is None:
                 self._add(items, _length(texts), show_progress_bar)
             else:
@@ -179,15 +185,13 @@ class SearchIndex:
         Raises:
             TriternError: an id is not in the index; nothing is removed then.
         """
-        with self._store.writing():
+        with self._writing():
             self._store.remove(list(ids))
 
     def compact(self) -> None:
         """Give back the room of removed texts, and make the faiss index anew."""
-        with self._store.writing():
-            self._faiss.forget()
-            self._store.compact()
-            self._faiss.catch_up()
+        with self._writing():
+            self._faiss.compact()
 
     def reindex(self, kind: str, *, rescore: int | None = None) -> None:
         """Make the faiss index anew, of another kind, from the same vectors.
@@ -196,19 +200,16 @@ class SearchIndex:
             kind, rescore: as in ``build``.
 
         Raises:
-            TriternError: the kind is unknown or cannot be made of these vectors; the index is then searched
-                exactly until it is given another kind.
+            TriternError: the kind is unknown, or cannot be trained on these vectors: all of them are compared
+                then, until it is given another kind.
         """
-        kinds.kind_of(kind, rescore)
+        kinds.check(kind, rescore, self._store.width, self._faiss.similarity)
         _gpus(self.gpus, kind, self.model)
-        with self._store.writing():
-            for name, value in {"kind": kind, "rescore": rescore, "factory": None}.items():
-                self._store[name] = value
-            self._faiss.forget()
-            self._faiss.catch_up()
+        with self._writing():
+            self._faiss.change_kind(kind, rescore)
 
     def verify(self) -> None:
-        """Compare all that is stored with its checksums.
+        """Compare ids, texts and vectors with their checksums. The faiss index is made of them: ``reindex``.
 
         Raises:
             CheckpointError: something is damaged.
@@ -228,8 +229,9 @@ class SearchIndex:
         """
         queries = [queries] if isinstance(queries, str) else list(queries)
         vectors = embed(self.model, queries, task="query", tokens_per_batch=self.tokens_per_batch)
-        scores, rows = self.search_vectors(vectors, k, exact=exact)
-        return self.hits(scores, rows)
+        with self._faiss.lock.reading():  # rows keep their numbers until they are looked up
+            scores, rows = self._search(vectors, k, exact)
+            return self.hits(scores, rows)
 
     def search_vectors(
         self, queries: torch.Tensor | np.ndarray, k: int = 10, *, exact: bool = False
@@ -243,6 +245,12 @@ class SearchIndex:
         Returns:
             Where the index found fewer than k, rows are -1 and scores -inf.
         """
+        with self._faiss.lock.reading():
+            return self._search(queries, k, exact)
+
+    def _search(
+        self, queries: torch.Tensor | np.ndarray, k: int, exact: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
         if k < 1:
             raise TriternError(f"k must be at least 1; received {k}")
         if queries.ndim != 2 or (len(self) and queries.shape[1] != self._store.width):
@@ -256,7 +264,9 @@ class SearchIndex:
         take = wanted
         while True:  # most often once
             scores, rows = self._faiss.search(queries, take, exact)
-            gone = np.isin(rows, removed) if len(removed) else np.zeros_like(rows, bool)
+            gone = np.zeros_like(rows, bool)
+            if len(removed):
+                gone = removed[np.searchsorted(removed, rows).clip(max=len(removed) - 1)] == rows
             left = int((~gone).sum(1).min())
             if left >= wanted or take >= most:
                 break
@@ -337,6 +347,13 @@ class SearchIndex:
         files = {"texts": self.folder / ROWS_FILE, "vectors": store.vectors_file, "faiss": faiss.file}
         return {name: file.stat().st_size if file.exists() else 0 for name, file in files.items()}
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._store.writing():
+            self._faiss.refresh()
+            self._store.tidy()
+            yield
+
     def _load(self, train: bool) -> None:
         _check_model(self._store, self.model)
         self._faiss.load(train)
@@ -403,8 +420,8 @@ def _gpus(gpus: int | None, kind: str, model: SentenceTransformer) -> int:
     """How many to use: of those asked for, or all if the model is on one."""
     faiss, on_gpu = kinds.import_faiss(), kinds.kind_of(kind, None).on_gpu
     found = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-    if gpus is None:
-        return found if model.device.type == "cuda" and on_gpu else 0
+    if gpus is None:  # of factory strings nobody knows before whether faiss can
+        return found if model.device.type == "cuda" and on_gpu and kind in kinds.KINDS else 0
     if not 0 <= gpus <= found:
         raise TriternError(f"gpus must be 0 to {found}, all that faiss sees; received {gpus}")
     if gpus and not on_gpu:

@@ -20,7 +20,8 @@ MIN_ROWS = 1024
 GPU_K = 2048
 """Most results for a query that faiss gives on GPUs."""
 TRAIN_ROWS = 100_000
-"""Most vectors to train on; faiss uses up to 256 a centroid."""
+ROWS_A_LIST = 64
+"""Most vectors to train on: so many, or so many for each inverted list; faiss wants 39 and uses up to 256."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ def _lists(rows: int) -> int:
 
 
 def _pieces(width: int) -> int:
-    """Of product quantization, one byte each: of 8 dimensions where the width allows."""
-    return next(m for m in range(max(1, width // 8), 0, -1) if width % m == 0)
+    """Of product quantization, one byte each, of 8 dimensions or more; numbers that faiss has for GPUs."""
+    known = (96, 64, 56, 48, 40, 32, 28, 24, 20, 16, 12, 8, 4, 3, 2, 1)
+    return next(m for m in known if m <= max(1, width // 8) and width % m == 0)
 
 
 KINDS = {
@@ -139,8 +141,7 @@ def default_parameters(index: Any) -> str:
 def set_parameters(index: Any, parameters: str) -> None:
     """Set ``nprobe=16``, ``efSearch=128`` or others of ``faiss.ParameterSpace``, separated by commas."""
     faiss = import_faiss()
-    on_gpu = getattr(faiss, "GpuIndex", ()) and isinstance(index, faiss.GpuIndex)
-    space = faiss.GpuParameterSpace() if on_gpu else faiss.ParameterSpace()
+    space = faiss.GpuParameterSpace() if hasattr(faiss, "GpuParameterSpace") else faiss.ParameterSpace()
     try:
         if parameters:
             space.set_index_parameters(index, parameters)
@@ -151,11 +152,12 @@ def set_parameters(index: Any, parameters: str) -> None:
         ) from None
 
 
-def sample(rows: int, removed: np.ndarray) -> np.ndarray:
+def sample(index: Any, rows: int, removed: np.ndarray) -> np.ndarray:
     """Numbers of the rows to train on: drawn with a fixed seed, the same for the same rows."""
-    kept = np.setdiff1d(np.arange(rows), removed, assume_unique=True)
-    if len(kept) > TRAIN_ROWS:
-        kept = np.sort(np.random.default_rng(0).choice(kept, TRAIN_ROWS, replace=False))
+    kept, lists = np.setdiff1d(np.arange(rows), removed, assume_unique=True), ivf(index)
+    most = max(TRAIN_ROWS, ROWS_A_LIST * lists.nlist if lists else 0)
+    if len(kept) > most:
+        kept = np.sort(np.random.default_rng(0).choice(kept, most, replace=False))
     return kept
 
 
@@ -182,7 +184,11 @@ def to_gpus(index: Any, gpus: int) -> Any:
     options.shard = gpus > 1
     if "CUVS" in faiss.get_compile_options():
         options.use_cuvs = True
-    return faiss.index_cpu_to_gpus_list(index, co=options, gpus=list(range(gpus)))
+    options.useFloat16 = hasattr(index, "pq")  # look-up tables of 96 pieces fit into shared memory then
+    try:
+        return faiss.index_cpu_to_gpus_list(index, co=options, gpus=list(range(gpus)))
+    except RuntimeError as error:
+        raise TriternError(f"faiss cannot put this index on GPUs ({_reason(error)}): pass gpus=0") from error
 
 
 def save(index: Any, file: Path, on_gpu: bool) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 from .kinds import import_faiss
 from .store import BLOCK
 
-QUERIES = 64
-"""Queries whose candidates' vectors are in memory at a time."""
+CANDIDATE_BYTES = 2**27
+"""Of candidates' vectors that are in memory at a time."""
 
 
 def exact(vectors: np.ndarray, queries: np.ndarray, k: int, similarity: str) -> tuple[np.ndarray, np.ndarray]:
@@ -42,8 +42,9 @@ def rescored(
     """
     k = min(k, rows.shape[1])
     scores, best = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
-    for first in range(0, len(rows), QUERIES):
-        part = slice(first, first + QUERIES)
+    step = max(1, CANDIDATE_BYTES // (4 * rows.shape[1] * vectors.shape[1]))
+    for first in range(0, len(rows), step):
+        part = slice(first, first + step)
         candidates, asked = vectors[rows[part]], queries[part, None]
         if similarity == "euclidean":
             found = -np.linalg.norm(candidates - asked, axis=2)

@@ -25,12 +25,16 @@ BLOCK = 65536
 
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value);
-CREATE TABLE rows (row INTEGER PRIMARY KEY, id UNIQUE NOT NULL, text TEXT NOT NULL);
+CREATE TABLE rows (row INTEGER PRIMARY KEY, id UNIQUE NOT NULL, text TEXT NOT NULL, crc32 INTEGER NOT NULL);
 CREATE TABLE removed (row INTEGER PRIMARY KEY);
 CREATE TABLE blocks (first INTEGER PRIMARY KEY, crc32 INTEGER NOT NULL);
 """
 
 Id = int | str
+
+
+class Busy(TriternError):
+    """Another writer holds the folder, or it cannot be written to."""
 
 
 class Store:
@@ -44,8 +48,10 @@ class Store:
     Attributes:
         folder: where the files are.
         width: of the vectors; 0 while there are none.
-        rows: rows ever written, those removed since the last compaction among them.
-        removed: numbers of the removed rows.
+        rows: rows written, those removed since the last compaction among them.
+        removed: numbers of the removed rows, ascending.
+        added: rows ever written.
+        version: counts what makes a faiss index of the vectors useless: compactions and changes of its kind.
     """
 
     def __init__(self, folder: Path, create: dict[str, Any] | None = None) -> None:
@@ -59,14 +65,14 @@ class Store:
             except OSError as error:
                 raise TriternError(f"folder {folder} cannot be made: {error.strerror}") from None
         self._lock = threading.RLock()
-        self._mapped: np.ndarray | None = None
         with self._failures():
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=60)
             if create is not None and not self._tables():
                 with self._transaction():
                     for statement in SCHEMA.strip().splitlines():
                         self._db.execute(statement)
-                    self._set({"format": FORMAT, "generation": 0, "width": 0, "rows": 0, **create})
+                    counts = dict.fromkeys(("generation", "version", "width", "rows", "added"), 0)
+                    self._set({"format": FORMAT, **counts, **create})
         if not self._tables():
             raise CheckpointError(
                 f"{path} is not an index of tritern, or its making was interrupted: delete it"
@@ -87,9 +93,11 @@ class Store:
             found = self._db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
         return found[0] if found else None
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def set(self, **settings: Any) -> None:
+        """Change settings, all at once."""
         with self._lock, self._failures(), self._transaction():
-            self._set({name: value})
+            self._set(settings)
+        self.version = settings.get("version", self.version)
 
     def __len__(self) -> int:
         return self.rows - len(self.removed)
@@ -106,11 +114,16 @@ class Store:
     def vectors(self) -> np.ndarray:
         """[rows, width], float32, read from the file where it is looked at; read-only."""
         with self._lock:
-            if self._mapped is None or len(self._mapped) != self.rows:
-                shape = (self.rows, self.width)
-                mapped = np.memmap(self.vectors_file, np.float32, "r", shape=shape) if self.rows else None
-                self._mapped = np.empty(shape, np.float32) if mapped is None else mapped
+            if len(self._mapped) != self.rows:
+                with self._failures():
+                    self._mapped = self._map()
             return self._mapped
+
+    def _map(self) -> np.ndarray:
+        shape = (self.rows, self.width)
+        return (
+            np.memmap(self.vectors_file, np.float32, "r", shape=shape) if self.rows else np.empty(shape, "f")
+        )
 
     def blocks(self, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
         """(number of the first row, vectors) of up to ``BLOCK`` rows each, read into memory."""
@@ -124,29 +137,44 @@ class Store:
     def refresh(self) -> None:
         """Take in what another process may have written."""
         with self._lock, self._failures():
-            self.generation, self.rows, self.width = self["generation"], self["rows"], self["width"]
-            removed = self._db.execute("SELECT row FROM removed ORDER BY row").fetchall()
-            self.removed = np.array(removed, np.int64).reshape(-1)
-            self._mapped = None
-        size = self.vectors_file.stat().st_size if self.vectors_file.exists() else 0
-        if size < self.rows * self.width * 4:
-            raise CheckpointError(
-                f"{self.vectors_file} holds {size:,} bytes and must hold {self.rows * self.width * 4:,}: it "
-                "is truncated. Copy it again, or build the index again"
-            )
+            with self._transaction("DEFERRED"):  # so that all is of one state
+                self.generation, self.version = self["generation"], self["version"]
+                self.rows, self.width, self.added = self["rows"], self["width"], self["added"]
+                removed = self._db.execute("SELECT row FROM removed ORDER BY row")
+                self.removed = np.fromiter((row for (row,) in removed), np.int64)
+                size = self.vectors_file.stat().st_size if self.vectors_file.exists() else 0
+                if size < self.rows * self.width * 4:
+                    raise CheckpointError(
+                        f"{self.vectors_file} holds {size:,} bytes and must hold "
+                        f"{self.rows * self.width * 4:,}: it is truncated. Copy it again, or build anew"
+                    )
+                self._mapped = self._map()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the folder against writers in other processes."""
-        with open(self.folder / "lock", "w") as file:
+        """Hold the folder against other writers.
+
+        Raises:
+            Busy: there is one, or the folder cannot be written to.
+        """
+        try:
+            file = open(self.folder / "lock", "w")
+        except OSError as error:
+            raise Busy(f"{self.folder} cannot be written to: {error.strerror}") from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise TriternError(
-                    f"another process is writing to {self.folder}: wait for it to end"
-                ) from None
-            self.refresh()
+                raise Busy(f"another process is writing to {self.folder}: wait for it to end") from None
             yield
+
+    def tidy(self) -> None:
+        """Delete what killed writers have left, and what is of older versions."""
+        kept = {"vectors-*": self.vectors_file.name, "index-*": f"index-{self.version}.faiss"}
+        for pattern, name in kept.items():
+            for file in self.folder.glob(pattern):
+                if file.name != name:
+                    file.unlink(missing_ok=True)
 
     def new_ids(self, ids: Sequence[Any]) -> list[Id]:
         """The ids as they are stored.
@@ -180,10 +208,12 @@ class Store:
                 os.fsync(file.fileno())
             with self._transaction():
                 numbers = range(self.rows, self.rows + len(texts))
-                self._db.executemany("INSERT INTO rows VALUES (?, ?, ?)", zip(numbers, ids, texts))
+                crcs = map(_crc32, ids, texts)
+                self._db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", zip(numbers, ids, texts, crcs))
                 self._db.execute("INSERT INTO blocks VALUES (?, ?)", (self.rows, zlib.crc32(content)))
-                self._set({"rows": numbers.stop, "width": width})
-            self.rows, self.width = numbers.stop, width
+                added = self.added + len(texts)
+                self._set({"rows": numbers.stop, "width": width, "added": added})
+            self.rows, self.width, self.added = numbers.stop, width, added
 
     def remove(self, ids: Sequence[Any]) -> None:
         """Remove rows by id, all or none.
@@ -215,11 +245,9 @@ class Store:
             TriternError: another process has compacted the folder, so that the numbers are of other rows now.
         """
         query = "SELECT row, id, text FROM rows WHERE row IN (SELECT value FROM json_each(?))"
-        with self._lock, self._failures():
-            self._db.execute("BEGIN")  # both are read of one state
+        with self._lock, self._failures(), self._transaction("DEFERRED"):  # both are read of one state
             same = self["generation"] == self.generation
             found = self._db.execute(query, (json.dumps(list(rows)),)).fetchall()
-            self._db.execute("COMMIT")
         if not same:
             raise TriternError(f"{self.folder} was compacted by another process: open it again")
         return {row: (id, text) for row, id, text in found}
@@ -238,7 +266,7 @@ class Store:
 
     def compact(self) -> None:
         """Give back the room of removed rows; the others are numbered anew, in the same order."""
-        old, kept = self.vectors_file, np.setdiff1d(np.arange(self.rows), self.removed)
+        kept = np.setdiff1d(np.arange(self.rows), self.removed)
         generation = self.generation + 1
         with self._lock, self._failures():
             checksums = []
@@ -250,19 +278,21 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             with self._transaction():
-                self._db.execute("CREATE TABLE live AS SELECT id, text FROM rows ORDER BY row")
+                self._db.execute("CREATE TABLE live AS SELECT id, text, crc32 FROM rows ORDER BY row")
                 for table in ("rows", "removed", "blocks"):
                     self._db.execute(f"DELETE FROM {table}")
-                self._db.execute("INSERT INTO rows SELECT rowid - 1, id, text FROM live ORDER BY rowid")
+                self._db.execute(
+                    "INSERT INTO rows SELECT rowid - 1, id, text, crc32 FROM live ORDER BY rowid"
+                )
                 self._db.execute("DROP TABLE live")
                 self._db.executemany("INSERT INTO blocks VALUES (?, ?)", checksums)
-                self._set({"generation": generation, "rows": len(kept)})
+                self._set({"generation": generation, "version": self.version + 1, "rows": len(kept)})
             self.refresh()
-            old.unlink(missing_ok=True)
+            self.tidy()
             self._db.execute("VACUUM")
 
     def verify(self) -> None:
-        """Read everything and compare it with the checksums.
+        """Read ids, texts and vectors and compare them with their checksums.
 
         Raises:
             CheckpointError: a file is not what was written.
@@ -270,8 +300,18 @@ class Store:
         with self._lock, self._failures():
             found = self._db.execute("PRAGMA integrity_check").fetchone()[0]
             blocks = self._db.execute("SELECT first, crc32 FROM blocks ORDER BY first").fetchall()
+            wrong = [
+                id
+                for id, text, crc in self._db.execute("SELECT id, text, crc32 FROM rows")
+                if crc != _crc32(id, text)
+            ]
         if found != "ok":
             raise CheckpointError(f"{self.folder / ROWS_FILE} is damaged ({found}): copy it again")
+        if wrong:
+            raise CheckpointError(
+                f"{self.folder / ROWS_FILE}: {len(wrong):,} texts are not what was written, such as that of "
+                f"id {wrong[0]!r}: copy it again"
+            )
         ends = [first for first, _ in blocks[1:]] + [self.rows]
         with open(self.vectors_file, "rb") if blocks else open(os.devnull, "rb") as file:
             for (first, crc), end in zip(blocks, ends):
@@ -283,12 +323,12 @@ class Store:
     def close(self) -> None:
         """Close the files."""
         with self._lock:
-            self._mapped = None
+            self._mapped = np.empty((0, 0), np.float32)
             self._db.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
+    def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
+        self._db.execute(f"BEGIN {kind}")
         try:
             yield
             self._db.execute("COMMIT")
@@ -308,6 +348,10 @@ class Store:
                 f"{self.folder} cannot be written or read ({error}; {free / 1e6:,.0f} MB are free there). "
                 "What was written before is kept: mend that and run the same again"
             ) from error
+        except sqlite3.ProgrammingError as error:
+            raise TriternError(
+                f"the index in {self.folder} cannot be used ({error}): open it again"
+            ) from error
         except sqlite3.DatabaseError as error:
             raise CheckpointError(f"{self.folder / ROWS_FILE} cannot be read: {error}") from error
 
@@ -317,10 +361,16 @@ def _plain(value: Any) -> Id:
     value = value.item() if isinstance(value, np.generic) else value
     good = isinstance(value, str) or (type(value) is int and -(2**63) <= value < 2**63)
     if good and isinstance(value, str):
-        good = not any("\ud800" <= c <= "\udfff" for c in value)
+        good = not any("\ud800" <= c <= "\udfff" or c == "\0" for c in value)
     if not good:
-        raise TriternError(f"ids must be 64-bit ints or strings; received {value!r}, {type(value).__name__}")
+        raise TriternError(
+            f"ids must be 64-bit ints or strings without NUL; received {value!r}, {type(value).__name__}"
+        )
     return value
+
+
+def _crc32(id: Id, text: str) -> int:
+    return zlib.crc32(f"{id!r} {text}".encode())
 
 
 def _bytes(vectors: np.ndarray) -> memoryview:
