@@ -10,7 +10,8 @@ from sentence_transformers import SentenceTransformer
 
 import tritern
 from tritern.search import embed
-from tritern.search.embed import Batching, _batches, embed_windows
+from tritern.search.batches import Batching, batches
+from tritern.search.embed import embed_windows
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,9 @@ def test_left_padding_is_cut_on_the_left(tiny_path, mixed):
 
 def test_rounded_lengths_are_padded_little(ternary, mixed):
     plan = Batching(tokens=512, round_to=8, chunk=64, workers=1)
-    batches = list(_batches(ternary, mixed, None, plan))
-    assert sorted(int(i) for rows, _ in batches for i in rows) == list(range(len(mixed)))
-    for _, features in batches:
+    found = list(batches(ternary, mixed, None, plan))
+    assert sorted(int(i) for rows, _ in found for i in rows) == list(range(len(mixed)))
+    for _, features in found:
         mask = features["attention_mask"]
         assert mask.shape[1] == mask.sum(1).max() and mask.shape[1] - mask.sum(1).min() < 8
 

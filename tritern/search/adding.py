@@ -12,7 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import TriternError
-from .embed import check_texts, embed_windows
+from .batches import check_texts
+from .embed import embed_windows
 from .store import Id, Store
 
 if TYPE_CHECKING:

@@ -18,23 +18,13 @@ from ..errors import TriternError
 from . import adding, kinds
 from .embed import embed
 from .faiss_index import FaissIndex
+from .fingerprint import check_model, name_of, probes, similarity_of
 from .store import ROWS_FILE, Busy, Id, Store
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
-
-PROBES = (
-    "A man is playing a guitar on stage.",
-    "How do I sort a list of dictionaries by a key?",
-    "Übergrößenträger, naïve café, 北京, мир",
-    "x = [f(i) for i in range(10)]  # 3.14",
-    "The committee postponed its decision until the budget is known. " * 40,
-)
-SAME_MODEL = 0.995
-"""Least mean cosine between the probes' vectors now and when the index was built: 16-bit arithmetic and other
-hardware stay above, the ternary form of a model and its original are far below."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +96,18 @@ class SearchIndex:
         """
         temporary = tempfile.TemporaryDirectory(prefix="tritern-search-") if folder is None else None
         path = Path(temporary.name if temporary else folder or "")
-        kinds.check(kind, rescore, model.get_embedding_dimension(), _similarity(model))
+        kinds.check(kind, rescore, model.get_embedding_dimension(), similarity_of(model))
         items = iter(adding.items_of(texts, ids, 0))
         first = list(itertools.islice(items, 1))
         if not first and not (path / ROWS_FILE).exists():
             raise TriternError("texts is empty: an index needs at least one text")
-        settings = {"kind": kind, "rescore": rescore, "similarity": _similarity(model), "model": _name(model)}
-        settings["probes"] = _probes(model).tobytes()
+        settings = {
+            "kind": kind,
+            "rescore": rescore,
+            "similarity": similarity_of(model),
+            "model": name_of(model),
+        }
+        settings["probes"] = probes(model).tobytes()
         store = Store(path, create=settings)
         with _closed_if_it_raises(store):
             if (store["kind"], store["rescore"]) != (kind, rescore):
@@ -355,7 +350,7 @@ class SearchIndex:
             yield
 
     def _load(self, train: bool) -> None:
-        _check_model(self._store, self.model)
+        check_model(self._store, self.model)
         self._faiss.load(train)
 
     def _add(self, items: Iterator[tuple[Id, str]], total: int | None, show: bool | None) -> None:
@@ -385,24 +380,6 @@ class SearchIndex:
         return np.where(np.abs(lengths - 1) < 1e-5, vectors, vectors / np.maximum(lengths, 1e-12))
 
 
-def _check_model(store: Store, model: SentenceTransformer) -> None:
-    """Refuse a model whose vectors are not those of the model that the store was made with."""
-    then, now = np.frombuffer(store["probes"], np.float32), _probes(model)
-    if then.size != now.size or _similarity(model) != store["similarity"]:
-        reason = "vectors of another width or similarity"
-    else:
-        then = then.reshape(now.shape)
-        lengths = np.linalg.norm(then, axis=1) * np.linalg.norm(now, axis=1)
-        cosine = float(((then * now).sum(1) / np.maximum(lengths, 1e-12)).mean())
-        if cosine >= SAME_MODEL:
-            return
-        reason = f"mean cosine {cosine:.3f} between the vectors of {len(now)} probes"
-    raise TriternError(
-        f"{store.folder} was built with another model ({store['model']}; {reason}): its vectors cannot be "
-        "compared. Open it with that model, or build an index with this one"
-    )
-
-
 @contextmanager
 def _closed_if_it_raises(store: Store) -> Iterator[None]:
     try:
@@ -428,24 +405,3 @@ def _gpus(gpus: int | None, kind: str, model: SentenceTransformer) -> int:
         names = ", ".join(name for name, other in kinds.KINDS.items() if other.on_gpu)
         raise TriternError(f"gpus must be 0 for kind {kind!r}, for faiss has {names} only; received {gpus}")
     return gpus
-
-
-def _similarity(model: SentenceTransformer) -> str:
-    name = model.similarity_fn_name
-    if name not in ("cosine", "dot", "euclidean"):
-        raise TriternError(
-            f"model.similarity_fn_name must be 'cosine', 'dot' or 'euclidean'; received {name!r}, for which "
-            "faiss has no index"
-        )
-    return name
-
-
-def _probes(model: SentenceTransformer) -> np.ndarray:
-    """Vectors of the probes as queries and as documents: [2 * len(PROBES), width], float32."""
-    both = [embed(model, PROBES, task=task).cpu().numpy() for task in ("query", "document")]
-    return np.concatenate(both)
-
-
-def _name(model: SentenceTransformer) -> str:
-    data, inner = model.model_card_data, getattr(model[0], "auto_model", None)
-    return str(getattr(inner, "name_or_path", None) or data.base_model or type(model[0]).__name__)

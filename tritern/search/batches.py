@@ -1,0 +1,152 @@
+"""Texts as batches for a model, and the vectors of a batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..errors import TriternError
+
+Task = Literal["query", "document"]
+PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
+"""Names that the prompt of a task may have, as in sentence-transformers' encode_query, encode_document."""
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How texts become batches on a kind of device.
+
+    Attributes:
+        tokens: most tokens in a batch, unless one text has more.
+        round_to: texts share a batch if their numbers of tokens are equal once rounded up to a multiple.
+            With 1 nothing is padded, and a text has the same vector whatever it is embedded with.
+        chunk: texts tokenized at a time, similar in length.
+        workers: threads that run the model.
+    """
+
+    tokens: int
+    round_to: int
+    chunk: int
+    workers: int
+
+
+def batching(device: torch.device, tokens: int | None = None) -> Batching:
+    """On a CPU a thread per core, up to 8, with a batch each: small models gain nothing from several cores
+    in one layer. On a GPU large batches and one thread, for the GPU takes them one after the other.
+    """
+    if tokens is not None and tokens < 1:
+        raise TriternError(f"tokens_per_batch must be at least 1; received {tokens}")
+    if device.type == "cpu":
+        return Batching(tokens or 1024, round_to=1, chunk=1024, workers=min(8, torch.get_num_threads()))
+    return Batching(tokens or 16384, round_to=8, chunk=8192, workers=1)
+
+
+def check_texts(texts: Sequence[Any], first: int = 0) -> None:
+    """Refuse what has no meaningful vector.
+
+    Raises:
+        TriternError: names the number of the text, counted from ``first``.
+    """
+    for number, text in enumerate(texts, first):
+        if not isinstance(text, str):
+            hint = " (decode it, such as with text.decode('utf-8'))" if isinstance(text, bytes) else ""
+            raise TriternError(f"texts must be strings; number {number} is {type(text).__name__}{hint}")
+        if not text.strip():
+            raise TriternError(f"text number {number} is empty: it has no meaningful vector; leave it out")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise TriternError(
+                f"text number {number} holds what is no character ({text[:40]!a}): read the file as UTF-8, "
+                "with errors='replace' if it must be"
+            ) from None
+
+
+_tokenizers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""A lock for each model: Rust tokenizers used by two threads raise "Already borrowed"."""
+
+
+def batches(
+    model: Any, texts: Sequence[str], task: str | None, plan: Batching
+) -> Iterator[tuple[Tensor, Any]]:
+    """Numbers of texts and their features, longest texts first: a lack of memory shows at once."""
+    names = [name for name in PROMPTS.get(task or "", ()) if name in model.prompts]
+    prompt = model.prompts.get(names[0] if names else model.default_prompt_name)
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    for start in range(0, len(order), plan.chunk):
+        numbers = torch.tensor(order[start : start + plan.chunk])
+        chunk = [texts[i] for i in numbers.tolist()]
+        with _tokenizers.setdefault(model, threading.Lock()):
+            features = model.preprocess(chunk, prompt=prompt, **_task(task))
+        mask = features.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != len(chunk):
+            for part in torch.arange(len(chunk)).split(32):  # of a kind that cannot be cut: as encode does it
+                with _tokenizers[model]:
+                    some = model.preprocess([chunk[i] for i in part.tolist()], prompt=prompt, **_task(task))
+                yield numbers[part], some
+            continue
+        lengths = mask.sum(1)
+        rounded = (lengths + plan.round_to - 1) // plan.round_to
+        for length in rounded.unique().flip(0):
+            same = (rounded == length).nonzero()[:, 0]
+            for part in same.split(max(1, plan.tokens // int(length * plan.round_to))):
+                cut = _cut(features, part, int(lengths[part].max()))
+                yield numbers[part], cut if model.device.type == "cpu" else _pinned(cut)
+
+
+def _cut(features: dict[str, Any], rows: Tensor, length: int) -> dict[str, Any]:
+    """The features of some texts without the padding that they share."""
+    mask = features["attention_mask"]
+    on_the_left = bool((mask[:, 0] == 0).any())
+    columns = slice(mask.shape[1] - length, None) if on_the_left else slice(length)
+
+    def part(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != len(mask):
+            return value
+        return value[rows][:, columns] if value.shape[1:2] == mask.shape[1:] else value[rows]
+
+    return {name: part(value) for name, value in features.items()}
+
+
+def _pinned(features: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in features.items()}
+
+
+def _task(task: str | None) -> dict[str, str]:
+    return {} if task is None else {"task": task}
+
+
+@torch.inference_mode()
+def vectors_of(model: Any, features: dict[str, Any], task: str | None) -> Tensor:
+    """Vectors [texts, width], float32, on the model's device."""
+    device = model.device
+    features = {
+        k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in features.items()
+    }
+    vectors = model(features, **_task(task))["sentence_embedding"][:, : model.truncate_dim].float()
+    if model.similarity_fn_name != "cosine":
+        return vectors
+    of_length_1 = type(model[-1]).__name__ == "Normalize" and model.truncate_dim is None
+    return vectors if of_length_1 else torch.nn.functional.normalize(vectors)
+
+
+def checked(vectors: Tensor, texts: Sequence[str]) -> Tensor:
+    """The vectors, if they are finite.
+
+    Raises:
+        TriternError: names the text of the first that is not.
+    """
+    finite = vectors.isfinite().all(1)
+    if not finite.all():
+        number = int((~finite).nonzero()[0])
+        raise TriternError(
+            f"the vector of {texts[number][:60]!r} is not finite: the model overflows in its dtype, or its "
+            "weights are damaged; load it in float32 or bfloat16"
+        )
+    return vectors
