@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60
 """Least time between savings while texts are added. What a file lacks is added to it on opening."""
+SAVING_SHARE = 0.1
+"""Most of the time that is spent on it."""
 GROWTH = 4
 """A trained index is trained anew once it holds so many times the rows that it was trained for."""
 
@@ -214,8 +216,8 @@ class FaissIndex:
         return index
 
     def _save(self, index: Any, at_once: bool = False) -> None:
-        """Write the file if it is due: seldom enough to spend a tenth of the time on it, or at once."""
-        due = at_once or time.monotonic() - self._saved > max(SAVE_SECONDS, 10 * self._saving)
+        """Write the file, at once or if it is due."""
+        due = at_once or time.monotonic() - self._saved > max(SAVE_SECONDS, self._saving / SAVING_SHARE)
         # a flat index, on GPUs only, is made of the vectors' file
         if due and self.saves and index.ntotal != self._rows_saved and self.kind.factory(1, 1) is not None:
             start = time.monotonic()
