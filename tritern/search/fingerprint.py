@@ -25,9 +25,17 @@ SAME_MODEL = 0.995
 hardware stay above, the ternary form of a model and its original are far below."""
 
 
-def check_model(store: Store, model: SentenceTransformer) -> None:
-    """Refuse a model whose vectors are not those of the model that the store was made with."""
-    then, now = np.frombuffer(store["probes"], np.float32), probes(model)
+def check_model(store: Store, model: SentenceTransformer, now: np.ndarray) -> None:
+    """Refuse a model whose vectors are not those of the model that the store was made with.
+
+    Args:
+        now: its ``probes``.
+        store, model: what must go together.
+
+    Raises:
+        TriternError: they do not.
+    """
+    then = np.frombuffer(store["probes"], np.float32)
     if then.size != now.size or similarity_of(model) != store["similarity"]:
         reason = "vectors of another width or similarity"
     else:

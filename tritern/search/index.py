@@ -101,15 +101,12 @@ class SearchIndex:
         first = list(itertools.islice(items, 1))
         if not first and not (path / ROWS_FILE).exists():
             raise TriternError("texts is empty: an index needs at least one text")
-        settings = {
-            "kind": kind,
-            "rescore": rescore,
-            "similarity": similarity_of(model),
-            "model": name_of(model),
-        }
-        settings["probes"] = probes(model).tobytes()
+        now = probes(model)
+        settings = {"kind": kind, "rescore": rescore, "similarity": similarity_of(model)}
+        settings |= {"model": name_of(model), "probes": now.tobytes()}
         store = Store(path, create=settings)
         with _closed_if_it_raises(store):
+            check_model(store, model, now)
             if (store["kind"], store["rescore"]) != (kind, rescore):
                 raise TriternError(
                     f"{path} was built with kind {store['kind']!r} and rescore {store['rescore']}; received "
@@ -119,7 +116,7 @@ class SearchIndex:
             if temporary:
                 index._at_close.callback(temporary.cleanup)
             with index._writing():
-                index._load(train=False)  # once all texts are there, however often it was interrupted
+                index._faiss.load(train=False)  # once all texts are there, however often it was interrupted
                 items = adding.rest(store, itertools.chain(first, items))
                 index._add(items, _length(texts), show_progress_bar)
         return index
@@ -140,13 +137,14 @@ class SearchIndex:
         """
         store = Store(Path(folder))
         with _closed_if_it_raises(store):
+            check_model(store, model, probes(model))
             index = cls(store, model, gpus, tokens_per_batch)
             try:
                 with index._writing():
-                    index._load(train=True)
+                    index._faiss.load(train=True)
             except Busy:  # to search, nothing must be written
                 index._faiss.saves = False
-                index._load(train=True)
+                index._faiss.load(train=True)
         return index
 
     def add(
@@ -348,10 +346,6 @@ class SearchIndex:
             self._faiss.refresh()
             self._store.tidy()
             yield
-
-    def _load(self, train: bool) -> None:
-        check_model(self._store, self.model)
-        self._faiss.load(train)
 
     def _add(self, items: Iterator[tuple[Id, str]], total: int | None, show: bool | None) -> None:
         if show is None:
