@@ -2,12 +2,12 @@
 
     python benchmarks/search_crash.py --texts sentences.txt --rows 1000000 --kills 10 --json crash.json
 
-The texts are those of --texts (by default sentences of Python's documentation), then the same again in numbered
-templates: what they say is not measured here. After each kill the same call goes on. The result is compared
-with an index built without interruption: ids, texts and vectors must be equal, and the faiss index's bytes too
-(not of hnsw, a graph whose making is random). The resident size of the building process is sampled: texts and
-vectors go to disk as they come, and it is to stay flat. --layers N takes the first N layers of the model only,
-to be done sooner.
+The texts are those of --texts (by default sentences of Python's documentation), then the same again in
+numbered templates: what they say is not measured here. After each kill the same call goes on. The result is
+compared with an index built without interruption: ids, texts and vectors must be equal, and the faiss index's
+bytes too (not of hnsw, a graph whose making is random). The resident size of the building process is sampled:
+texts and vectors go to disk as they come, and it is to stay flat. --layers N takes the first N layers of the
+model only, to be done sooner.
 """
 
 from __future__ import annotations
@@ -165,7 +165,6 @@ def main() -> None:
     equal = {name: found[name] == wanted[name] for name in wanted}
     print(f"killed {sum(r['killed'] for r in runs)} times, then finished: equal {equal}")
     result = report.environment() | {
-        "command": " ".join(sys.argv),
         "rows": options.rows,
         "kind": options.kind,
         "layers": options.layers,
