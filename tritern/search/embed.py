@@ -117,7 +117,7 @@ class _Pipeline:
                 case (number, rows, vectors):
                     if number not in places:
                         places[number] = vectors.new_empty(missing[number], vectors.shape[1])
-                    places[number][rows.to(vectors.device, non_blocking=True)] = vectors
+                    _put_in_place(places[number], rows, vectors)
                     missing[number] -= len(rows)
                     advance(len(rows))
                     while missing.get(given) == 0:
@@ -193,6 +193,13 @@ def _inline(model: Any, texts: Sequence[str], task: Task | None, plan: Batching)
         vectors = vectors_of(model, features, task)
         if places is None:
             places = vectors.new_empty(len(texts), vectors.shape[1])
-        places[rows.to(vectors.device)] = vectors
+        _put_in_place(places, rows, vectors)
     assert places is not None
     return places
+
+
+def _put_in_place(places: Tensor, rows: Tensor, vectors: Tensor) -> None:
+    if places.device.type == "cpu":  # by numpy: torch's threads would wait for cores that the model is on
+        places.numpy()[rows.numpy()] = vectors.numpy()
+    else:
+        places[rows.to(places.device, non_blocking=True)] = vectors
