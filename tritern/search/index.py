@@ -135,6 +135,7 @@ class SearchIndex:
         Raises:
             TriternError: there is none, it was built with another model, or its files are damaged.
         """
+        kinds.import_faiss()
         store = Store(Path(folder))
         with _closed_if_it_raises(store):
             check_model(store, model, probes(model))
