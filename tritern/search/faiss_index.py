@@ -208,7 +208,8 @@ class FaissIndex:
             return None
         index = kinds.to_gpus(index, 1) if self.gpus == 1 else index
         if not index.is_trained:
-            kinds.train(index, store.vectors[kinds.sample(index, store.rows, store.removed)])
+            wanted = kinds.sample(index, store.rows, store.removed)
+            kinds.train(index, store.read(wanted))
         if self.saves:
             store.set(factory=factory, trained_rows=store.rows)
         self._rows_saved = -1

@@ -134,6 +134,14 @@ class Store:
                 block = np.fromfile(file, np.float32, count * self.width).reshape(count, self.width)
                 yield first, block
 
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Vectors of rows, in ascending order, read by blocks: a map would keep the whole file in memory."""
+        parts = [np.empty((0, self.width), np.float32)]
+        for first, block in self.blocks():
+            start, end = np.searchsorted(rows, (first, first + len(block)))
+            parts.append(block[rows[start:end] - first])
+        return np.concatenate(parts)
+
     def refresh(self) -> None:
         """Take in what another process may have written."""
         with self._lock, self._failures():
