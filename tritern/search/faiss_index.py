@@ -70,7 +70,7 @@ class FaissIndex:
         self._store, self.gpus, self.saves = store, gpus, True
         self.similarity: str = store["similarity"]
         self.lock = Shared()
-        self._on_gpu = threading.Lock()  # faiss: one search at a time on a GPU
+        self._gpu_lock = threading.Lock()  # faiss: one search at a time on a GPU
         self._index: Any = None
         """Holds all rows, or is None: all vectors are compared then."""
         self._clones: Any = None
@@ -171,13 +171,13 @@ class FaissIndex:
         if not self.gpus:
             rows = self._index.search(host, candidates)[1]
         else:
-            with self._on_gpu:
+            with self._gpu_lock:
                 asked = queries if self.gpus == 1 and isinstance(queries, torch.Tensor) else host
-                found = self._on_gpus().search(asked, min(candidates, kinds.GPU_K))[1]
+                found = self._gpu_index().search(asked, min(candidates, kinds.GPU_K))[1]
             rows = found.cpu().numpy() if isinstance(found, torch.Tensor) else found
         return rescored(self._store.vectors, host, rows, k, self.similarity)
 
-    def _on_gpus(self) -> Any:
+    def _gpu_index(self) -> Any:
         if self.gpus == 1:
             return self._index
         if self._clones is None:

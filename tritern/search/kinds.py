@@ -120,7 +120,7 @@ def new_index(factory: str, width: int, similarity: str) -> Any:
         if getattr(part, "cp", None) is not None:
             part.cp.min_points_per_centroid = 1  # it warns of few vectors, and there are no more
     if hasattr(index, "do_polysemous_training"):
-        index.do_polysemous_training = False  # 39 s for 1,400 vectors, of no use here
+        index.do_polysemous_training = False  # slow, and of no use here
     set_parameters(index, default_parameters(index))
     return index
 
