@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import wait_for_inputs
 from .formats import padded_k
-from .gemm import _wait_for_inputs
 from .launch import ASM as _ASM
 from .launch import launch
 from .reference import ONE_127TH, SMALLEST_ABSMAX
@@ -23,22 +23,29 @@ _ONE_127TH = tl.constexpr(ONE_127TH)
 
 
 @triton.jit
-def _load(x_ptr, rows, cols, stride_x, M, K):
+def load_rows(x_ptr, rows, cols, stride_x, M, K):
     mask = (rows[:, None] < M) & (cols[None, :] < K)
     return tl.load(x_ptr + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _absmax_bits(x):
+def absmax_bits(x):
     # As integers, magnitudes keep their order, and NaN and infinity rank above all numbers.
     return tl.max(x.to(tl.int32, bitcast=True) & _ABS_BITS, axis=1)
 
 
 @triton.jit
-def _store(
-    q_ptr, x, inverse, finite, rows, cols, stride_q, M, K_padded,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
+def scales_of(bits, BLOCK_M: tl.constexpr):
+    """From the largest magnitudes, as bits: the scale, the factor that quantizes and whether all is finite."""
+    finite = bits < _INF_BITS
+    absmax = tl.maximum(tl.where(finite, bits, 0).to(tl.float32, bitcast=True), _SMALLEST)
+    inverse = tl.div_rn(tl.full((BLOCK_M,), 127.0, tl.float32), absmax)
+    return tl.where(finite, absmax * _ONE_127TH, float("nan")), inverse, finite
+
+
+@triton.jit
+def codes_of(x, inverse, finite, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr):
+    """x fp32 [BLOCK_M, BLOCK_K] quantized to int8, each atom in packed order."""
     v = x * inverse[:, None]
     if (
         ASM
@@ -50,7 +57,15 @@ def _store(
         v = (v + _ROUND) - _ROUND  # to nearest even too: 1.5 * 2**23 leaves no fraction bits
     q = tl.where(finite[:, None], v, 0.0).to(tl.int8)
     q = tl.reshape(q, (BLOCK_M, BLOCK_K // 128, 2, 4, 16))
-    q = tl.reshape(tl.permute(q, (0, 1, 3, 4, 2)), (BLOCK_M, BLOCK_K))
+    return tl.reshape(tl.permute(q, (0, 1, 3, 4, 2)), (BLOCK_M, BLOCK_K))
+
+
+@triton.jit
+def _store(
+    q_ptr, x, inverse, finite, rows, cols, stride_q, M, K_padded,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    q = codes_of(x, inverse, finite, BLOCK_M, BLOCK_K, ASM)
     mask = (rows[:, None] < M) & (cols[None, :] < K_padded)
     tl.store(q_ptr + rows[:, None] * stride_q + cols[None, :], q, mask=mask)
 
@@ -64,27 +79,24 @@ def quantize_kernel(
     """x [M, K] -> q int8 [M, K_padded] in packed order, scale fp32 [M]. ONE_TILE: a row fits BLOCK_K, read it
     once. The first program also sets CLEAR int32 to zero.
     """
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     if CLEAR > 0:
         if tl.program_id(0) == 0:
             for i in tl.static_range(0, CLEAR, 128):
                 tl.store(clear_ptr + i + tl.arange(0, 128), tl.zeros((128,), tl.int32))
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     lanes = tl.arange(0, BLOCK_K)
-    x = _load(x_ptr, rows, lanes, stride_x, M, K)
-    bits = _absmax_bits(x)
+    x = load_rows(x_ptr, rows, lanes, stride_x, M, K)
+    bits = absmax_bits(x)
     if not ONE_TILE:
         for k in range(BLOCK_K, K, BLOCK_K):
-            bits = tl.maximum(bits, _absmax_bits(_load(x_ptr, rows, k + lanes, stride_x, M, K)))
-    finite = bits < _INF_BITS
-    absmax = tl.maximum(tl.where(finite, bits, 0).to(tl.float32, bitcast=True), _SMALLEST)
-    inverse = tl.div_rn(tl.full((BLOCK_M,), 127.0, tl.float32), absmax)
-    scale = tl.where(finite, absmax * _ONE_127TH, float("nan"))
+            bits = tl.maximum(bits, absmax_bits(load_rows(x_ptr, rows, k + lanes, stride_x, M, K)))
+    scale, inverse, finite = scales_of(bits, BLOCK_M)
     tl.store(scale_ptr + rows, scale, mask=rows < M)
     _store(q_ptr, x, inverse, finite, rows, lanes, stride_q, M, K_padded, BLOCK_M, BLOCK_K, ASM)
     if not ONE_TILE:
         for k in range(BLOCK_K, K_padded, BLOCK_K):
-            x = _load(x_ptr, rows, k + lanes, stride_x, M, K)
+            x = load_rows(x_ptr, rows, k + lanes, stride_x, M, K)
             _store(q_ptr, x, inverse, finite, rows, k + lanes, stride_q, M, K_padded, BLOCK_M, BLOCK_K, ASM)
 
 

@@ -23,6 +23,7 @@ from .formats import (
     to_packed_order,
 )
 from .reference import RULES, Rule
+from .tuning import KernelConfig, bucket, choose
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATION_BITS = (8, 16)
@@ -163,52 +164,66 @@ def linear_unchecked(
     if x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return linear_unchecked(x, packed, scale, bias, K, activation_bits, gelu)
-    from . import gemm, tuning
-
-    N = packed.shape[0]
     rows = x.reshape(-1, K)
-    M = rows.shape[0]
+    (M, _), N = rows.shape, packed.shape[0]
     if M == 0:
         return x.new_empty((*x.shape[:-1], N))
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    if activation_bits == 8:
-        y = _linear_int8(rows, packed, scale, bias, x.dtype, gelu)
-        return y.view(*x.shape[:-1], N)
-    config = tuning.choose("16bit", M, N, K, gelu, *_device(x.device.index))
-    if config.expand and x.dtype != torch.float32:
-        from .ternarize import expand
-
-        weight = expand(packed, scale, K, x.dtype)
-        y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
-        y = torch.nn.functional.gelu(y) if gelu else y
+    if activation_bits == 16 and rows.dtype == torch.float32:
+        y = _unplanned(rows.bfloat16(), packed, scale, bias, x.dtype, 16, gelu)
     else:
-        rows = rows.to(torch.bfloat16) if rows.dtype == torch.float32 else rows
-        y = gemm.gemm_16bit(rows, packed, scale, bias, config, x.dtype, gelu)
+        y = _planned(rows, packed, scale, bias, activation_bits, gelu)
     return y.view(*x.shape[:-1], N)
 
 
-def _linear_int8(
-    rows: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, gelu: bool
+def _planned(
+    rows: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int, gelu: bool
 ) -> Tensor:
-    from . import activations, gemm, tuning
-    from .plan import Plan
-
     (M, K), N = rows.shape, packed.shape[0]
-    most = tuning.bucket(M)
+    most = bucket(M)
     bias_dtype = None if bias is None else bias.dtype
-    key = (N, K, most, dtype, rows.stride(0), bias_dtype, gelu, rows.device)
+    key = (N, K, most, rows.dtype, activation_bits, rows.stride(0), bias_dtype, gelu, rows.device)
     plan = _plans.get(key)
     if plan is None:
-        config = tuning.choose("int8", M, N, K, gelu, *_device(rows.device.index))
-        plan = Plan(config, max(most, M), N, K, rows.stride(0), dtype, bias is not None, gelu, rows.device)
-        _plans[key] = plan
-    y = plan(rows, packed, scale, bias)
-    if y is None:
-        config = plan.config
-        tickets = gemm.make_tickets(rows, N, config) if config.split_k > 1 else None
-        x_q, scale_x = activations.quantize(rows, tickets)
-        y = gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype, gelu, tickets)
-    return y
+        from .plan import Plan
+
+        config = _config(activation_bits, M, N, K, gelu, rows.device)
+        plan = _plans[key] = config.expand or Plan(
+            config, activation_bits, max(most, M), N, K, rows.stride(0), rows.dtype, bias is not None, gelu,
+            rows.device,
+        )  # fmt: skip
+    y = None if plan is True else plan(rows, packed, scale, bias)
+    return _unplanned(rows, packed, scale, bias, rows.dtype, activation_bits, gelu) if y is None else y
+
+
+def _config(activation_bits: int, M: int, N: int, K: int, gelu: bool, device: torch.device) -> KernelConfig:
+    return choose("int8" if activation_bits == 8 else "16bit", M, N, K, gelu, *_device(device.index))
+
+
+def _unplanned(
+    rows: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    activation_bits: int,
+    gelu: bool,
+) -> Tensor:
+    from . import activations, gemm
+
+    (M, K), N = rows.shape, packed.shape[0]
+    config = _config(activation_bits, M, N, K, gelu, rows.device)
+    if config.expand and dtype == rows.dtype:
+        from .ternarize import expand
+
+        weight = expand(packed, scale, K, dtype)
+        y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(dtype))
+        return torch.nn.functional.gelu(y) if gelu else y
+    if activation_bits == 16 or config.quantizing:
+        return gemm.gemm_direct(rows, packed, scale, bias, config, dtype, gelu)
+    tickets = gemm.make_tickets(rows, N, config) if config.split_k > 1 else None
+    x_q, scale_x = activations.quantize(rows, tickets)
+    return gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype, gelu, tickets)
 
 
 def linear_int8_cuda(
@@ -222,12 +237,11 @@ def linear_int8_cuda(
     gelu: bool = False,
 ) -> Tensor:
     """Y [M, N] in ``dtype`` for activations that ``activations.quantize`` has made int8."""
-    from . import gemm, tuning
+    from . import gemm
 
     if x_q.shape[0] == 0:
         return x_q.new_empty((0, packed.shape[0]), dtype=dtype)
-    shape = x_q.shape[0], packed.shape[0], in_features
-    config = tuning.choose("int8", *shape, gelu, *_device(x_q.device.index))
+    config = _config(8, x_q.shape[0], packed.shape[0], in_features, gelu, x_q.device)
     return gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype, gelu)
 
 

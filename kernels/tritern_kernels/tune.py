@@ -140,8 +140,8 @@ class Bench:
             return torch.nn.functional.linear(
                 self.x, expand(packed, self.scale, self.x.shape[1], self.x.dtype)
             )
-        if mode == "16bit":
-            return gemm.gemm_16bit(self.x, packed, self.scale, None, config, torch.bfloat16)
+        if mode == "16bit" or (config.quantizing and self.x.shape[0] <= 128):
+            return gemm.gemm_direct(self.x, packed, self.scale, None, config, torch.bfloat16)
         x_q, scale_x, tickets = self.x_q, self.scale_x, None
         if self.x.shape[0] <= 128:
             tickets = gemm.make_tickets(self.x, self.N, config) if config.split_k > 1 else None

@@ -34,8 +34,16 @@ MOST_ACCUMULATORS = {"plain": 128, "gelu": 64, "split": 32}
 @dataclass(frozen=True)
 class KernelConfig:
     """One way to launch a GEMM kernel: tile of ``block_m`` tokens x ``block_n`` weight rows x ``block_k``
-    along K. ``expand``: where the activations have 16 bits, write the weights out in that dtype and leave the
-    product to torch (with many tokens the faster way); the tile is then for float32 activations.
+    along K.
+
+    Attributes:
+        split_k: programs that share out K of one tile.
+        expand: where the activations have 16 bits, write the weights out in that dtype and leave the product
+            to torch (with many tokens the faster way); the tile is then for float32 activations.
+        share_k: the warps of a program share out K, ``block_k`` of every step to each: the kernels of
+            ``gemm_few``.
+        quantizing: with ``share_k`` and all of K in one step, the product quantizes its activations itself.
+        persistent: one program a multiprocessor computes tile after tile.
     """
 
     block_m: int
@@ -46,15 +54,30 @@ class KernelConfig:
     num_warps: int = 4
     num_stages: int = 4
     expand: bool = False
+    share_k: bool = False
+    quantizing: bool = False
+    persistent: bool = False
+
+    @property
+    def step(self) -> int:
+        """What a program advances along K at once."""
+        return self.block_k * (self.num_warps if self.share_k else 1)
 
     def shared_bytes(self, mode: Mode) -> int:
         """Shared memory of the pipelined operands, in bytes."""
-        x = self.block_m * self.block_k * (1 if mode == "int8" else 2)
-        return self.num_stages * (x + self.block_n * self.block_k // 4)
+        x = self.block_m * self.step * (1 if mode == "int8" else 2)
+        return self.num_stages * (x + self.block_n * self.step // 4)
 
     def tiles(self, M: int, N: int) -> int:
         """Tiles of an [M, N] result."""
         return -(-M // self.block_m) * -(-N // self.block_n)
+
+    def grid(self, M: int, N: int, processors: int) -> tuple[int, int]:
+        """Programs to launch for an [M, N] result."""
+        if self.share_k:
+            return -(-N // self.block_n), -(-M // self.block_m)
+        tiles = self.tiles(M, N)
+        return (min(tiles, processors) if self.persistent else tiles), self.split_k
 
     def lines(self, K_padded: int) -> int:
         """Lines of 128 bytes of packed weights, rounded up to a power of two, that a program asks for ahead
@@ -62,13 +85,13 @@ class KernelConfig:
         """
         if self.block_m > 64:
             return 0
-        steps = -(-(K_padded // self.block_k) // self.split_k)
+        steps = -(-K_padded // (self.block_k * self.split_k))
         return 1 << (-(-steps * self.block_k // 512) - 1).bit_length()
 
     @property
     def accumulators(self) -> int:
         """32-bit accumulator registers a thread holds."""
-        return self.block_m * self.block_n // (32 * self.num_warps)
+        return self.block_m * self.block_n // (32 * (1 if self.share_k else self.num_warps))
 
     def invalid(self, mode: Mode, K: int, capability: int, gelu: bool = False) -> str | None:
         """Why this configuration cannot run well, or None. The one statement of the constraints."""
@@ -76,7 +99,7 @@ class KernelConfig:
             value = getattr(self, name)
             if value < low or value & (value - 1):
                 return f"{name} must be a power of two of at least {low}; received {value}"
-        if padded_k(K) % self.block_k:
+        if padded_k(K) % self.block_k and not self.share_k:
             return f"block_k must divide K padded to {padded_k(K)}; received {self.block_k}"
         if self.num_warps not in (1, 2, 4, 8, 16):
             return f"num_warps must be a power of two up to 16; received {self.num_warps}"
@@ -84,7 +107,13 @@ class KernelConfig:
             return "expand is for 16-bit activations"
         if self.split_k != 1 and mode == "16bit":
             return f"split_k is for int8 sums, which add up exactly in any order; received {self.split_k}"
-        steps = padded_k(K) // self.block_k
+        if self.split_k != 1 and (self.share_k or self.persistent):
+            return f"share_k and persistent do not go with split_k; received {self.split_k}"
+        if self.persistent and (mode == "16bit" or self.share_k):
+            return "persistent is for int8 activations and many tokens"
+        if self.quantizing and (mode == "16bit" or not self.share_k or padded_k(K) > self.step):
+            return f"quantizing is for int8 activations, share_k and K up to {self.step}; received {K}"
+        steps = -(-padded_k(K) // self.block_k)
         if not 1 <= self.split_k <= steps:
             return f"split_k must be from 1 to K / block_k = {steps}; received {self.split_k}"
         most = MOST_ACCUMULATORS["split" if self.split_k > 1 else "gelu" if gelu else "plain"]

@@ -14,6 +14,8 @@ pytestmark = [pytest.mark.usefixtures("poisoned")]
 SHAPES = [(130, 300), (70, 63), (257, 513), (64, 128), (33, 1)]
 TOKENS = [1, 17, 63, 130]
 SMALL = tuning.KernelConfig(16, 32, 128, num_warps=4, num_stages=2)
+FEW = replace(SMALL, share_k=True)
+MANY = tuning.KernelConfig(64, 64, 128, num_warps=4, num_stages=2, persistent=True)
 # The interpreter multiplies bf16 wrongly, so bf16 runs on a GPU only.
 FLOATS = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
@@ -32,11 +34,12 @@ def sums(x_packed, packed, config):
     return gemm.gemm_int8(x_packed, ones_m, packed, ones_n, None, config, torch.float32).cpu()
 
 
+@pytest.mark.parametrize("config", [SMALL, FEW, MANY], ids=["tiles", "share_k", "persistent"])
 @pytest.mark.parametrize("M", TOKENS)
 @pytest.mark.parametrize(("N", "K"), SHAPES)
-def test_int8_sums_are_exact(M, N, K, device):
+def test_int8_sums_are_exact(config, M, N, K, device):
     x_q, codes, x_packed, packed = operands(M, N, K, device)
-    config = replace(SMALL, block_m=64, block_n=64) if M > 64 else SMALL
+    config = replace(config, block_m=64, block_n=64) if M > 64 and not config.share_k else config
     assert torch.equal(sums(x_packed, packed, config).to(torch.int32), reference.int8_sums(x_q, codes))
 
 
@@ -80,14 +83,15 @@ def test_int8_epilogue(gelu, split, out, device):
     assert got.dtype == out and (got.double() - exact).abs().amax() <= bound
 
 
+@pytest.mark.parametrize("config", [SMALL, FEW], ids=["tiles", "share_k"])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("M", TOKENS)
 @pytest.mark.parametrize(("N", "K"), SHAPES)
-def test_16bit_is_within_torchs_own_error(dtype, M, N, K, device):
+def test_16bit_is_within_torchs_own_error(config, dtype, M, N, K, device):
     x, codes = torch.randn(M, K).to(dtype), torch.randint(-1, 2, (N, K), dtype=torch.int8)
     scale, bias = torch.rand(N), torch.randn(N).to(dtype)
-    got = gemm.gemm_16bit(
-        x.to(device), pack(codes).to(device), scale.to(device), bias.to(device), SMALL, dtype
+    got = gemm.gemm_direct(
+        x.to(device), pack(codes).to(device), scale.to(device), bias.to(device), config, dtype
     ).cpu()
     exact = reference.epilogue(x.double() @ codes.double().T, None, scale, bias, False)
     torchs = torch.nn.functional.linear(x, (codes * scale[:, None]).to(dtype), bias)
@@ -107,7 +111,8 @@ def test_outputs_do_not_depend_on_tile_or_batch(group, device):
         )
 
     whole = run(slice(None), replace(SMALL, group_m=group))
-    for config in (SMALL, replace(SMALL, block_m=64, block_n=64, block_k=256), replace(SMALL, split_k=4)):
+    large = replace(SMALL, block_m=64, block_n=64, block_k=256)
+    for config in (SMALL, large, replace(SMALL, split_k=4), FEW, MANY):
         assert torch.equal(run(slice(None), config), whole)
         assert torch.equal(run(slice(7, 8), config), whole[7:8])
 
@@ -135,6 +140,20 @@ def test_quantize_isolates_bad_tokens(K, device):
     assert torch.equal(
         q.cpu()[0], to_packed_order(torch.nn.functional.pad(expected_q, (0, padded_k(K) - K)))[0]
     )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("M", [1, 17])
+@pytest.mark.parametrize(("N", "K"), [(70, 63), (33, 384), (130, 500)])
+def test_quantizing_on_the_way_gives_the_same_bits(dtype, M, N, K, device):
+    x, codes = torch.randn(M, K).to(dtype).to(device), torch.randint(-1, 2, (N, K), dtype=torch.int8)
+    x[0, 0] = float("nan") if M > 1 else 3.0
+    packed, scale, bias = pack(codes).to(device), torch.rand(N).to(device), torch.randn(N).to(device)
+    config = replace(FEW, quantizing=True)
+    got = gemm.gemm_direct(x, packed, scale, bias, config, dtype)
+    apart = gemm.gemm_int8(*activations.quantize(x), packed, scale, bias, SMALL, dtype)
+    assert torch.equal(got.isnan(), apart.isnan()) and torch.equal(got.nan_to_num(), apart.nan_to_num())
+    assert got[0].isnan().all() == (M > 1)
 
 
 @pytest.mark.parametrize("rule", reference.RULES)

@@ -1,6 +1,7 @@
 """The planned calls, their second kind included: with pointers as integers, in the interpreter."""
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,26 +46,41 @@ def imitated(monkeypatch):
     return launched
 
 
-@pytest.mark.parametrize("split", [1, 3])
+TILE = KernelConfig(16, 32, 128, num_stages=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "bits", "launches"),
+    [
+        (TILE, 8, 2),
+        (replace(TILE, split_k=3), 8, 2),
+        (replace(TILE, share_k=True), 8, 2),
+        (replace(TILE, persistent=True), 8, 2),
+        (replace(TILE, share_k=True, quantizing=True), 8, 1),
+        (TILE, 16, 1),
+        (replace(TILE, share_k=True), 16, 1),
+    ],
+)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("gelu", [False, True])
-def test_first_and_later_calls_give_the_product(split, bias, gelu, imitated):
+def test_first_and_later_calls_give_the_product(config, bits, launches, bias, gelu, imitated):
     N, K = 70, 384
-    config = KernelConfig(16, 32, 128, split, num_stages=2)
     codes, scale = torch.randint(-1, 2, (N, K), dtype=torch.int8), torch.rand(N)
     packed, bias = pack(codes), torch.randn(N).half() if bias else None
-    call = plan.Plan(config, 32, N, K, K, torch.float16, bias is not None, gelu, torch.device("cpu"))
+    half, cpu = torch.float16, torch.device("cpu")
+    call = plan.Plan(config, bits, 32, N, K, K, half, bias is not None, gelu, cpu)
     for M in (17, 5, 32, 1):
         x = torch.randn(M, K).half()
-        exact = reference.linear(x, codes, scale, bias, gelu=gelu)
+        exact = reference.linear(x, codes, scale, bias, bits, gelu)
         y = call(x, packed, scale, bias)
         assert (y.double() - exact).abs().max() <= 4 * torch.finfo(torch.float16).eps * exact.abs().max()
-    assert len(imitated) == 6  # two launches for each call but the first
+    assert len(imitated) == 3 * launches  # the first call goes through Triton
 
 
 def test_what_it_does_not_take(imitated):
     call = plan.Plan(
-        KernelConfig(16, 32, 128, num_stages=2),
+        TILE,
+        8,
         16,
         70,
         128,

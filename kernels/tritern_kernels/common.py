@@ -1,0 +1,112 @@
+"""What the GEMM kernels have in common: unpacking, the epilogue, and what happens before their inputs are ready."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def unpack8(w, ASM: tl.constexpr):
+    """uint8 [BN, BYTES] -> int8 [BN, 4 * BYTES] of 64 * code: atom by atom, slab by slab."""
+    if ASM:
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            """{ .reg .b32 t0, t1, t2;
+            shl.b32 t0, $4, 6; shl.b32 t1, $4, 4; shl.b32 t2, $4, 2;
+            and.b32 $0, t0, 0xC0C0C0C0; and.b32 $1, t1, 0xC0C0C0C0;
+            and.b32 $2, t2, 0xC0C0C0C0; and.b32 $3, $4, 0xC0C0C0C0; }""",
+            "=&r,=&r,=&r,=&r,r",
+            [w],
+            dtype=(tl.int8, tl.int8, tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        w0 = ((w << 6) & 0xC0).to(tl.uint8).to(tl.int8, bitcast=True)
+        w1 = ((w << 4) & 0xC0).to(tl.uint8).to(tl.int8, bitcast=True)
+        w2 = ((w << 2) & 0xC0).to(tl.uint8).to(tl.int8, bitcast=True)
+        w3 = (w & 0xC0).to(tl.uint8).to(tl.int8, bitcast=True)
+    c = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BN, BYTES, high, low], slab = 2 * high + low
+    c = tl.reshape(c, (c.shape[0], c.shape[1] // 32, 32, 2, 2))
+    return tl.reshape(tl.permute(c, (0, 1, 3, 4, 2)), (c.shape[0], c.shape[1] * 128))
+
+
+@triton.jit
+def unpack16(w, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """uint16 [BN, WORDS] -> fp16 or bf16 [BN, 8 * WORDS] of 2.0 * code: 0x4000 is 2.0 and 0xC000 is -2.0 in
+    both.
+    """
+    if ASM:
+        w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
+            """{ .reg .b32 t0, t1, t2, t3, t4, t5, t6;
+            shl.b32 t0, $8, 14; shl.b32 t1, $8, 12; shl.b32 t2, $8, 10; shl.b32 t3, $8, 8;
+            shl.b32 t4, $8, 6; shl.b32 t5, $8, 4; shl.b32 t6, $8, 2;
+            and.b32 $0, t0, 0xC000C000; and.b32 $1, t1, 0xC000C000; and.b32 $2, t2, 0xC000C000;
+            and.b32 $3, t3, 0xC000C000; and.b32 $4, t4, 0xC000C000; and.b32 $5, t5, 0xC000C000;
+            and.b32 $6, t6, 0xC000C000; and.b32 $7, $8, 0xC000C000; }""",
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
+            [w],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        w0 = ((w << 14) & 0xC000).to(tl.uint16).to(tl.int16, bitcast=True)
+        w1 = ((w << 12) & 0xC000).to(tl.uint16).to(tl.int16, bitcast=True)
+        w2 = ((w << 10) & 0xC000).to(tl.uint16).to(tl.int16, bitcast=True)
+        w3 = ((w << 8) & 0xC000).to(tl.uint16).to(tl.int16, bitcast=True)
+        w4 = ((w << 6) & 0xC000).to(tl.uint16).to(tl.int16, bitcast=True)
+        w5 = ((w << 4) & 0xC000).to(tl.uint16).to(tl.int16, bitcast=True)
+        w6 = ((w << 2) & 0xC000).to(tl.uint16).to(tl.int16, bitcast=True)
+        w7 = (w & 0xC000).to(tl.uint16).to(tl.int16, bitcast=True)
+    c = tl.join(tl.join(tl.join(w0, w4), tl.join(w2, w6)), tl.join(tl.join(w1, w5), tl.join(w3, w7)))
+    c = tl.reshape(c, (c.shape[0], c.shape[1] // 16, 16, 2, 2, 2))  # [BN, atom, word, slab bits 2, 1, 0]
+    c = tl.reshape(tl.permute(c, (0, 1, 3, 4, 5, 2)), (c.shape[0], c.shape[1] * 128))
+    return c.to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def store_scaled(
+    y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y,
+    UNIT: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
+):  # fmt: skip
+    """Scale, add the bias, apply GELU and store v fp32 [BLOCK_N, BLOCK_M] as y [BLOCK_M, BLOCK_N]."""
+    scale = tl.load(scale_ptr + n, mask=n < N, other=0.0) * UNIT
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        v = tl.math.fma(v, tl.broadcast_to(scale[:, None], v.shape), tl.broadcast_to(bias[:, None], v.shape))
+    else:
+        v = v * scale[:, None]
+    if GELU:
+        v = 0.5 * v * (1.0 + tl.math.erf(v * 0.7071067811865476))
+    mask = (m[:, None] < M) & (n[None, :] < N)
+    out = tl.trans(v).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + m[:, None].to(tl.int64) * stride_y + n[None, :], out, mask=mask)
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """With programmatic dependent launch this kernel starts while the one before it ends: wait for its
+    results, and let the next one start.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(w_ptr, rows, stride, first, last, LINES: tl.constexpr, ASM: tl.constexpr):
+    """Ask for lines of 128 bytes, ``first`` to ``last`` - 1 bytes into these rows of packed weights, to
+    come to the L2 cache: all at once, and while the kernel before may still run. Nothing is read here, so
+    it does not matter if that kernel writes the weights.
+    """
+    if ASM:
+        line = tl.minimum(first + tl.arange(0, LINES) * 128, last - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [w_ptr + rows[:, None] * stride + line[None, :]],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -1,0 +1,122 @@
+"""The GEMM kernels for few tokens, where the packed weights have to come from memory and little is computed.
+
+The same products and the same epilogue as in ``gemm``, but the warps of a program share out K: each multiplies
+its own part of every step, and the parts are added once, at the end. No warp waits for another in the loop, a
+program has many loads under way, and N / BLOCK_N programs fill the GPU without splitting K among programs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .activations import absmax_bits, codes_of, load_rows, scales_of
+from .common import prefetch, store_scaled, unpack8, unpack16, wait_for_inputs
+
+
+@triton.jit
+def _parts(STEP: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr):
+    """Positions [PARTS, STEP / UNIT] in the first step: part p has the p-th STEP of it."""
+    return tl.arange(0, PARTS)[:, None] * (STEP // UNIT) + tl.arange(0, STEP // UNIT)[None, :]
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_int8_few_kernel(
+    x_ptr, packed_ptr, scale_x_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K_padded, stride_p, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    EVEN_K: tl.constexpr, LINES: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """x int8 [M, K_padded] in packed order."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_n = tl.minimum(n, N - 1).to(tl.int64)
+    rows_m = tl.minimum(m, M - 1).to(tl.int64)
+    k, byte = _parts(BLOCK_K, PARTS, 1), _parts(BLOCK_K, PARTS, 4)
+    x = x_ptr + rows_m[None, None, :] * K_padded + k[:, :, None]
+    w = packed_ptr + rows_n[None, :, None] * stride_p + byte[:, None, :]
+    if LINES > 0:
+        prefetch(packed_ptr, rows_n, stride_p, 0, K_padded // 4, LINES, ASM)
+    wait_for_inputs(PDL)
+    acc = tl.zeros((PARTS, BLOCK_N, BLOCK_M), dtype=tl.int32)
+    for step in tl.range(0, tl.cdiv(K_padded, PARTS * BLOCK_K)):
+        here = (m < M)[None, None, :]
+        if EVEN_K:
+            w_tile = tl.load(w)
+        else:
+            left = K_padded - step * (PARTS * BLOCK_K)
+            w_tile = tl.load(w, mask=byte[:, None, :] < left // 4, other=0)
+            here = here & (k[:, :, None] < left)
+        x_tile = tl.load(x, mask=here, other=0)
+        codes = unpack8(tl.reshape(w_tile, (PARTS * BLOCK_N, BLOCK_K // 4)), ASM)
+        acc = tl.dot(tl.reshape(codes, (PARTS, BLOCK_N, BLOCK_K)), x_tile, acc, out_dtype=tl.int32)
+        x += PARTS * BLOCK_K
+        w += PARTS * BLOCK_K // 4
+    scale_x = tl.load(scale_x_ptr + m, mask=m < M, other=0.0)
+    v = tl.sum(acc, axis=0).to(tl.float32) * scale_x[None, :]
+    store_scaled(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 1.0 / 64.0, HAS_BIAS, GELU)
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_quantizing_kernel(
+    x_ptr, packed_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, K_padded, stride_x, stride_p, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """x fp32, fp16 or bf16 [M, K], K at most PARTS * BLOCK_K: quantized to int8 per token by every program for
+    itself, all of K in one step.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_n = tl.minimum(n, N - 1).to(tl.int64)
+    byte = _parts(BLOCK_K, PARTS, 4)
+    w = packed_ptr + rows_n[None, :, None] * stride_p + byte[:, None, :]
+    prefetch(packed_ptr, rows_n, stride_p, 0, K_padded // 4, PARTS * BLOCK_K // 512, ASM)
+    wait_for_inputs(PDL)
+    w_tile = tl.load(w, mask=byte[:, None, :] < K_padded // 4, other=0)
+    x = load_rows(x_ptr, m.to(tl.int64), tl.arange(0, PARTS * BLOCK_K), stride_x, M, K)
+    scale_x, inverse, finite = scales_of(absmax_bits(x), BLOCK_M)
+    q = codes_of(x, inverse, finite, BLOCK_M, PARTS * BLOCK_K, ASM)
+    q = tl.permute(tl.reshape(q, (BLOCK_M, PARTS, BLOCK_K)), (1, 2, 0))
+    codes = unpack8(tl.reshape(w_tile, (PARTS * BLOCK_N, BLOCK_K // 4)), ASM)
+    acc = tl.dot(tl.reshape(codes, (PARTS, BLOCK_N, BLOCK_K)), q, out_dtype=tl.int32)
+    v = tl.sum(acc, axis=0).to(tl.float32) * scale_x[None, :]
+    store_scaled(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 1.0 / 64.0, HAS_BIAS, GELU)
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_16bit_few_kernel(
+    x_ptr, packed_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, K_padded, stride_x, stride_p, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    EVEN_K: tl.constexpr, LINES: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """x fp16 or bf16 [M, K] in natural order; packed as uint16 words, stride_p words a row."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_n = tl.minimum(n, N - 1).to(tl.int64)
+    rows_m = tl.minimum(m, M - 1).to(tl.int64)
+    k, word = _parts(BLOCK_K, PARTS, 1), _parts(BLOCK_K, PARTS, 8)
+    x = x_ptr + rows_m[None, None, :] * stride_x + k[:, :, None]
+    w = packed_ptr + rows_n[None, :, None] * stride_p + word[:, None, :]
+    if LINES > 0:
+        bytes_ptr = packed_ptr.to(tl.pointer_type(tl.uint8))
+        prefetch(bytes_ptr, rows_n, stride_p * 2, 0, K_padded // 4, LINES, ASM)
+    wait_for_inputs(PDL)
+    acc = tl.zeros((PARTS, BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for step in tl.range(0, tl.cdiv(K_padded, PARTS * BLOCK_K)):
+        here = (m < M)[None, None, :]
+        if EVEN_K:
+            w_tile = tl.load(w)
+        else:
+            done = step * (PARTS * BLOCK_K)
+            w_tile = tl.load(w, mask=word[:, None, :] < (K_padded - done) // 8, other=0)
+            here = here & (k[:, :, None] < K - done)
+        x_tile = tl.load(x, mask=here, other=0.0)
+        codes = unpack16(tl.reshape(w_tile, (PARTS * BLOCK_N, BLOCK_K // 8)), x_ptr.dtype.element_ty, ASM)
+        acc = tl.dot(tl.reshape(codes, (PARTS, BLOCK_N, BLOCK_K)), x_tile, acc)
+        x += PARTS * BLOCK_K
+        w += PARTS * BLOCK_K // 8
+    v = tl.sum(acc, axis=0)
+    store_scaled(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 0.5, HAS_BIAS, GELU)
+
