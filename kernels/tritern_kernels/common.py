@@ -110,3 +110,12 @@ def prefetch(w_ptr, rows, stride, first, last, LINES: tl.constexpr, ASM: tl.cons
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def warm(pointers, ASM: tl.constexpr):
+    """Bring what is needed after the loop, a hundred scales or so, to the L1 cache before it."""
+    if ASM:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+        )  # fmt: skip

@@ -18,12 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gemm_few
-from .common import prefetch, store_scaled, unpack8, unpack16, wait_for_inputs
+from .common import prefetch, store_scaled, unpack8, unpack16, wait_for_inputs, warm
 from .formats import padded_k
 from .launch import ASM, launch, processors
 
 if TYPE_CHECKING:
     from .tuning import KernelConfig
+
+
+WARM = tl.constexpr(True)
 
 
 @triton.jit
@@ -67,6 +70,11 @@ def gemm_int8_kernel(
     if LINES > 0:
         prefetch(packed_ptr, rows_n, stride_p, first * (BLOCK_K // 4), last * (BLOCK_K // 4), LINES, ASM)
     wait_for_inputs(PDL)
+    if WARM:
+        warm(scale_x_ptr + rows_m, ASM)
+        warm(scale_ptr + rows_n, ASM)
+        if HAS_BIAS:
+            warm(bias_ptr + rows_n, ASM)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
     for _ in tl.range(first, last):
         if BLOCK_M == 16:  # but not where one token would be read sixteen times

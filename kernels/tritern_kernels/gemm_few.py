@@ -15,9 +15,31 @@ from .common import prefetch, store_scaled, unpack8, unpack16, wait_for_inputs
 
 
 @triton.jit
-def _parts(STEP: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr):
-    """Positions [PARTS, STEP / UNIT] in the first step: part p has the p-th STEP of it."""
-    return tl.arange(0, PARTS)[:, None] * (STEP // UNIT) + tl.arange(0, STEP // UNIT)[None, :]
+def _parts(BLOCK_K: tl.constexpr, PARTS: tl.constexpr):
+    """k [PARTS, BLOCK_K] of the first step: part p has the p-th BLOCK_K of it."""
+    return tl.arange(0, PARTS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+
+
+@triton.jit
+def _by_part(w, PARTS: tl.constexpr):
+    """[BN, PARTS * X] -> [PARTS * BN, X]. (Loaded part by part, the weights would conflict in the banks of
+    shared memory.)
+    """
+    w = tl.permute(tl.reshape(w, (w.shape[0], PARTS, w.shape[1] // PARTS)), (1, 0, 2))
+    return tl.reshape(w, (PARTS * w.shape[1], w.shape[2]))
+
+
+@triton.jit
+def _add_parts(acc, PARTS: tl.constexpr):
+    """[PARTS, BN, BM] -> [BN, BM]. By halves, which brings the parts into one thread before they are added;
+    tl.sum shuffles every element for itself and takes longer than the products.
+    """
+    acc = tl.permute(acc, (1, 2, 0))
+    for i in tl.static_range(PARTS.bit_length() - 1):
+        acc = tl.reshape(acc, (acc.shape[0], acc.shape[1], acc.shape[2] // 2, 2))
+        a, b = tl.split(acc)
+        acc = a + b
+    return tl.reshape(acc, (acc.shape[0], acc.shape[1]))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -32,9 +54,9 @@ def gemm_int8_few_kernel(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_n = tl.minimum(n, N - 1).to(tl.int64)
     rows_m = tl.minimum(m, M - 1).to(tl.int64)
-    k, byte = _parts(BLOCK_K, PARTS, 1), _parts(BLOCK_K, PARTS, 4)
+    k, byte = _parts(BLOCK_K, PARTS), tl.arange(0, PARTS * BLOCK_K // 4)
     x = x_ptr + rows_m[None, None, :] * K_padded + k[:, :, None]
-    w = packed_ptr + rows_n[None, :, None] * stride_p + byte[:, None, :]
+    w = packed_ptr + rows_n[:, None] * stride_p + byte[None, :]
     if LINES > 0:
         prefetch(packed_ptr, rows_n, stride_p, 0, K_padded // 4, LINES, ASM)
     wait_for_inputs(PDL)
@@ -45,15 +67,15 @@ def gemm_int8_few_kernel(
             w_tile = tl.load(w)
         else:
             left = K_padded - step * (PARTS * BLOCK_K)
-            w_tile = tl.load(w, mask=byte[:, None, :] < left // 4, other=0)
+            w_tile = tl.load(w, mask=byte[None, :] < left // 4, other=0)
             here = here & (k[:, :, None] < left)
         x_tile = tl.load(x, mask=here, other=0)
-        codes = unpack8(tl.reshape(w_tile, (PARTS * BLOCK_N, BLOCK_K // 4)), ASM)
+        codes = unpack8(_by_part(w_tile, PARTS), ASM)
         acc = tl.dot(tl.reshape(codes, (PARTS, BLOCK_N, BLOCK_K)), x_tile, acc, out_dtype=tl.int32)
         x += PARTS * BLOCK_K
         w += PARTS * BLOCK_K // 4
     scale_x = tl.load(scale_x_ptr + m, mask=m < M, other=0.0)
-    v = tl.sum(acc, axis=0).to(tl.float32) * scale_x[None, :]
+    v = _add_parts(acc, PARTS).to(tl.float32) * scale_x[None, :]
     store_scaled(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 1.0 / 64.0, HAS_BIAS, GELU)
 
 
@@ -69,18 +91,18 @@ def gemm_quantizing_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_n = tl.minimum(n, N - 1).to(tl.int64)
-    byte = _parts(BLOCK_K, PARTS, 4)
-    w = packed_ptr + rows_n[None, :, None] * stride_p + byte[:, None, :]
+    byte = tl.arange(0, PARTS * BLOCK_K // 4)
+    w = packed_ptr + rows_n[:, None] * stride_p + byte[None, :]
     prefetch(packed_ptr, rows_n, stride_p, 0, K_padded // 4, PARTS * BLOCK_K // 512, ASM)
     wait_for_inputs(PDL)
-    w_tile = tl.load(w, mask=byte[:, None, :] < K_padded // 4, other=0)
+    w_tile = tl.load(w, mask=byte[None, :] < K_padded // 4, other=0)
     x = load_rows(x_ptr, m.to(tl.int64), tl.arange(0, PARTS * BLOCK_K), stride_x, M, K)
     scale_x, inverse, finite = scales_of(absmax_bits(x), BLOCK_M)
     q = codes_of(x, inverse, finite, BLOCK_M, PARTS * BLOCK_K, ASM)
     q = tl.permute(tl.reshape(q, (BLOCK_M, PARTS, BLOCK_K)), (1, 2, 0))
-    codes = unpack8(tl.reshape(w_tile, (PARTS * BLOCK_N, BLOCK_K // 4)), ASM)
+    codes = unpack8(_by_part(w_tile, PARTS), ASM)
     acc = tl.dot(tl.reshape(codes, (PARTS, BLOCK_N, BLOCK_K)), q, out_dtype=tl.int32)
-    v = tl.sum(acc, axis=0).to(tl.float32) * scale_x[None, :]
+    v = _add_parts(acc, PARTS).to(tl.float32) * scale_x[None, :]
     store_scaled(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 1.0 / 64.0, HAS_BIAS, GELU)
 
 
@@ -96,9 +118,9 @@ def gemm_16bit_few_kernel(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_n = tl.minimum(n, N - 1).to(tl.int64)
     rows_m = tl.minimum(m, M - 1).to(tl.int64)
-    k, word = _parts(BLOCK_K, PARTS, 1), _parts(BLOCK_K, PARTS, 8)
+    k, word = _parts(BLOCK_K, PARTS), tl.arange(0, PARTS * BLOCK_K // 8)
     x = x_ptr + rows_m[None, None, :] * stride_x + k[:, :, None]
-    w = packed_ptr + rows_n[None, :, None] * stride_p + word[:, None, :]
+    w = packed_ptr + rows_n[:, None] * stride_p + word[None, :]
     if LINES > 0:
         bytes_ptr = packed_ptr.to(tl.pointer_type(tl.uint8))
         prefetch(bytes_ptr, rows_n, stride_p * 2, 0, K_padded // 4, LINES, ASM)
@@ -110,13 +132,13 @@ def gemm_16bit_few_kernel(
             w_tile = tl.load(w)
         else:
             done = step * (PARTS * BLOCK_K)
-            w_tile = tl.load(w, mask=word[:, None, :] < (K_padded - done) // 8, other=0)
+            w_tile = tl.load(w, mask=word[None, :] < (K_padded - done) // 8, other=0)
             here = here & (k[:, :, None] < K - done)
         x_tile = tl.load(x, mask=here, other=0.0)
-        codes = unpack16(tl.reshape(w_tile, (PARTS * BLOCK_N, BLOCK_K // 8)), x_ptr.dtype.element_ty, ASM)
+        codes = unpack16(_by_part(w_tile, PARTS), x_ptr.dtype.element_ty, ASM)
         acc = tl.dot(tl.reshape(codes, (PARTS, BLOCK_N, BLOCK_K)), x_tile, acc)
         x += PARTS * BLOCK_K
         w += PARTS * BLOCK_K // 8
-    v = tl.sum(acc, axis=0)
+    v = _add_parts(acc, PARTS)
     store_scaled(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 0.5, HAS_BIAS, GELU)
 

@@ -34,7 +34,7 @@ import triton
 from torch import Tensor
 
 from . import activations, gemm, tuning
-from .formats import padded_k
+from .formats import ATOM, padded_k
 from .launch import INTERPRETED
 from .ternarize import expand, ternarize
 from .tuning import KernelConfig, Mode
@@ -71,6 +71,7 @@ def candidates(mode: Mode, M: int, N: int, K: int, capability: int) -> list[Kern
     limit = tuning.shared_memory_limit(capability)
     found = (_small if M <= 128 else _large)(mode, M)
     found = [replace(c, block_k=min(c.block_k, padded_k(K) & -padded_k(K))) for c in found]
+    found += _few(mode, M, K) if M <= 64 else ()
     return [
         c
         for c in dict.fromkeys(found)
@@ -97,6 +98,20 @@ def _small(mode: Mode, M: int) -> Iterator[KernelConfig]:
                 yield KernelConfig(block_m, block_n, block_k, split, num_warps=warps, num_stages=stages)
 
 
+def _few(mode: Mode, M: int, K: int) -> Iterator[KernelConfig]:
+    """Up to 64 tokens: warps that share out K."""
+    block_m = max(16, 1 << (M - 1).bit_length())
+    whole = triton.next_power_of_2(padded_k(K))
+    for block_n, warps in product((16, 32, 64, 128), (4, 8)):
+        if block_m * block_n > 2048:
+            continue
+        tile = KernelConfig(block_m, block_n, ATOM, num_warps=warps, share_k=True)
+        for block_k, stages in ((128, 3), (128, 5), (256, 2), (256, 4)):
+            yield replace(tile, block_k=block_k, num_stages=stages)
+        if mode == "int8" and block_m <= 32 and ATOM * warps <= whole <= 1024:
+            yield replace(tile, block_k=whole // warps, num_stages=1, quantizing=True)
+
+
 def _large(mode: Mode, M: int) -> Iterator[KernelConfig]:
     """Above 128 tokens: large tiles."""
     if mode == "16bit":
@@ -118,6 +133,9 @@ def _large(mode: Mode, M: int) -> Iterator[KernelConfig]:
     ):  # fmt: skip
         for block_k, stages in ((128, 2), (128, 3), (128, 4), (256, 2), (256, 3)):
             yield KernelConfig(block_m, block_n, block_k, num_warps=warps, num_stages=stages)
+    for block_m, block_n, warps in ((128, 128, 8), (128, 256, 8), (128, 256, 16), (64, 256, 8)):
+        for stages in (3, 4, 5):
+            yield KernelConfig(block_m, block_n, 128, num_warps=warps, num_stages=stages, persistent=True)
 
 
 class Bench:
@@ -196,10 +214,10 @@ def graph_microseconds(calls: list[Callable[[], Any]], replays: int = 5) -> floa
     return statistics.median(samples)
 
 
-def compile_one(mode: Mode, config: KernelConfig) -> str:
+def compile_one(mode: Mode, config: KernelConfig, K: int) -> str:
     """Compile a configuration into Triton's cache, in a process of its own; why it does not, or nothing."""
     try:
-        bench = Bench(32, 512, 1024)
+        bench = Bench(32, 512, K)
         bench.call(mode, config, bench.packed[0])
         torch.cuda.synchronize()
     except Exception as error:  # a compiler may raise anything
@@ -207,7 +225,7 @@ def compile_one(mode: Mode, config: KernelConfig) -> str:
     return ""
 
 
-def compile_all(work: Iterable[tuple[Mode, KernelConfig]], workers: int | None = None) -> list[str]:
+def compile_all(work: Iterable[tuple[Mode, KernelConfig, int]], workers: int | None = None) -> list[str]:
     """Compile in parallel; the failures."""
     todo = list(work)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -239,8 +257,8 @@ def tune(
     major, minor = torch.cuda.get_device_capability()
     cases: list[tuple[Mode, int, int, int]] = [(mode, *shape) for mode, shape in product(modes, shapes)]
     choices = {case: candidates(*case, 10 * major + minor) for case in cases}
-    work: dict[tuple[Mode, KernelConfig], None] = dict.fromkeys(
-        (case[0], c) for case in cases for c in choices[case]
+    work: dict[tuple[Mode, KernelConfig, int], None] = dict.fromkeys(
+        (case[0], c, case[3]) for case in cases for c in choices[case]
     )
     for why in compile_all(work):
         report(f"does not compile: {why}")
@@ -311,6 +329,7 @@ def consolidate(entries: list[dict[str, Any]], slack: float = 0.04) -> list[dict
 def describe(c: KernelConfig) -> str:
     """A configuration in words."""
     split = f" split {c.split_k}" if c.split_k > 1 else ""
+    split += " shared out" * c.share_k + " quantizing" * c.quantizing + " persistent" * c.persistent
     tile = f"{c.block_m}t x {c.block_n}w x {c.block_k}k{split}"
     return "expanded" if c.expand else f"{tile}, {c.num_warps} warps, {c.num_stages} stages"
 
