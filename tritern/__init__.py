@@ -14,6 +14,7 @@ from .errors import CheckpointError, TriternError
 from .evaluate import Fidelity, evaluate
 from .export import dequantize
 from .gguf import export_gguf
+from .fused import fuse
 from .linear import TernaryLinear
 from .patch import patch
 from .summary import Summary, summary
@@ -42,6 +43,7 @@ __all__ = [
     "evaluate",
     "export_gguf",
     "from_bitnet",
+    "fuse",
     "lora",
     "patch",
     "summary",

@@ -1,4 +1,6 @@
-"""Per-token int8 quantization, written in the order the int8 GEMM reads (see ``formats``)."""
+"""Per-token int8 quantization, written in the order the int8 GEMM reads (see ``formats``): alone, behind a GELU,
+and behind a residual's addition and LayerNorm, in one pass over memory each.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,21 @@ _ONE_127TH = tl.constexpr(ONE_127TH)
 
 @triton.jit
 def load_rows(x_ptr, rows, cols, stride_x, M, K):
+    """fp32 [rows, cols] of x [M, K]; zero outside."""
     mask = (rows[:, None] < M) & (cols[None, :] < K)
     return tl.load(x_ptr + rows[:, None] * stride_x + cols[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def absmax_bits(x):
+    """The largest magnitude of each row of x fp32, as bits."""
     # As integers, magnitudes keep their order, and NaN and infinity rank above all numbers.
     return tl.max(x.to(tl.int32, bitcast=True) & _ABS_BITS, axis=1)
 
 
 @triton.jit
 def scales_of(bits, BLOCK_M: tl.constexpr):
-    """From the largest magnitudes, as bits: the scale, the factor that quantizes and whether all is finite."""
+    """From largest magnitudes as bits: the scale, the factor that quantizes, whether all is finite."""
     finite = bits < _INF_BITS
     absmax = tl.maximum(tl.where(finite, bits, 0).to(tl.float32, bitcast=True), _SMALLEST)
     inverse = tl.div_rn(tl.full((BLOCK_M,), 127.0, tl.float32), absmax)
@@ -70,14 +74,20 @@ def _store(
     tl.store(q_ptr + rows[:, None] * stride_q + cols[None, :], q, mask=mask)
 
 
+@triton.jit
+def _gelu(x, x_ptr):
+    """As torch does it: in fp32, rounded to x's dtype."""
+    return (0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))).to(x_ptr.dtype.element_ty).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["M"])
 def quantize_kernel(
     x_ptr, q_ptr, scale_ptr, clear_ptr, M, K, K_padded, stride_x, stride_q,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ONE_TILE: tl.constexpr, CLEAR: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr,
+    GELU: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K] -> q int8 [M, K_padded] in packed order, scale fp32 [M]. ONE_TILE: a row fits BLOCK_K, read it
-    once. The first program also sets CLEAR int32 to zero.
+    """x or gelu(x) [M, K] -> q int8 [M, K_padded] in packed order, scale fp32 [M]. ONE_TILE: a row fits
+    BLOCK_K, read it once. The first program also sets CLEAR int32 to zero.
     """
     wait_for_inputs(PDL)
     if CLEAR > 0:
@@ -87,17 +97,51 @@ def quantize_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     lanes = tl.arange(0, BLOCK_K)
     x = load_rows(x_ptr, rows, lanes, stride_x, M, K)
+    if GELU:
+        x = _gelu(x, x_ptr)
     bits = absmax_bits(x)
     if not ONE_TILE:
         for k in range(BLOCK_K, K, BLOCK_K):
-            bits = tl.maximum(bits, absmax_bits(load_rows(x_ptr, rows, k + lanes, stride_x, M, K)))
+            more = load_rows(x_ptr, rows, k + lanes, stride_x, M, K)
+            if GELU:
+                more = _gelu(more, x_ptr)
+            bits = tl.maximum(bits, absmax_bits(more))
     scale, inverse, finite = scales_of(bits, BLOCK_M)
     tl.store(scale_ptr + rows, scale, mask=rows < M)
     _store(q_ptr, x, inverse, finite, rows, lanes, stride_q, M, K_padded, BLOCK_M, BLOCK_K, ASM)
     if not ONE_TILE:
         for k in range(BLOCK_K, K_padded, BLOCK_K):
             x = load_rows(x_ptr, rows, k + lanes, stride_x, M, K)
+            if GELU:
+                x = _gelu(x, x_ptr)
             _store(q_ptr, x, inverse, finite, rows, k + lanes, stride_q, M, K_padded, BLOCK_M, BLOCK_K, ASM)
+
+
+@triton.jit(do_not_specialize=["M"])
+def add_norm_quantize_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, q_ptr, scale_ptr, M, K, K_padded, EPS,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y = LayerNorm(x + residual), all [M, K] of one dtype and contiguous; its q and scale as in
+    ``quantize_kernel``. A row fits BLOCK_K. Sum and result are rounded to the dtype, as if by torch.
+    """
+    wait_for_inputs(PDL)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_K)
+    v = load_rows(x_ptr, rows, cols, K, M, K) + load_rows(residual_ptr, rows, cols, K, M, K)
+    v = v.to(x_ptr.dtype.element_ty).to(tl.float32)
+    inside = (cols < K)[None, :]
+    v = tl.where(inside, v - (tl.sum(v, axis=1) / K)[:, None], 0.0)
+    v = v * tl.rsqrt(tl.sum(v * v, axis=1) / K + EPS)[:, None]
+    weight = tl.load(weight_ptr + cols, mask=cols < K, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, mask=cols < K, other=0.0).to(tl.float32)
+    y = (v * weight[None, :] + bias[None, :]).to(y_ptr.dtype.element_ty)
+    mask = (rows[:, None] < M) & inside
+    tl.store(y_ptr + rows[:, None] * K + cols[None, :], y, mask=mask)
+    y = y.to(tl.float32)
+    scale, inverse, finite = scales_of(absmax_bits(y), BLOCK_M)
+    tl.store(scale_ptr + rows, scale, mask=rows < M)
+    _store(q_ptr, y, inverse, finite, rows, cols, K_padded, M, K_padded, BLOCK_M, BLOCK_K, ASM)
 
 
 @cache
@@ -111,8 +155,8 @@ def quantize_blocks(K: int) -> tuple[int, int, bool]:
     return block_m, block_k, width == block_k
 
 
-def quantize(x: Tensor, clear: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Quantize x [M, K] (fp32, fp16 or bf16, rows contiguous) per token.
+def quantize(x: Tensor, clear: Tensor | None = None, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """Quantize x [M, K] (fp32, fp16 or bf16, rows contiguous), or its exact GELU, per token.
 
     ``clear``, int32 of a multiple of 128 elements, is set to zero by the same launch: a GEMM's tickets.
 
@@ -129,7 +173,37 @@ def quantize(x: Tensor, clear: Tensor | None = None) -> tuple[Tensor, Tensor]:
         quantize_kernel,
         (triton.cdiv(M, block_m), 1),
         (x, q, scale, scale if clear is None else clear, M, K, q.shape[1], x.stride(0), q.stride(0)),
-        (block_m, block_k, one_tile, 0 if clear is None else clear.numel(), _ASM),
+        (block_m, block_k, one_tile, 0 if clear is None else clear.numel(), gelu, _ASM),
         num_warps=4,
     )
     return q, scale
+
+
+LONGEST_ROW = 8192
+"""Largest K of ``add_norm_quantize``."""
+
+
+def add_norm_quantize(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm(x + residual) and its int8 form, in one launch.
+
+    x and residual [M, K], contiguous and of one dtype (fp32, fp16 or bf16), K up to ``LONGEST_ROW``; weight
+    and bias [K]. Not checked.
+
+    Returns:
+        y [M, K] in x's dtype; q and scale as ``quantize`` gives them for y.
+    """
+    M, K = x.shape
+    y = torch.empty_like(x)
+    q = torch.empty((M, padded_k(K)), dtype=torch.int8, device=x.device)
+    scale = torch.empty((M,), dtype=torch.float32, device=x.device)
+    block_m, block_k, _ = quantize_blocks(K)
+    launch(
+        add_norm_quantize_kernel,
+        (triton.cdiv(M, block_m), 1),
+        (x, residual, weight, bias, y, q, scale, M, K, q.shape[1], eps),
+        (block_m, block_k, _ASM),
+        num_warps=4,
+    )
+    return y, q, scale

@@ -226,6 +226,17 @@ def _unplanned(
     return gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype, gelu, tickets)
 
 
+def quantized_for(x: Tensor, N: int, gelu: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [M, K] on CUDA, or its GELU, quantized for a product with N rows: q, scale and what else
+    ``linear_int8_cuda`` takes.
+    """
+    from . import activations, gemm
+
+    config = _config(8, x.shape[0], N, x.shape[1], False, x.device)
+    tickets = gemm.make_tickets(x, N, config) if config.split_k > 1 else None
+    return *activations.quantize(x, tickets, gelu), tickets
+
+
 def linear_int8_cuda(
     x_q: Tensor,
     scale_x: Tensor,
@@ -235,14 +246,17 @@ def linear_int8_cuda(
     in_features: int,
     dtype: torch.dtype,
     gelu: bool = False,
+    tickets: Tensor | None = None,
 ) -> Tensor:
-    """Y [M, N] in ``dtype`` for activations that ``activations.quantize`` has made int8."""
+    """Y [M, N] in ``dtype`` for activations that are int8 already; ``tickets`` as ``quantized_for`` gives
+    them for this product, or None.
+    """
     from . import gemm
 
     if x_q.shape[0] == 0:
         return x_q.new_empty((0, packed.shape[0]), dtype=dtype)
     config = _config(8, x_q.shape[0], packed.shape[0], in_features, gelu, x_q.device)
-    return gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype, gelu)
+    return gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype, gelu, tickets)
 
 
 def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:

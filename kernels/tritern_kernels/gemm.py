@@ -20,7 +20,7 @@ from torch import Tensor
 from . import gemm_few
 from .common import prefetch, store_scaled, unpack8, unpack16, wait_for_inputs, warm
 from .formats import padded_k
-from .launch import ASM, launch, processors
+from .launch import ASM, launch
 
 if TYPE_CHECKING:
     from .tuning import KernelConfig
@@ -30,8 +30,9 @@ WARM = tl.constexpr(True)
 
 
 @triton.jit
-def _tile(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Grouped order: GROUP token tiles share their activations while ``pid`` walks along N."""
+def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Grouped order: GROUP token tiles share their activations while the program ids walk along N."""
+    pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     in_group = GROUP * tl.cdiv(N, BLOCK_N)
     first = pid // in_group * GROUP
@@ -50,7 +51,7 @@ def gemm_int8_kernel(
     """x int8 [M, K_padded] in packed order. With SPLIT > 1, program_id(1) takes a share of K; the last
     program to finish a tile, which the tile's ticket tells, adds the shares and stores.
     """
-    pm, pn = _tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
+    pm, pn = _tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     m = pm * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pn * BLOCK_N + tl.arange(0, BLOCK_N)
     first = 0
@@ -104,34 +105,6 @@ def gemm_int8_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def gemm_int8_persistent_kernel(
-    x_ptr, packed_ptr, scale_x_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K_padded, stride_p, stride_y,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """As ``gemm_int8_kernel`` without a split, but a program computes one tile after the other, and the next
-    tile's operands are on their way while a tile is scaled and stored: that counts where K is short.
-    """
-    wait_for_inputs(PDL)
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        pm, pn = _tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
-        m = pm * BLOCK_M + tl.arange(0, BLOCK_M)
-        n = pn * BLOCK_N + tl.arange(0, BLOCK_N)
-        rows_m = tl.minimum(m, M - 1).to(tl.int64)
-        rows_n = tl.minimum(n, N - 1).to(tl.int64)
-        x = x_ptr + rows_m[None, :] * K_padded + tl.arange(0, BLOCK_K)[:, None]
-        w = packed_ptr + rows_n[:, None] * stride_p + tl.arange(0, BLOCK_K // 4)[None, :]
-        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
-        for step in tl.range(0, K_padded // BLOCK_K):
-            codes = unpack8(tl.load(w + step * (BLOCK_K // 4)), ASM)
-            acc = tl.dot(codes, tl.load(x + step * BLOCK_K), acc, out_dtype=tl.int32)
-        scale_x = tl.load(scale_x_ptr + m, mask=m < M, other=0.0)
-        v = acc.to(tl.float32) * scale_x[None, :]
-        store_scaled(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 1.0 / 64.0, HAS_BIAS, GELU)
-
-
-@triton.jit(do_not_specialize=["M"])
 def gemm_16bit_kernel(
     x_ptr, packed_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, K_padded, stride_x, stride_p, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -139,7 +112,7 @@ def gemm_16bit_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """x fp16 or bf16 [M, K] in natural order; packed as uint16 words, stride_p words a row."""
-    pm, pn = _tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
+    pm, pn = _tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     m = pm * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pn * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -180,8 +153,6 @@ def int8_kernel(
     if config.share_k:
         even = K_padded % (config.num_warps * config.block_k) == 0
         return gemm_few.gemm_int8_few_kernel, (*tile, config.num_warps, even, config.lines(K_padded), *end)
-    if config.persistent:
-        return gemm_int8_persistent_kernel, (*tile, config.group_m, *end)
     return gemm_int8_kernel, (*tile, config.group_m, config.split_k, config.lines(K_padded), *end)
 
 
@@ -208,7 +179,7 @@ def gemm_int8(
         workspace = shares, make_tickets(x_q, N, config).zero_() if tickets is None else tickets
     launch(
         kernel,
-        config.grid(M, N, processors(x_q.device)),
+        config.grid(M, N),
         (
             x_q, packed, scale_x, scale, scale if bias is None else bias, y, *workspace,
             M, N, K_padded, packed.stride(0), y.stride(0),
@@ -253,7 +224,7 @@ def gemm_direct(
     kernel, constants = direct_kernel(config, K, bias is not None, gelu)
     launch(
         kernel,
-        config.grid(M, N, 1),
+        config.grid(M, N),
         (
             x, weight, scale, scale if bias is None else bias, y,
             M, N, K, padded_k(K), x.stride(0), weight.stride(0), y.stride(0),

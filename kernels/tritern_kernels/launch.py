@@ -25,12 +25,6 @@ def overlaps(device: int) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 in the interpreter."""
-    return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def hooked() -> bool:
     """Whether somebody, such as a profiler, asked Triton to be told of launches."""
     hook = knobs.runtime.launch_enter_hook

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import activations, gemm
 from .formats import padded_k
-from .launch import ASM, compile_and_run, current_stream, hooked, overlaps, processors, run
+from .launch import ASM, compile_and_run, current_stream, hooked, overlaps, run
 from .tuning import KernelConfig
 
 
@@ -38,7 +38,6 @@ class Plan:
     ) -> None:
         self.config, self.N, self.dtype, self.device = config, N, dtype, device
         self.K_padded = padded_k(K)
-        self.processors = processors(device)
         self.pdl = overlaps(device.index)
         self.direct = activation_bits == 16 or config.quantizing
         self.kernels: tuple[Any, ...] | None = None
@@ -57,7 +56,7 @@ class Plan:
             block_m, block_k, one_tile = activations.quantize_blocks(K)
             self.rows_per_program = block_m
             self.quantize_sizes = (K, self.K_padded, stride_x, self.K_padded)
-            self.quantize_constants = (block_m, block_k, one_tile, self.tickets, ASM)
+            self.quantize_constants = (block_m, block_k, one_tile, self.tickets, False, ASM)
             self.quantize_tail = (*self.quantize_sizes, *self.quantize_constants, self.pdl)
         self.tail = (*self.sizes, *self.constants, self.pdl)
 
@@ -70,7 +69,7 @@ class Plan:
             return None
         M = x.shape[0]
         y = torch.empty((M, self.N), dtype=self.dtype, device=self.device)
-        grid = self.config.grid(M, self.N, self.processors)
+        grid = self.config.grid(M, self.N)
         call = self._direct if self.direct else self._quantized
         call(x, packed, scale, scale if bias is None else bias, y, grid, (x_ptr, packed_ptr, scale_ptr, bias_ptr))
         return y

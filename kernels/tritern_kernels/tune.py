@@ -133,9 +133,6 @@ def _large(mode: Mode, M: int) -> Iterator[KernelConfig]:
     ):  # fmt: skip
         for block_k, stages in ((128, 2), (128, 3), (128, 4), (256, 2), (256, 3)):
             yield KernelConfig(block_m, block_n, block_k, num_warps=warps, num_stages=stages)
-    for block_m, block_n, warps in ((128, 128, 8), (128, 256, 8), (128, 256, 16), (64, 256, 8)):
-        for stages in (3, 4, 5):
-            yield KernelConfig(block_m, block_n, 128, num_warps=warps, num_stages=stages, persistent=True)
 
 
 class Bench:
@@ -329,7 +326,7 @@ def consolidate(entries: list[dict[str, Any]], slack: float = 0.04) -> list[dict
 def describe(c: KernelConfig) -> str:
     """A configuration in words."""
     split = f" split {c.split_k}" if c.split_k > 1 else ""
-    split += " shared out" * c.share_k + " quantizing" * c.quantizing + " persistent" * c.persistent
+    split += " shared out" * c.share_k + " quantizing" * c.quantizing
     tile = f"{c.block_m}t x {c.block_n}w x {c.block_k}k{split}"
     return "expanded" if c.expand else f"{tile}, {c.num_warps} warps, {c.num_stages} stages"
 

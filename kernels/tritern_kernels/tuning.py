@@ -43,7 +43,6 @@ class KernelConfig:
         share_k: the warps of a program share out K, ``block_k`` of every step to each: the kernels of
             ``gemm_few``.
         quantizing: with ``share_k`` and all of K in one step, the product quantizes its activations itself.
-        persistent: one program a multiprocessor computes tile after tile.
     """
 
     block_m: int
@@ -56,7 +55,6 @@ class KernelConfig:
     expand: bool = False
     share_k: bool = False
     quantizing: bool = False
-    persistent: bool = False
 
     @property
     def step(self) -> int:
@@ -72,12 +70,11 @@ class KernelConfig:
         """Tiles of an [M, N] result."""
         return -(-M // self.block_m) * -(-N // self.block_n)
 
-    def grid(self, M: int, N: int, processors: int) -> tuple[int, int]:
+    def grid(self, M: int, N: int) -> tuple[int, int]:
         """Programs to launch for an [M, N] result."""
         if self.share_k:
             return -(-N // self.block_n), -(-M // self.block_m)
-        tiles = self.tiles(M, N)
-        return (min(tiles, processors) if self.persistent else tiles), self.split_k
+        return self.tiles(M, N), self.split_k
 
     def lines(self, K_padded: int) -> int:
         """Lines of 128 bytes of packed weights, rounded up to a power of two, that a program asks for ahead
@@ -107,10 +104,8 @@ class KernelConfig:
             return "expand is for 16-bit activations"
         if self.split_k != 1 and mode == "16bit":
             return f"split_k is for int8 sums, which add up exactly in any order; received {self.split_k}"
-        if self.split_k != 1 and (self.share_k or self.persistent):
-            return f"share_k and persistent do not go with split_k; received {self.split_k}"
-        if self.persistent and (mode == "16bit" or self.share_k):
-            return "persistent is for int8 activations and many tokens"
+        if self.split_k != 1 and self.share_k:
+            return f"share_k does not go with split_k; received {self.split_k}"
         if self.quantizing and (mode == "16bit" or not self.share_k or padded_k(K) > self.step):
             return f"quantizing is for int8 activations, share_k and K up to {self.step}; received {K}"
         steps = -(-padded_k(K) // self.block_k)

@@ -55,7 +55,6 @@ TILE = KernelConfig(16, 32, 128, num_stages=2)
         (TILE, 8, 2),
         (replace(TILE, split_k=3), 8, 2),
         (replace(TILE, share_k=True), 8, 2),
-        (replace(TILE, persistent=True), 8, 2),
         (replace(TILE, share_k=True, quantizing=True), 8, 1),
         (TILE, 16, 1),
         (replace(TILE, share_k=True), 16, 1),

@@ -1,0 +1,180 @@
+"""Fused blocks: the kernels run in Triton's interpreter where there is no GPU."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import AutoModel, BertConfig, CamembertConfig, ElectraConfig, RobertaConfig, XLMRobertaConfig
+
+import tritern
+from tritern import fused
+from tritern_kernels import dispatch
+
+SIZES = {
+    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "initializer_range": 0.2, "max_position_embeddings": 70, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def on_gpu(monkeypatch, device):
+    """Fused steps wherever the tensors are; counts the blocks that took them."""
+    ran = []
+    forward = fused._forward
+    monkeypatch.setattr(fused, "_forward", lambda *a: ran.append(a[0]) or forward(*a))
+    if device == "cpu":
+        monkeypatch.setattr(fused, "_on_gpu", lambda x: True)
+        monkeypatch.setattr(dispatch, "_device", lambda index: ("a GPU without a table", 90, 132))
+        monkeypatch.setattr(fused, "linear_unchecked", torch.ops.tritern.linear)
+    return ran
+
+
+def model_of(config, device, **patch):
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:  # biases and norms that do something
+            torch.nn.init.normal_(parameter, 1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.1)
+    return tritern.patch(model, **patch).to(device)
+
+
+def bert(device, **settings):
+    return model_of(BertConfig(**SIZES, **settings), device)
+
+
+def batch(device, texts=3, length=20):
+    ids = torch.randint(1, 60, (texts, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, length // 2 :] = 0
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+@pytest.mark.parametrize("config", [BertConfig, RobertaConfig, XLMRobertaConfig, CamembertConfig, ElectraConfig])
+def test_fused_blocks_give_the_models_outputs(config, device, on_gpu):
+    model, inputs = model_of(config(**SIZES), device), batch(device)
+    with torch.inference_mode():
+        expected = model(**inputs).last_hidden_state
+        assert tritern.fuse(model) == 2
+        assert tritern.fuse(model) == 2  # again: the same
+        for _ in range(2):  # query, key and value are merged, then found merged
+            got = model(**inputs).last_hidden_state
+            # last bits of LayerNorm, now and then an int8 step: 1/127 of a value
+            assert torch.nn.functional.cosine_similarity(got, expected, dim=-1).min() > 0.9995
+            assert (got - expected).abs().mean() < 2e-3 * expected.abs().mean()
+    assert len(on_gpu) == 4
+
+
+def test_a_text_has_the_same_bits_in_any_batch(device, on_gpu):
+    model, inputs = bert(device), batch(device)
+    tritern.fuse(model)
+    with torch.inference_mode():
+        whole = model(input_ids=inputs["input_ids"]).last_hidden_state
+        alone = model(input_ids=inputs["input_ids"][1:2]).last_hidden_state
+    assert torch.allclose(whole[1:2], alone, atol=1e-6 if device == "cpu" else 1e-3)
+
+
+def test_saved_copied_and_pickled_as_before(device, on_gpu, tmp_path):
+    model, inputs = bert(device), batch(device)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tritern.fuse(model)
+    with torch.inference_mode():
+        expected = model(**inputs).last_hidden_state
+        after = model.state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path).to(device).eval()
+        assert not isinstance(loaded.encoder.layer[0], fused._Fused)
+        tritern.fuse(loaded)
+        for other in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert isinstance(other.encoder.layer[0], fused._Fused)
+            assert type(other.encoder.layer[0]).__name__ == "BertLayer"
+            assert torch.equal(other(**inputs).last_hidden_state, expected)
+
+
+def test_new_weights_are_seen(device, on_gpu):
+    model, other, inputs = bert(device), bert(device), batch(device)
+    tritern.fuse(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.9)
+        for layer in other.modules():
+            if isinstance(layer, tritern.TernaryLinear):
+                layer.weight.copy_(layer.weight.flip(0))
+        tritern.fuse(other)
+        expected = other(**inputs).last_hidden_state
+        model(**inputs)
+        model.load_state_dict(other.state_dict())
+        assert torch.equal(model(**inputs).last_hidden_state, expected)
+
+
+def test_activations_in_int8_are_handed_on_only_while_they_are_right(device, on_gpu):
+    model, inputs = bert(device), batch(device)
+    tritern.fuse(model)
+    second = model.encoder.layer[1]
+    seen = []
+    quantized_for = fused.quantized_for
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(fused, "quantized_for", lambda x, N, gelu=False: seen.append(gelu) or quantized_for(x, N, gelu))
+        model(**inputs)
+        assert seen.count(False) == 1  # the first block's
+        first = model.encoder.layer[0](model.embeddings(inputs["input_ids"]), None)
+        assert first._tritern
+        assert torch.equal(second(first.mul_(2.0)), second(first * 1.0))  # changed in place: quantized anew
+        seen.clear()
+        handle = second.register_forward_pre_hook(lambda module, args: (args[0].add_(1.0), None)[1])
+        model(**inputs)
+        assert seen.count(False) == 2
+        handle.remove()
+
+
+def test_everything_but_serving_runs_unfused(device, on_gpu):
+    model, inputs = bert(device), batch(device)
+    tritern.fuse(model)
+    model(**inputs)  # with gradients
+    model.train()
+    with torch.no_grad():
+        model(**inputs)
+        model.eval()
+        model.set_attn_implementation("eager")
+        assert len(model(**inputs, output_attentions=True).attentions) == 2
+        model.set_attn_implementation("sdpa")
+        model.encoder.layer[0].output.dense.register_forward_hook(lambda *_: None)
+        on_gpu.clear()
+        model(**inputs)
+        assert model.encoder.layer[0] not in on_gpu
+        tritern.dequantize(model)
+        on_gpu.clear()
+        model(**inputs)
+        assert not on_gpu
+
+
+def test_what_cannot_be_fused_is_said(device):
+    with pytest.raises(tritern.TriternError, match=r"no block to fuse.*tritern.patch\(\) first"):
+        tritern.fuse(AutoModel.from_config(BertConfig(**SIZES)))
+    for model in (
+        bert(device, hidden_act="relu"),
+        bert(device, is_decoder=True),
+        model_of(BertConfig(**SIZES), device, activation_bits=16),
+    ):
+        with pytest.raises(tritern.TriternError, match="no block to fuse"):
+            tritern.fuse(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fused_on_the_gpu(dtype):
+    config = BertConfig(**SIZES | {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12})
+    config.initializer_range = 0.05
+    model, inputs = model_of(config, "cuda").to(dtype), batch("cuda", 30, 60)
+    with torch.inference_mode():
+        expected = model(**inputs).last_hidden_state.float()
+        tritern.fuse(model)
+        for _ in range(2):
+            got = model(**inputs).last_hidden_state.float()
+            assert torch.nn.functional.cosine_similarity(got, expected, dim=-1).min() > 0.995
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(**inputs).last_hidden_state
+        graph.replay()
+        assert torch.equal(captured, model(**inputs).last_hidden_state)
