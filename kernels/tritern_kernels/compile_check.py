@@ -89,7 +89,7 @@ def jobs(capability: int) -> Iterator[Job]:
         for tile, used in splits.items():
             yield from _gemm_jobs(mode, _config_of(tile), capability, (False,), tuple(sorted(used)))
     for K in (384, 768, 4096, 16384):
-        blocks = dict(zip(("BLOCK_M", "BLOCK_K", "ONE_TILE"), activations.quantize_blocks(K), strict=True))
+        blocks = dict(zip(("BLOCK_M", "BLOCK_K", "PIECES"), activations.quantize_blocks(K), strict=True))
         blocks |= {"CLEAR": 128, "GELU": False, "ASM": True, "PDL": capability >= 90}
         types = {"x_ptr": "*bf16", "q_ptr": "*i8", "scale_ptr": "*fp32", "clear_ptr": "*i32"}
         types |= dict.fromkeys(("M", "K", "K_padded", "stride_x", "stride_q"), "i32")

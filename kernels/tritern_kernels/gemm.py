@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from .tuning import KernelConfig
 
 
-WARM = tl.constexpr(True)
-
-
 @triton.jit
 def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """Grouped order: GROUP token tiles share their activations while the program ids walk along N."""
@@ -71,7 +68,7 @@ def gemm_int8_kernel(
     if LINES > 0:
         prefetch(packed_ptr, rows_n, stride_p, first * (BLOCK_K // 4), last * (BLOCK_K // 4), LINES, ASM)
     wait_for_inputs(PDL)
-    if WARM:
+    if LINES == 0:
         warm(scale_x_ptr + rows_m, ASM)
         warm(scale_ptr + rows_n, ASM)
         if HAS_BIAS:

@@ -53,10 +53,10 @@ class Plan:
             self.kernel, self.constants = gemm.int8_kernel(config, self.K_padded, has_bias, gelu)
             self.shares = self.kernel is gemm.gemm_int8_kernel
             self.sizes = (N, self.K_padded, self.K_padded // 4, N)
-            block_m, block_k, one_tile = activations.quantize_blocks(K)
+            block_m, block_k, pieces = activations.quantize_blocks(K)
             self.rows_per_program = block_m
             self.quantize_sizes = (K, self.K_padded, stride_x, self.K_padded)
-            self.quantize_constants = (block_m, block_k, one_tile, self.tickets, False, ASM)
+            self.quantize_constants = (block_m, block_k, pieces, self.tickets, False, ASM)
             self.quantize_tail = (*self.quantize_sizes, *self.quantize_constants, self.pdl)
         self.tail = (*self.sizes, *self.constants, self.pdl)
 

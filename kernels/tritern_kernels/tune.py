@@ -71,7 +71,7 @@ def candidates(mode: Mode, M: int, N: int, K: int, capability: int) -> list[Kern
     limit = tuning.shared_memory_limit(capability)
     found = (_small if M <= 128 else _large)(mode, M)
     found = [replace(c, block_k=min(c.block_k, padded_k(K) & -padded_k(K))) for c in found]
-    found += _few(mode, M, K) if M <= 64 else ()
+    found += _few(mode, M, K) if M <= 32 else ()
     return [
         c
         for c in dict.fromkeys(found)
@@ -99,16 +99,14 @@ def _small(mode: Mode, M: int) -> Iterator[KernelConfig]:
 
 
 def _few(mode: Mode, M: int, K: int) -> Iterator[KernelConfig]:
-    """Up to 64 tokens: warps that share out K."""
+    """Up to 32 tokens: warps that share out K."""
     block_m = max(16, 1 << (M - 1).bit_length())
     whole = triton.next_power_of_2(padded_k(K))
-    for block_n, warps in product((16, 32, 64, 128), (4, 8)):
-        if block_m * block_n > 2048:
-            continue
+    for block_n, warps in product((16, 32, 64) if M <= 16 else (16, 32), (4, 8)):
         tile = KernelConfig(block_m, block_n, ATOM, num_warps=warps, share_k=True)
-        for block_k, stages in ((128, 3), (128, 5), (256, 2), (256, 4)):
+        for block_k, stages in ((128, 3), (256, 2), (256, 4)):
             yield replace(tile, block_k=block_k, num_stages=stages)
-        if mode == "int8" and block_m <= 32 and ATOM * warps <= whole <= 1024:
+        if mode == "int8" and ATOM * warps <= whole <= 1024:
             yield replace(tile, block_k=whole // warps, num_stages=1, quantizing=True)
 
 
