@@ -204,11 +204,11 @@ def with_speeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as aligned text."""
     lines = [
-        f"{'model':11s} {'texts x tokens':>14s} {'arm':10s} {'kind':15s} {'p50 ms':>8s} {'p99 ms':>8s} "
+        f"{'model':11s} {'texts x tokens':>14s} {'arm':13s} {'kind':15s} {'p50 ms':>8s} {'p99 ms':>8s} "
         f"{'texts/s':>9s} {'speed':>6s} {'of kind':>7s} {'held MB':>8s} {'peak MB':>8s}"
     ]
     for r in rows:
-        head = f"{r['model']:11s} {r['texts']:6d} x {r['tokens']:5d} {r['arm']:10s} {r['kind']:15s}"
+        head = f"{r['model']:11s} {r['texts']:6d} x {r['tokens']:5d} {r['arm']:13s} {r['kind']:15s}"
         if "reason" in r:
             lines.append(f"{head} not measured: {r['reason']}")
             continue
@@ -248,28 +248,38 @@ def linears_in_a_graph(name: str, tokens: int) -> list[dict[str, Any]]:
 
 
 def new_lengths(device: str, count: int = 60) -> dict[str, Any]:
-    """Times of forward passes whose numbers of tokens come for the first time, after ``tritern.warmup``."""
+    """Forward passes whose numbers of tokens come for the first time, after ``tritern.warmup``: their times,
+    and how many kernels they compiled.
+    """
+    from triton.runtime.jit import JITFunction
+
     found: dict[str, Any] = {}
-    for arm in ("fp16", "ternary"):
+    compile_ = JITFunction._do_compile
+    for arm in ("fp16", "ternary", "ternary fused"):
         model = build("minilm", torch.float16, device)
-        if arm == "ternary":
+        warmup_s = 0.0
+        if arm != "fp16":
             tritern.patch(model)
+            if arm == "ternary fused":
+                tritern.fuse(model)
             start = time.perf_counter()
             tritern.warmup(model)
-            found["warmup_s"] = time.perf_counter() - start
+            warmup_s = time.perf_counter() - start
         forward(model, torch.full((3, 7), 1000, device=device))
         samples = []
-        for i in range(count):
-            ids = torch.full((1 + 5 * i, 8 + 3 * (i % 17)), 1000, device=device)
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            forward(model, ids)
-            torch.cuda.synchronize()
-            samples.append(1e3 * (time.perf_counter() - start))
-        found[arm] = {"median_ms": statistics.median(samples), "largest_ms": max(samples)}
-    print(
-        f"new lengths, after a warm-up of {found['warmup_s']:.1f} s: {found['ternary']}; fp16 {found['fp16']}"
-    )
+        with mock.patch.object(JITFunction, "_do_compile", autospec=True, side_effect=compile_) as compiled:
+            for i in range(count):
+                ids = torch.full((1 + 5 * i, 8 + 3 * (i % 17)), 1000, device=device)
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                forward(model, ids)
+                torch.cuda.synchronize()
+                samples.append(1e3 * (time.perf_counter() - start))
+        found[arm] = {
+            "warmup_s": warmup_s, "median_ms": statistics.median(samples), "largest_ms": max(samples),
+            "compiled": compiled.call_count,
+        }  # fmt: skip
+        print(f"{count} new lengths, {arm}: {found[arm]}")
     return found
 
 
@@ -280,11 +290,13 @@ def end_to_end(path: str, device: str, sentences: int, compiled: bool) -> list[d
 
     texts = texts_for(argparse.Namespace(texts=None), sentences)
     rows = []
-    for arm in ("fp16", "ternary"):
+    for arm in ("fp16", "ternary", "ternary fused"):
         model = SentenceTransformer(path, device=device, model_kwargs={"dtype": torch.float16})
-        if arm == "ternary":
+        if arm != "fp16":
             tritern.patch(model)
-        for kind in ("eager", "compiled")[: 2 if compiled else 1]:
+        if arm == "ternary fused":
+            tritern.fuse(model)
+        for kind in ("eager", "compiled")[: 2 if compiled and arm != "ternary fused" else 1]:
             if kind == "compiled":
                 torch._dynamo.reset()
                 for block in blocks(model):
@@ -319,7 +331,7 @@ def end_to_end(path: str, device: str, sentences: int, compiled: bool) -> list[d
                 })  # fmt: skip
                 shares = ", ".join(f"{k} {100 * v:.0f} %" for k, v in rows[-1]["shares"].items())
                 rate = rows[-1]["sentences_per_second"]
-                print(f"encode() {arm:8s} {kind:9s} batch {batch:4d} {rate:9.0f} sentences/s; {shares}")
+                print(f"encode() {arm:13s} {kind:9s} batch {batch:4d} {rate:9.0f} sentences/s; {shares}")
     return rows
 
 
@@ -366,14 +378,18 @@ def main() -> None:
                 print(f"out of time: {name} {kinds[0]} not measured")
                 continue
             found: list[dict[str, Any]] = []
-            for arm in ("fp32", "bf16", "fp16", "ternary", "ternary 16"):
+            for arm in ("fp32", "bf16", "fp16", "ternary", "ternary fused", "ternary 16"):
                 dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(arm, torch.float16)
-                main_arm = arm in ("fp16", "ternary")
+                main_arm = arm in ("fp16", "ternary", "ternary fused")
                 if not main_arm and (name != "minilm" or kinds[0] == "compiled"):
+                    continue
+                if arm == "ternary fused" and (MODELS[name]["type"] != "bert" or kinds[0] == "compiled"):
                     continue
                 model = build(name, dtype, device)
                 if arm.startswith("ternary"):
                     tritern.patch(model, activation_bits=16 if "16" in arm else 8)
+                if arm == "ternary fused":
+                    tritern.fuse(model)
                 found += measure(name, arm, model, kinds if main_arm else kinds[:1], shapes, device)
                 del model
                 gc.collect()

@@ -13,8 +13,8 @@ from .embedding import Int8Embedding
 from .errors import CheckpointError, TriternError
 from .evaluate import Fidelity, evaluate
 from .export import dequantize
-from .gguf import export_gguf
 from .fused import fuse
+from .gguf import export_gguf
 from .linear import TernaryLinear
 from .patch import patch
 from .summary import Summary, summary

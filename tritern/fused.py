@@ -1,22 +1,25 @@
 """Transformer blocks of the BERT kind with their steps fused, for serving on a GPU.
 
 Between its products such a block adds, normalizes, applies GELU and quantizes: each a pass over memory and a
-launch, together longer than the products. Fused, query, key and value are one product on one quantization, and
-each addition and LayerNorm and each GELU gives the next product's int8 activations in the same pass.
+launch, together longer than the products. Fused, query, key and value are one product on one quantization,
+and each addition and LayerNorm and each GELU gives the next product's int8 activations in the same pass.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tritern_kernels.dispatch import linear_int8_cuda, linear_unchecked, quantized_for
+from tritern_kernels.dispatch import BlockSizes, block_plan
 
 from .errors import TriternError
 from .linear import TernaryLinear
+
+if TYPE_CHECKING:
+    from tritern_kernels.block import Weights
 
 _BLOCKS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer")
 _LONGEST_ROW = 8192  # activations.LONGEST_ROW, which cannot be imported without Triton
@@ -25,11 +28,11 @@ _LONGEST_ROW = 8192  # activations.LONGEST_ROW, which cannot be imported without
 def fuse(model: nn.Module) -> int:
     """Fuse the steps of ternary transformer blocks, in place, for faster inference on a CUDA GPU.
 
-    For blocks of BERT, RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA (MiniLM, E5, BGE, GTE, LaBSE and many more are
-    these) with int8 activations and exact GELU; others stay as they are. Parameters and saved files stay the
-    same. Results differ from the unfused model's in last bits of LayerNorm, which int8 rounding now and then
-    turns into a step, so embed queries and documents the same way. In training, on a CPU, under autocast or
-    ``torch.compile``, with hooks inside a block or where attentions are asked for, a fused block runs unfused.
+    For blocks of BERT, RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA (MiniLM, E5, BGE, GTE, LaBSE and many more
+    are these) with int8 activations and exact GELU; others stay as they are. Parameters and saved files stay
+    the same. Results differ from the unfused model's in last bits of LayerNorm and GELU, which int8 rounding
+    now and then turns into a step, so embed queries and documents the same way. In training, on a CPU, under
+    autocast or ``torch.compile``, with eager attention or hooks inside a block, it runs unfused.
 
     Args:
         model: a model that ``tritern.patch`` or loading made ternary.
@@ -40,17 +43,36 @@ def fuse(model: nn.Module) -> int:
     Raises:
         TriternError: the model has no block that can be fused.
     """
-    found = [m for m in model.modules() if isinstance(m, _Fused) or _can_be_fused(m)]
+    found = [m for m in model.modules() if is_fused(m) or _can_be_fused(m)]
     if not found:
         raise TriternError(
-            "the model has no block to fuse: fuse() takes blocks of BERT, RoBERTa, XLM-RoBERTa, CamemBERT or ELECTRA "
-            "whose linear layers are ternary with activation_bits=8, with GELU between them. Call tritern.patch() "
-            "first; models of other families run without fuse()."
+            "the model has no block to fuse: fuse() takes blocks of BERT, RoBERTa, XLM-RoBERTa, CamemBERT or "
+            "ELECTRA whose linear layers are ternary with activation_bits=8, with GELU between them. Call "
+            "tritern.patch() first; models of other families run without fuse()."
         )
     for block in found:
-        if not isinstance(block, _Fused):
+        if not is_fused(block):
             block.__class__ = _fused_class(type(block))
     return len(found)
+
+
+class BlockSize(NamedTuple):
+    """What tells kinds of fused blocks apart."""
+
+    hidden: int
+    inner: int
+    device: torch.device
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether ``fuse`` has made the module what it is."""
+    return isinstance(module, _Fused)
+
+
+def size_of(block: Any) -> BlockSize:
+    """The size of a fused block."""
+    dense = block.intermediate.dense
+    return BlockSize(dense.in_features, dense.out_features, dense.weight.device)
 
 
 def _can_be_fused(block: nn.Module) -> bool:
@@ -60,7 +82,9 @@ def _can_be_fused(block: nn.Module) -> bool:
     activation = block.intermediate.intermediate_act_fn
     return (
         all(type(x) is TernaryLinear and x.activation_bits == 8 and x.norm is None for x in layers)
-        and all(type(n) is nn.LayerNorm and n.bias is not None and len(n.normalized_shape) == 1 for n in norms)
+        and all(
+            type(n) is nn.LayerNorm and n.bias is not None and len(n.normalized_shape) == 1 for n in norms
+        )
         and len({x.bias is None for x in layers[:3]}) == 1
         and layers[0].in_features <= _LONGEST_ROW
         and (type(activation).__name__ == "GELUActivation" or _is_exact_gelu(activation))
@@ -95,9 +119,16 @@ class _Fused(nn.Module):
     ) -> Any:
         """Hidden states [texts, tokens, hidden] -> the same, as the block's class."""
         if encoder_hidden_states is None and past_key_values is None and _serves(self, hidden_states):
-            return _forward(self, hidden_states, attention_mask, kwargs)
+            result = _forward(self, hidden_states, attention_mask, kwargs)
+            if result is not None:
+                return result
         return super().forward(
-            hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
+            hidden_states,
+            attention_mask,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            past_key_values,
+            **kwargs,
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -145,75 +176,74 @@ def _inside(block: Any) -> tuple[nn.Module, ...]:
     )  # fmt: skip
 
 
-def _forward(block: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+def _forward(block: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+    """The block's output; None where the kernels do not take the tensors as they lie in memory."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    attention, dense = block.attention.self, block.attention.output.dense
+    attention = block.attention.self
     texts, tokens, width = hidden.shape
-    x = hidden.reshape(-1, width)
-    q, scale, tickets = _quantized(block, hidden, x)
-    packed, weight_scale, bias = _merged(block)
-    qkv = linear_int8_cuda(q, scale, packed, weight_scale, bias, width, x.dtype, tickets=tickets)
-    heads = (texts, tokens, -1, attention.attention_head_size)
-    query, key, value = (part.view(heads).transpose(1, 2) for part in qkv.view(texts, tokens, -1).chunk(3, dim=-1))
+    x = hidden.reshape(-1, width).contiguous()
+    sizes, weights = _weights(block)
+    plan = block_plan(sizes, x.shape[0], x.dtype, x.device)
+    known = getattr(hidden, "_tritern", None)
+    hooked = block._forward_hooks or block._forward_pre_hooks
+    fresh = known is not None and known[1] == _version(hidden) and not hooked
+    found = plan.before(x, known[0] if fresh else None, weights)
+    if found is None:
+        return None
+    qkv, buffer = found
+    heads = (texts, tokens, 3, -1, attention.attention_head_size)
+    query, key, value = qkv.view(heads).permute(2, 0, 3, 1, 4).unbind(0)
     interface = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     context, _ = interface(
         attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling, **kwargs
     )
-    context = context.reshape(x.shape[0], -1)
-    out = linear_unchecked(context, dense.weight, dense.weight_scale, dense.bias, dense.in_features, 8, False)
-    y, q, scale = _add_norm_quantize(out, x, block.attention.output.LayerNorm)
-    inner = block.intermediate.dense
-    h = linear_int8_cuda(q, scale, inner.weight, inner.weight_scale, inner.bias, width, x.dtype)
-    last = block.output.dense
-    q, scale, tickets = quantized_for(h, last.out_features, gelu=True)
-    out = linear_int8_cuda(
-        q, scale, last.weight, last.weight_scale, last.bias, last.in_features, x.dtype, tickets=tickets
-    )
-    y, q, scale = _add_norm_quantize(out, y, block.output.LayerNorm)
-    result = y.view(hidden.shape)
-    if not (block._forward_hooks or block._forward_pre_hooks):
-        result._tritern = q, scale, _version(result)  # for the next block, if it is handed this very tensor
+    z, int8 = plan.after(context.reshape(x.shape).contiguous(), x, buffer, weights)
+    result = z.view(hidden.shape)
+    if not hooked:
+        result._tritern = int8, _version(result)  # for the next block, if it is handed this very tensor
     return result
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
-
-
-def _quantized(block: Any, hidden: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x in int8: from the block before, unless anything may have changed it since."""
-    known = getattr(hidden, "_tritern", None)
-    if known and known[2] == _version(hidden) and not (block._forward_hooks or block._forward_pre_hooks):
-        return known[0], known[1], None
-    return quantized_for(x.contiguous(), 3 * block.attention.self.query.out_features)
-
-
-def _merged(block: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Packed weights, scales and bias of query, key and value in one; the layers' weights become parts of
-    it.
-    """
-    layers = _layers_of(block)[:3]
-    key = [(*_place(x.weight), *_place(x.weight_scale), *_place(x.bias)) for x in layers]
-    if getattr(block, "_tritern_merged", None) is None or block._tritern_merged[0] != key:
-        with torch.inference_mode(False), torch.no_grad():
-            merged = torch.cat([x.weight for x in layers]), torch.cat([x.weight_scale for x in layers])
-            biases = [x.bias for x in layers if x.bias is not None]
-            bias = torch.cat(biases) if biases else None
-            row = 0
-            for layer in layers:
-                rows = slice(row, row := row + layer.out_features)
-                layer.weight, layer.weight_scale = merged[0][rows], merged[1][rows]
-        key = [(*_place(x.weight), *_place(x.weight_scale), *_place(x.bias)) for x in layers]
-        block._tritern_merged = key, (*merged, bias)
-    return block._tritern_merged[1]
+def _version(x: Tensor | None) -> int:
+    return 0 if x is None or x.is_inference() else x._version
 
 
 def _place(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.data_ptr(), _version(x))
+    return (0 if x is None else x.data_ptr()), _version(x)
 
 
-def _add_norm_quantize(x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from tritern_kernels.activations import add_norm_quantize
+def _weights(block: Any) -> tuple[BlockSizes, Weights]:
+    """What ``BlockPlan`` needs of a block; merged anew when a tensor has another place or was written to."""
+    layers = _layers_of(block)
+    norms = block.attention.output.LayerNorm, block.output.LayerNorm
+    places = [_place(t) for layer in layers[:3] for t in (layer.weight, layer.weight_scale, layer.bias)]
+    known = vars(block).get("_tritern_merged")
+    if known is None or known[0] != places:
+        merged = _merge(layers[:3])
+        places = [_place(t) for layer in layers[:3] for t in (layer.weight, layer.weight_scale, layer.bias)]
+        known = block._tritern_merged = places, merged
+    single = [_of(layer.weight, layer.weight_scale, layer.bias) for layer in layers[3:]]
+    biases = (layers[0].bias is not None, *(layer.bias is not None for layer in layers[3:]))
+    sizes = BlockSizes(layers[0].in_features, layers[4].out_features, biases, (norms[0].eps, norms[1].eps))
+    return sizes, (known[1], *single, *((norm.weight, norm.bias) for norm in norms))
 
-    return add_norm_quantize(x, residual, norm.weight, norm.bias, norm.eps)
+
+def _of(packed: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return packed, scale, scale if bias is None else bias
+
+
+def _merge(layers: tuple[TernaryLinear, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed weights, scales and bias of query, key and value in one; the layers' weights become parts of
+    it.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        packed = torch.cat([layer.weight for layer in layers])
+        scale = torch.cat([layer.weight_scale for layer in layers])
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        row = 0
+        for layer in layers:
+            rows = slice(row, row := row + layer.out_features)
+            layer.weight, layer.weight_scale = packed[rows], scale[rows]
+    return _of(packed, scale, bias)

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from tritern_kernels.tuning import MOST_TOKENS, bucket
 
 from .errors import TriternError
+from .fused import is_fused, size_of
 from .linear import TernaryLinear
 
 
@@ -19,7 +20,8 @@ def warmup(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> int:
-    """Compile and load every kernel that the model's ternary layers call, so that no later call does.
+    """Compile and load every kernel that the model's ternary layers and fused blocks call, so that no later
+    call does.
 
     Kernels are chosen by the number of tokens (texts times their padded length), rounded up to a power of
     two from 16 to 16,384; larger numbers use the kernels of 16,384. Compiled kernels are kept on disk (in
@@ -32,7 +34,7 @@ def warmup(
         progress: show a progress bar.
 
     Returns:
-        The number of kinds of layers on a GPU (by sizes, bias and activations).
+        The number of kinds of layers on a GPU (by sizes, bias and activations), fused blocks among them.
 
     Raises:
         TriternError: ``max_tokens`` below 1.
@@ -47,9 +49,16 @@ def warmup(
             bias = None if layer.bias is None else layer.bias.dtype
             size = layer.out_features, layer.in_features
             kinds.setdefault((*size, bias, layer.activation_bits, layer.weight.device), layer)
+    blocks: dict[tuple, nn.Module] = {}
+    for block in model.modules():
+        if is_fused(block) and (size := size_of(block)).device.type == "cuda":
+            blocks.setdefault(size, block)
     buckets = [1 << i for i in range(4, bucket(max_tokens).bit_length())]
     with torch.inference_mode():
         for layer in tqdm(kinds.values(), desc="Compiling", unit="layer", disable=not progress):
             for tokens in buckets:
                 layer(torch.zeros(tokens, layer.in_features, dtype=dtype, device=layer.weight.device))
-    return len(kinds)
+        for size, block in tqdm(blocks.items(), desc="Compiling", unit="block", disable=not progress):
+            for tokens in buckets:
+                block(torch.zeros(tokens // 16, 16, size.hidden, dtype=dtype, device=size.device))
+    return len(kinds) + len(blocks)

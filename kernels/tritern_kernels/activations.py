@@ -1,5 +1,5 @@
-"""Per-token int8 quantization, written in the order the int8 GEMM reads (see ``formats``): alone, behind a GELU,
-and behind a residual's addition and LayerNorm, in one pass over memory each.
+"""Per-token int8 quantization, written in the order the int8 GEMM reads (see ``formats``): alone, behind a
+GELU, and behind a residual's addition and LayerNorm, in one pass over memory each.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from .common import wait_for_inputs
 from .formats import padded_k
-from .launch import ASM as _ASM
-from .launch import launch
+from .launch import ASM, launch
 from .reference import ONE_127TH, SMALLEST_ABSMAX
 
 _ABS_BITS = tl.constexpr(0x7FFFFFFF)
@@ -90,8 +89,8 @@ def _store(
 
 @triton.jit
 def _gelu(x, ASM: tl.constexpr):
-    """x fp32 -> relu(x) - |x| erfc(|x| / sqrt 2) / 2, to 3e-7 |x|: 7.1.26 of Abramowitz and Stegun, a third of
-    the instructions of the library's erf, which would take longer than reading and writing memory.
+    """x fp32 -> relu(x) - |x| erfc(|x| / sqrt 2) / 2, to 3e-7 |x|: 7.1.26 of Abramowitz and Stegun, with a
+    third of the instructions of the library's erf, which would take longer than reading and writing memory.
     """
     a = tl.abs(x)
     t = 1.0 + 0.231641888 * a
@@ -247,7 +246,7 @@ def quantize(x: Tensor, clear: Tensor | None = None, gelu: bool = False) -> tupl
         quantize_kernel,
         (triton.cdiv(M, block_m), 1),
         (x, q, scale, scale if clear is None else clear, M, K, q.shape[1], x.stride(0), q.stride(0)),
-        (block_m, block_k, pieces, 0 if clear is None else clear.numel(), gelu, _ASM),
+        (block_m, block_k, pieces, 0 if clear is None else clear.numel(), gelu, ASM),
         num_warps=4,
     )
     return q, scale
@@ -277,7 +276,7 @@ def add_norm_quantize(
         add_norm_quantize_kernel,
         (triton.cdiv(M, block_m), 1),
         (x, residual, weight, bias, y, q, scale, M, K, q.shape[1], eps),
-        (block_m, block_k, pieces, _ASM),
+        (block_m, block_k, pieces, ASM),
         num_warps=4,
     )
     return y, q, scale

@@ -1,4 +1,4 @@
-"""What the GEMM kernels have in common: unpacking, the epilogue, and what happens before their inputs are ready."""
+"""What the GEMM kernels have in common: unpacking, the epilogue, and waiting for their inputs."""
 
 from __future__ import annotations
 
@@ -117,5 +117,10 @@ def warm(pointers, ASM: tl.constexpr):
     """Bring what is needed after the loop, a hundred scales or so, to the L1 cache before it."""
     if ASM:
         tl.inline_asm_elementwise(
-            "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-        )  # fmt: skip
+            "prefetch.global.L1 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [pointers],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -21,14 +21,13 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import triton
 
-from . import activations, gemm, ternarize, tuning
+from . import activations, gemm, gemm_few, ternarize, tuning
 from .launch import INTERPRETED
 from .reference import RULES
 
@@ -73,93 +72,78 @@ class Row:
 def jobs(capability: int) -> Iterator[Job]:
     """All kernels in all configurations that ``tuning.choose`` can return on sm_``capability``."""
     for mode in ("int8", "16bit"):
-        configs = tuning.formula_tiles(mode, capability)
-        configs += [replace(c, block_k=128) for c in configs if c.block_k > 128]
-        done = {_tile_of(c) for c in configs}
-        for c in dict.fromkeys(replace(c, group_m=8, split_k=1) for c in configs):
-            if c.invalid(mode, c.block_k, capability) is None:
-                yield from _gemm_jobs(mode, c, capability, (False, True), (1, 2))
-        if capability != 90:  # the GPUs with tables
-            continue
-        tables = [entry for path in tuning.CONFIG_DIR.glob("*.json") for entry in tuning.load_table(path)]
-        splits: dict[tuple, set[int]] = {}
-        for e in tables:
-            if e.mode == mode and _tile_of(e.config) not in done:
-                splits.setdefault(_tile_of(e.config), set()).add(min(e.config.split_k, 2))
-        for tile, used in splits.items():
-            yield from _gemm_jobs(mode, _config_of(tile), capability, (False,), tuple(sorted(used)))
+        found: dict[tuning.KernelConfig, tuple[bool, ...]] = {}
+        for config in tuning.formula_tiles(mode, capability):
+            for c in (config, replace(config, block_k=128)):
+                for split in (1, 2):
+                    found[replace(c, split_k=split)] = (False, True) if split == 1 else (False,)
+        if capability == 90:  # the GPUs with tables
+            tables = [e for path in tuning.CONFIG_DIR.glob("*.json") for e in tuning.load_table(path)]
+            for c in (e.config for e in tables if e.mode == mode):
+                found.setdefault(replace(c, group_m=8, split_k=min(c.split_k, 2), expand=False), (False,))
+        for c, gelus in found.items():
+            K = c.step if c.quantizing else 4096
+            for gelu in gelus:
+                if c.invalid(mode, K, capability, gelu) is None:
+                    yield from _gemm_jobs(mode, c, K, capability, gelu)
     for K in (384, 768, 4096, 16384):
-        blocks = dict(zip(("BLOCK_M", "BLOCK_K", "PIECES"), activations.quantize_blocks(K), strict=True))
-        blocks |= {"CLEAR": 128, "GELU": False, "ASM": True, "PDL": capability >= 90}
-        types = {"x_ptr": "*bf16", "q_ptr": "*i8", "scale_ptr": "*fp32", "clear_ptr": "*i32"}
-        types |= dict.fromkeys(("M", "K", "K_padded", "stride_x", "stride_q"), "i32")
-        yield Job(f"quantize bf16 K={K}", "quantize", types, blocks, {"num_warps": 4}, capability)
-    yield _expand_job(capability)
+        blocks = activations.quantize_blocks(K)
+        for gelu in (False, True):
+            name = f"quantize {'gelu ' * gelu}bf16 K={K}"
+            yield _job(name, activations.quantize_kernel, (*blocks, 128, gelu, True), capability, q_ptr="*i8")
+        if K <= activations.LONGEST_ROW:
+            name, kernel = f"add norm quantize bf16 K={K}", activations.add_norm_quantize_kernel
+            yield _job(name, kernel, (*blocks, True), capability, q_ptr="*i8")
+    yield _job("expand bf16", ternarize.expand_kernel, (16,), capability, last=(), out_ptr="*bf16")
     for rule in (*RULES, "given"):
-        types = {"w_ptr": "*fp32", "packed_ptr": "*u8", "scale_ptr": "*fp32", "given_scale_ptr": "*fp32"}
-        types |= dict.fromkeys(("K", "stride_w", "stride_p"), "i32")
-        yield Job(f"ternarize {rule}", "ternarize", types, {"RULE": rule}, {"num_warps": 4}, capability)
-
-
-def _expand_job(capability: int) -> Job:
-    types = {"packed_ptr": "*u8", "scale_ptr": "*fp32", "out_ptr": "*bf16", "K": "i32", "stride_p": "i32"}
-    return Job("expand bf16", "expand", types, {"ATOMS": 16}, {"num_warps": 4}, capability)
-
-
-def _tile_of(c: tuning.KernelConfig) -> tuple[int, ...]:
-    return c.block_m, c.block_n, c.block_k, c.num_warps, c.num_stages
-
-
-def _config_of(tile: tuple[int, ...]) -> tuning.KernelConfig:
-    block_m, block_n, block_k, num_warps, num_stages = tile
-    return tuning.KernelConfig(block_m, block_n, block_k, num_warps=num_warps, num_stages=num_stages)
+        kernel = ternarize.ternarize_kernel
+        yield _job(f"ternarize {rule}", kernel, (rule,), capability, last=(), w_ptr="*fp32")
 
 
 def _gemm_jobs(
-    mode: tuning.Mode,
-    c: tuning.KernelConfig,
-    capability: int,
-    gelus: tuple[bool, ...],
-    splits: tuple[int, ...],
+    mode: tuning.Mode, c: tuning.KernelConfig, K: int, capability: int, gelu: bool
 ) -> Iterator[Job]:
     tile = f"{c.block_m}t x {c.block_n}w x {c.block_k}k"
-    constants = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "GROUP": c.group_m}
-    constants |= {"HAS_BIAS": True, "ASM": True, "PDL": capability >= 90}
-    options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
-    if mode == "int8":
-        types = {
-            "x_ptr": "*i8",
-            "packed_ptr": "*u8",
-            "scale_x_ptr": "*fp32",
-            "scale_ptr": "*fp32",
-            "bias_ptr": "*fp16",
-        }
-        types |= {"y_ptr": "*fp16", "shares_ptr": "*i32", "tickets_ptr": "*i32"}
-        types |= dict.fromkeys(("M", "N", "K_padded", "stride_p", "stride_y"), "i32")
-        for gelu, split in product(gelus, splits):
-            if (gelu and split > 1) or replace(c, split_k=split).invalid(
-                mode, 2 * c.block_k, capability, gelu
-            ):
-                continue
-            suffix = " gelu" if gelu else " split" if split > 1 else ""
-            extra = {"GELU": gelu, "SPLIT": split, "LINES": c.lines(4096)}
-            yield Job(f"int8 {tile}{suffix}", "int8", types, constants | extra, options, capability)
-        return
-    for dtype in ("fp16", "bf16"):
-        types = {"x_ptr": f"*{dtype}", "packed_ptr": "*u16", "scale_ptr": "*fp32", "bias_ptr": f"*{dtype}"}
-        types |= {"y_ptr": f"*{dtype}"}
-        types |= dict.fromkeys(("M", "N", "K", "K_padded", "stride_x", "stride_p", "stride_y"), "i32")
-        extra = {"GELU": False, "EVEN_K": True, "LINES": c.lines(4096)}
-        yield Job(f"{dtype} {tile}", "16bit", types, constants | extra, options, capability)
+    tile += " shared" * c.share_k + " split" * (c.split_k > 1) + " gelu" * gelu
+    if mode == "int8" and not c.quantizing:
+        kernel, constants = gemm.int8_kernel(c, K, True, gelu)
+        dtypes = {"int8": {"x_ptr": "*i8"}}
+    else:
+        kernel, constants = gemm.direct_kernel(c, K, True, gelu)
+        packed = "*u8" if c.quantizing else "*u16"
+        kind = "quantizing " * c.quantizing
+        dtypes = {kind + d: {"x_ptr": f"*{d}", "packed_ptr": packed} for d in ("fp16", "bf16")}
+    for name, types in dtypes.items():
+        options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
+        constants = (*constants[:-1], True)  # inline assembly
+        yield _job(f"{name} {tile}", kernel, constants, capability, options, **types)
 
 
+def _job(
+    name: str, kernel: Any, constants: tuple[Any, ...], capability: int,
+    options: dict[str, int] | None = None, last: tuple[bool, ...] | None = None, **types: str,
+) -> Job:  # fmt: skip
+    """A job from compile-time arguments in order, all but ``last``: whether launches overlap."""
+    last = (capability >= 90,) if last is None else last
+    names = kernel.arg_names
+    values = dict(zip(names[-len(constants) - len(last) :], (*constants, *last), strict=True))
+    known = {n: types.get(n, _TYPES.get(n, "i32")) for n in names if n not in values}
+    return Job(name, kernel.__name__, known, values, options or {"num_warps": 4}, capability)
+
+
+_TYPES = {
+    "x_ptr": "*bf16", "residual_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "y_ptr": "*bf16",
+    "packed_ptr": "*u8", "scale_ptr": "*fp32", "scale_x_ptr": "*fp32", "given_scale_ptr": "*fp32",
+    "shares_ptr": "*i32", "tickets_ptr": "*i32", "clear_ptr": "*i32", "EPS": "fp32",
+}  # fmt: skip
 _KERNELS = {
-    "expand": ternarize.expand_kernel,
-    "int8": gemm.gemm_int8_kernel,
-    "16bit": gemm.gemm_16bit_kernel,
-    "quantize": activations.quantize_kernel,
-    "ternarize": ternarize.ternarize_kernel,
-}
+    kernel.__name__: kernel
+    for kernel in (
+        gemm.gemm_int8_kernel, gemm.gemm_16bit_kernel, gemm_few.gemm_int8_few_kernel,
+        gemm_few.gemm_16bit_few_kernel, gemm_few.gemm_quantizing_kernel, activations.quantize_kernel,
+        activations.add_norm_quantize_kernel, ternarize.expand_kernel, ternarize.ternarize_kernel,
+    )
+}  # fmt: skip
 
 
 def check(job: Job) -> Row:
@@ -171,7 +155,9 @@ def check(job: Job) -> Row:
     names = kernel.arg_names  # positions below are those of the kernel's own signature
     signature = {n: job.types.get(n, "constexpr") for n in names}
     constants = {(names.index(n),): v for n, v in job.constants.items()}
-    aligned = [i for i, n in enumerate(names) if n in job.types and n not in job.unaligned]
+    aligned = [
+        i for i, n in enumerate(names) if n in job.types and n not in job.unaligned and job.types[n] != "fp32"
+    ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=job.options)
@@ -227,15 +213,16 @@ def _problem(
         return f"needs {shared} bytes of shared memory"
     if registers * 32 * job.options["num_warps"] > 65536:
         return f"{registers} registers do not fit a multiprocessor"
-    if job.kernel == "quantize" and "FFMA" in counts:
+    if job.kernel == "quantize_kernel" and not job.constants["GELU"] and "FFMA" in counts:
         return "the product is fused into the rounding: codes differ from the reference's"
-    if job.kernel not in ("int8", "16bit"):
+    if not job.kernel.startswith("gemm"):
         return ""
     if not mma:
         return "no tensor-core instruction in the main loop"
     if job.capability == 90:
         operands = re.findall(r"wgmma\.mma_async\S*\s+\{[^}]*\},\s*(\{)?", ptx)
-        for_warpgroups = job.constants["BLOCK_N"] >= 64 and job.options["num_warps"] >= 4
+        alone = job.constants["BLOCK_N"] >= 64 and job.options["num_warps"] >= 4
+        for_warpgroups = alone and "PARTS" not in job.constants
         if not all(operands) or (for_warpgroups and not operands):
             return "wgmma reads the weights from shared memory"
     if stores := {op: n for op, n in counts.items() if op.startswith("STS")}:

@@ -8,7 +8,7 @@ gradient with respect to x and bias that treats the activations' rounding as the
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -196,6 +196,29 @@ def _planned(
     return _unplanned(rows, packed, scale, bias, rows.dtype, activation_bits, gelu) if y is None else y
 
 
+class BlockSizes(NamedTuple):
+    """Of a BERT block: hidden and intermediate features, which of its four products (query with key and
+    value, output, intermediate, last) have a bias, and the eps of its two norms.
+    """
+
+    hidden: int
+    inner: int
+    biases: tuple[bool, ...]
+    epsilons: tuple[float, float]
+
+
+def block_plan(sizes: BlockSizes, M: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """The ``block.BlockPlan`` for M tokens of a block of these sizes."""
+    key = (sizes, bucket(M), dtype, device)
+    plan = _plans.get(key)
+    if plan is None:
+        from .block import BlockPlan
+
+        plan = BlockPlan(sizes, bucket(M), dtype, device, lambda *shape: _config(8, *shape, False, device))
+        _plans[key] = plan
+    return plan
+
+
 def _config(activation_bits: int, M: int, N: int, K: int, gelu: bool, device: torch.device) -> KernelConfig:
     return choose("int8" if activation_bits == 8 else "16bit", M, N, K, gelu, *_device(device.index))
 
@@ -226,17 +249,6 @@ def _unplanned(
     return gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype, gelu, tickets)
 
 
-def quantized_for(x: Tensor, N: int, gelu: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [M, K] on CUDA, or its GELU, quantized for a product with N rows: q, scale and what else
-    ``linear_int8_cuda`` takes.
-    """
-    from . import activations, gemm
-
-    config = _config(8, x.shape[0], N, x.shape[1], False, x.device)
-    tickets = gemm.make_tickets(x, N, config) if config.split_k > 1 else None
-    return *activations.quantize(x, tickets, gelu), tickets
-
-
 def linear_int8_cuda(
     x_q: Tensor,
     scale_x: Tensor,
@@ -246,17 +258,14 @@ def linear_int8_cuda(
     in_features: int,
     dtype: torch.dtype,
     gelu: bool = False,
-    tickets: Tensor | None = None,
 ) -> Tensor:
-    """Y [M, N] in ``dtype`` for activations that are int8 already; ``tickets`` as ``quantized_for`` gives
-    them for this product, or None.
-    """
+    """Y [M, N] in ``dtype`` for activations that ``activations.quantize`` has made int8."""
     from . import gemm
 
     if x_q.shape[0] == 0:
         return x_q.new_empty((0, packed.shape[0]), dtype=dtype)
     config = _config(8, x_q.shape[0], packed.shape[0], in_features, gelu, x_q.device)
-    return gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype, gelu, tickets)
+    return gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype, gelu)
 
 
 def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -118,9 +118,7 @@ def gemm_16bit_kernel(
     x = x_ptr + rows_m[None, :] * stride_x + k[:, None]
     w = packed_ptr + rows_n[:, None] * stride_p + tl.arange(0, BLOCK_K // 8)[None, :]
     if LINES > 0:
-        prefetch(
-            packed_ptr.to(tl.pointer_type(tl.uint8)), rows_n, stride_p * 2, 0, K_padded // 4, LINES, ASM
-        )
+        prefetch(packed_ptr.to(tl.pointer_type(tl.uint8)), rows_n, stride_p * 2, 0, K_padded // 4, LINES, ASM)
     wait_for_inputs(PDL)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for step in tl.range(0, K_padded // BLOCK_K):

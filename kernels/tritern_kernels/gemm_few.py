@@ -1,8 +1,8 @@
 """The GEMM kernels for few tokens, where the packed weights have to come from memory and little is computed.
 
-The same products and the same epilogue as in ``gemm``, but the warps of a program share out K: each multiplies
-its own part of every step, and the parts are added once, at the end. No warp waits for another in the loop, a
-program has many loads under way, and N / BLOCK_N programs fill the GPU without splitting K among programs.
+The same products and the same epilogue as in ``gemm``, but the warps of a program share out K: each
+multiplies its own part of every step, and the parts are added once, at the end. So tiles can be small and
+many, and fill the GPU without splitting K among programs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _add_parts(acc, PARTS: tl.constexpr):
     tl.sum shuffles every element for itself and takes longer than the products.
     """
     acc = tl.permute(acc, (1, 2, 0))
-    for i in tl.static_range(PARTS.bit_length() - 1):
+    for _ in tl.static_range(PARTS.bit_length() - 1):
         acc = tl.reshape(acc, (acc.shape[0], acc.shape[1], acc.shape[2] // 2, 2))
         a, b = tl.split(acc)
         acc = a + b
@@ -85,8 +85,8 @@ def gemm_quantizing_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x fp32, fp16 or bf16 [M, K], K at most PARTS * BLOCK_K: quantized to int8 per token by every program for
-    itself, all of K in one step.
+    """x fp32, fp16 or bf16 [M, K], K at most PARTS * BLOCK_K: quantized to int8 per token by every program
+    for itself, all of K in one step.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -141,4 +141,3 @@ def gemm_16bit_few_kernel(
         w += PARTS * BLOCK_K // 8
     v = _add_parts(acc, PARTS)
     store_scaled(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 0.5, HAS_BIAS, GELU)
-

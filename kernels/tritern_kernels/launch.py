@@ -20,9 +20,9 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 @cache
-def overlaps(device: int) -> bool:
+def overlaps(device: int | None) -> bool:
     """Whether kernels on this GPU may start while the one before ends (programmatic dependent launch)."""
-    return torch.cuda.get_device_capability(device)[0] >= 9
+    return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def hooked() -> bool:
@@ -43,6 +43,9 @@ def compile_and_run(
     """Run ``kernel[grid](*arguments, *constants, PDL)`` on the current device and stream by Triton's own
     way; the compiled kernel.
     """
+    if INTERPRETED:
+        kernel[grid](*arguments, *constants, False)
+        return None
     pdl = overlaps(torch.cuda.current_device())
     options = {"launch_pdl": True} if pdl else {}
     return kernel[grid](*arguments, *constants, pdl, num_warps=num_warps, num_stages=num_stages, **options)
@@ -57,6 +60,32 @@ def run(compiled: Any, grid: tuple[int, int], stream: int, arguments: tuple[Any,
     )  # fmt: skip
 
 
+class Launch:
+    """A kernel of which everything is decided but its pointers, the number of tokens and the grid.
+
+    ``sizes`` are its integers after the number of tokens, ``constants`` its compile-time arguments but the
+    last.
+    """
+
+    def __init__(
+        self, kernel: Any, sizes: tuple[Any, ...], constants: tuple[Any, ...], device: torch.device,
+        num_warps: int = 4, num_stages: int = 3,
+    ) -> None:  # fmt: skip
+        self.kernel, self.sizes, self.constants = kernel, sizes, constants
+        self.num_warps, self.num_stages = num_warps, num_stages
+        self.tail = (*sizes, *constants, overlaps(device.index))
+        self.compiled: Any = None
+
+    def __call__(self, grid: tuple[int, int], stream: int, M: int, pointers: tuple[Any, ...]) -> None:
+        """Launch. The first call needs tensors, later ones take addresses, of memory aligned as theirs."""
+        if self.compiled is not None:
+            run(self.compiled, grid, stream, (*pointers, M, *self.tail))
+            return
+        self.compiled = compile_and_run(
+            self.kernel, grid, (*pointers, M, *self.sizes), self.constants, self.num_warps, self.num_stages
+        )
+
+
 def launch(
     kernel: Any, grid: tuple[int, int], arguments: tuple[Any, ...], constants: tuple[Any, ...],
     num_warps: int, num_stages: int = 3,
@@ -67,7 +96,7 @@ def launch(
     between calls that are otherwise alike: the kernel must not be specialized for it.
     """
     if INTERPRETED:
-        kernel[grid](*arguments, *constants, False)
+        compile_and_run(kernel, grid, arguments, constants, num_warps, num_stages)
         return
     device = torch.cuda.current_device()
     key: list[Any] = [id(kernel), device, num_warps, num_stages, constants]

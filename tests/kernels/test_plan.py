@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tritern_kernels import pack, plan, reference
+from tritern_kernels import launch, pack, plan, reference
 from tritern_kernels.launch import INTERPRETED
 from tritern_kernels.tuning import KernelConfig
 
@@ -39,10 +39,8 @@ def imitated(monkeypatch):
         kernel[grid](*pointers, *arguments[len(dtypes) :])
         launched.append(kernel)
 
-    monkeypatch.setattr(plan, "compile_and_run", compile_and_run)
-    monkeypatch.setattr(plan, "run", run)
-    monkeypatch.setattr(plan, "overlaps", lambda device: False)
-    monkeypatch.setattr(plan, "current_stream", lambda device: 0)
+    monkeypatch.setattr(launch, "compile_and_run", compile_and_run)
+    monkeypatch.setattr(launch, "run", run)
     return launched
 
 
