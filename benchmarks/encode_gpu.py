@@ -39,6 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {"type": "qwen3", "hidden": 1024, "layers": 28, "heads": 16, "intermediate": 3072},
     "qwen3-8b": {"type": "qwen3", "hidden": 4096, "layers": 8, "of": 36, "heads": 32, "intermediate": 12288},
 }
+KINDS = ("eager", "graph", "compiled", "compiled graph")
 SHAPES = ((1, 16), (32, 128), (256, 128))
 WARMUP_SECONDS, SECONDS = 0.05, 0.2
 
@@ -343,7 +344,9 @@ def main() -> None:
     add = parser.add_argument
     add("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="default: all")
     add("--shapes", nargs="+", help="texts x tokens, such as 32x128; default: 1x16 32x128 256x128")
-    add("--no-compile", action="store_true", help="leave out the compiled arms, which take minutes")
+    add(
+        "--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="default: all; compiling takes minutes"
+    )
     add("--path", help="a sentence-transformer for encode(), such as a folder with all-MiniLM-L6-v2")
     add("--sentences", type=int, default=8192, help="texts for encode() (default: 8192)")
     add("--seconds", type=float, default=float("inf"), help="start no further model after this")
@@ -359,9 +362,10 @@ def main() -> None:
 
     facts = report.environment() | {"transformers": transformers.__version__, "models": MODELS}
     rows: list[dict[str, Any]] = []
-    passes: list[tuple[str, ...]] = [("eager", "graph") if device == "cuda" else ("eager",)]
-    if not options.no_compile:  # after the others, for it takes longest
-        passes.append(("compiled", "compiled graph") if device == "cuda" else ("compiled",))
+    wanted = [k for k in KINDS if k in options.kinds and (device == "cuda" or "graph" not in k)]
+    # compiled ones after the others, for they take longest
+    passes = [tuple(k for k in wanted if ("compiled" in k) == last) for last in (False, True)]
+    passes = [kinds for kinds in passes if kinds]
     begin = time.perf_counter()
 
     def write() -> None:
@@ -369,7 +373,7 @@ def main() -> None:
             report.write_json(options.json, facts | {"rows": rows})
 
     with torch.no_grad():
-        if device == "cuda":
+        if device == "cuda" and "eager" in wanted:
             facts["linears"] = linears_in_a_graph("bge-base", 16)
             facts["new_lengths"] = new_lengths(device)
             write()
@@ -381,9 +385,9 @@ def main() -> None:
             for arm in ("fp32", "bf16", "fp16", "ternary", "ternary fused", "ternary 16"):
                 dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(arm, torch.float16)
                 main_arm = arm in ("fp16", "ternary", "ternary fused")
-                if not main_arm and (name != "minilm" or kinds[0] == "compiled"):
+                if not main_arm and (name != "minilm" or "compiled" in kinds[0]):
                     continue
-                if arm == "ternary fused" and (MODELS[name]["type"] != "bert" or kinds[0] == "compiled"):
+                if arm == "ternary fused" and (MODELS[name]["type"] != "bert" or "compiled" in kinds[0]):
                     continue
                 model = build(name, dtype, device)
                 if arm.startswith("ternary"):
@@ -398,7 +402,7 @@ def main() -> None:
             print(table(found) + "\n", flush=True)
             write()
     if options.path:
-        facts["encode"] = end_to_end(options.path, device, options.sentences, not options.no_compile)
+        facts["encode"] = end_to_end(options.path, device, options.sentences, "compiled" in wanted)
         write()
 
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import cases
@@ -48,6 +49,7 @@ from tritern_kernels import (
     padded_k,
     quantize_activations,
     reference,
+    tune,
     tuning,
 )
 from tritern_kernels.formats import to_packed_order
@@ -72,16 +74,11 @@ def _config(mode: tuning.Mode, case: Case) -> tuning.KernelConfig:
     return tuning.choose(mode, *case.shape, False, p.name, 10 * p.major + p.minor, p.multi_processor_count)
 
 
-def _describe(c: tuning.KernelConfig) -> str:
-    split = f" split {c.split_k}" if c.split_k > 1 else ""
-    return f"{c.block_m}t x {c.block_n}w x {c.block_k}k{split}, {c.num_warps} warps, {c.num_stages} stages"
-
-
 def tritern_linear(case: Case, bits: int) -> Entry:
     """The public operation: with 8 bits it quantizes the activations itself."""
     w, mode = case.weight, "int8" if bits == 8 else "16bit"
     operands = case.int8() if bits == 8 else Operands(case.x, case.codes, None, w.scale)
-    note = _describe(_config(mode, case))
+    note = tune.describe(_config(mode, case))
 
     def call(weights: tuple[Tensor, Tensor]) -> Tensor:
         return linear(case.x, PackedTernary(*weights, w.shape), activation_bits=bits)
@@ -97,7 +94,9 @@ def tritern_gemm(case: Case) -> Entry:
         return gemm.gemm_int8(x_q, scale_x, *weights, None, config, torch.bfloat16)
 
     weights = (case.weight.packed, case.weight.scale)
-    return Entry(call, weights, case.int8(), ONE_ROUNDING, stored_bytes((x_q, scale_x)), _describe(config))
+    return Entry(
+        call, weights, case.int8(), ONE_ROUNDING, stored_bytes((x_q, scale_x)), tune.describe(config)
+    )
 
 
 def dense_16bit(case: Case, dtype: torch.dtype) -> Entry:
@@ -187,12 +186,21 @@ def expand_fp8(case: Case) -> Entry:
     return Entry(call, weights, operands, FP8, stored_bytes((x, scale_x)), "row-wise scales")
 
 
+@cache
+def _tune_gemlite() -> None:
+    """Let gemlite look through all its configurations where they are few enough, its usual ones elsewhere."""
+    import gemlite  # pyright: ignore[reportMissingImports]
+
+    gemlite.set_autotune({"GEMV_REVSPLITK": "max"})
+
+
 def gemlite(case: Case, bits: int) -> Entry:
     """Gemlite's BitNet layers; they take one scale a matrix."""
     from gemlite.helper import A16W158_INT, A8W158_INT_dynamic  # pyright: ignore[reportMissingImports]
 
     if case.quick:
         raise RuntimeError("left out by --quick: it tunes itself on each shape for minutes")
+    _tune_gemlite()
     # in bf16 its 16-bit layer adds partial sums up in bf16, which fails the check; fp16 it does better
     dtype = torch.bfloat16 if bits == 8 else torch.float16
     x = case.x.to(dtype)

@@ -104,7 +104,7 @@ def _gemm_jobs(
     mode: tuning.Mode, c: tuning.KernelConfig, K: int, capability: int, gelu: bool
 ) -> Iterator[Job]:
     tile = f"{c.block_m}t x {c.block_n}w x {c.block_k}k"
-    tile += " shared" * c.share_k + " split" * (c.split_k > 1) + " gelu" * gelu
+    tile += " shared out" * c.share_k + " split" * (c.split_k > 1) + " gelu" * gelu
     if mode == "int8" and not c.quantizing:
         kernel, constants = gemm.int8_kernel(c, K, True, gelu)
         dtypes = {"int8": {"x_ptr": "*i8"}}
@@ -217,6 +217,8 @@ def _problem(
         return "the product is fused into the rounding: codes differ from the reference's"
     if not job.kernel.startswith("gemm"):
         return ""
+    if job.kernel == "gemm_quantizing_kernel":  # it has no loop
+        return "" if "mma.sync" in ptx else "no tensor-core instruction"
     if not mma:
         return "no tensor-core instruction in the main loop"
     if job.capability == 90:
