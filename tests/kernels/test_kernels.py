@@ -8,6 +8,7 @@ import torch
 from tritern_kernels import activations, gemm, pack, padded_k, reference, tuning
 from tritern_kernels.formats import from_packed_order, to_packed_order
 from tritern_kernels.ternarize import expand, ternarize
+from tritern_kernels.tune import describe
 
 pytestmark = [pytest.mark.usefixtures("poisoned")]
 
@@ -249,6 +250,27 @@ def test_every_tile_on_the_gpu(M):
             config = replace(tile, split_k=split)
             if config.invalid("int8", 1024, capability) is None:
                 assert torch.equal(sums(x_packed, packed, config).to(torch.int32), exact), config
+
+
+TABLES = [e for path in sorted(tuning.CONFIG_DIR.glob("*.json")) for e in tuning.load_table(path)]
+TABLED = list(dict.fromkeys((e.mode, replace(e.config, expand=False)) for e in TABLES))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("mode", "config"), TABLED, ids=[f"{m} {describe(c)}" for m, c in TABLED])
+def test_every_tables_configuration_on_the_gpu(mode, config):
+    K = config.step if config.quantizing else 4096
+    M, N = config.block_m + 3, 520
+    codes = torch.randint(-1, 2, (N, K), dtype=torch.int8, device="cuda")
+    scale = torch.rand(N, device="cuda")
+    if mode == "16bit" or config.quantizing:
+        x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
+        got = gemm.gemm_direct(x, pack(codes), scale, None, config, torch.bfloat16)
+        exact = reference.linear(x, codes, scale, None, 16 if mode == "16bit" else 8)
+        assert (got.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+    if mode == "int8":
+        x_q, codes, x_packed, packed = operands(M, N, K, "cuda")
+        assert torch.equal(sums(x_packed, packed, config).to(torch.int32), reference.int8_sums(x_q, codes))
 
 
 @pytest.mark.parametrize(("N", "K"), [*SHAPES, (5, 128 * 19 + 1)])
