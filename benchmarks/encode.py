@@ -35,6 +35,7 @@ GPU_ARMS = (
     "bf16",
     "fp16 compiled",
     "ternary int8",
+    "ternary int8 fused",
     "ternary int8 compiled",
     "ternary 16-bit",
 )
@@ -101,6 +102,8 @@ def load(arm: str, path: str, ternary_path: str, device: str) -> Any:
         for module in model.modules():
             if isinstance(module, tritern.TernaryLinear):
                 module.activation_bits = 16 if "16-bit" in arm else 8
+        if "fused" in arm:
+            tritern.fuse(model)
     else:
         model = SentenceTransformer(path, device=device, model_kwargs={"dtype": dtype})
     if "compiled" in arm:

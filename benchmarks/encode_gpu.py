@@ -87,11 +87,12 @@ def forward(model: nn.Module, ids: Tensor) -> Tensor:
     return nn.functional.normalize(hidden[:, -1] if decoder else hidden.mean(1), dim=-1)
 
 
-def graphed(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def graphed(call: Callable[[], Tensor], encoder: bool = True) -> Callable[[], Tensor]:
     """The call as a CUDA graph.
 
     While a stream is captured, transformers writes out masks that are of no effect, which keeps attention
-    from its fast kernels and makes compiled blocks compile again; here it is not told of the capture.
+    from its fast kernels and makes compiled blocks compile again. For an encoder it is not told of the
+    capture; a decoder's mask cannot be captured otherwise.
     """
     from transformers import masking_utils
 
@@ -102,8 +103,9 @@ def graphed(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    told = masking_utils.is_tracing  # pyright: ignore[reportPrivateImportUsage]
     with (
-        mock.patch.object(masking_utils, "is_tracing", lambda *_: False),
+        mock.patch.object(masking_utils, "is_tracing", (lambda *_: False) if encoder else told),
         torch.cuda.graph(graph, stream=stream),
     ):
         out = call()
@@ -175,7 +177,8 @@ def measure(
                     call = partial(forward, model, ids)
                     call()
                     row |= {"first_call_s": round(time.perf_counter() - start, 2)}
-                    row |= milliseconds(graphed(call) if "graph" in kind else call)
+                    encoder = MODELS[name]["type"] == "bert"
+                    row |= milliseconds(graphed(call, encoder) if "graph" in kind else call)
                 except Exception as error:  # a row that says so
                     row["reason"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
                     continue
@@ -250,8 +253,10 @@ def linears_in_a_graph(name: str, tokens: int) -> list[dict[str, Any]]:
 
 def new_lengths(device: str, count: int = 60) -> dict[str, Any]:
     """Forward passes whose numbers of tokens come for the first time, after ``tritern.warmup``: their times,
-    and how many kernels they compiled.
+    and how many kernels they compiled. Without cuDNN's attention, which plans for each new shape for itself,
+    under any model.
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from triton.runtime.jit import JITFunction
 
     found: dict[str, Any] = {}
@@ -268,7 +273,9 @@ def new_lengths(device: str, count: int = 60) -> dict[str, Any]:
             warmup_s = time.perf_counter() - start
         forward(model, torch.full((3, 7), 1000, device=device))
         samples = []
-        with mock.patch.object(JITFunction, "_do_compile", autospec=True, side_effect=compile_) as compiled:
+        others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        watched = mock.patch.object(JITFunction, "_do_compile", autospec=True, side_effect=compile_)
+        with watched as compiled, sdpa_kernel(others):
             for i in range(count):
                 ids = torch.full((1 + 5 * i, 8 + 3 * (i % 17)), 1000, device=device)
                 torch.cuda.synchronize()

@@ -92,7 +92,34 @@ def targets(race: list[Row], gemlite: list[Row], encode: dict[str, Any]) -> str:
         bits = "16-bit" if "16" in row["arm"] else "int8"
         regime = f"{row['layers']} linears of {row['model']} in one CUDA graph, M = 16, {bits}"
         add(regime, "cuBLAS, bf16", 2.0, 3.0, row["speed"])
+    for name, found in fastest(encode).items():
+        for texts in (32, 256):
+            dense, ternary = found[texts]
+            add(f"{name}, {texts} texts", "fp16, its fastest", 1.3, 1.8, dense["p50_ms"] / ternary["p50_ms"])
+        (dense, ternary), eager = found[1], eager_query(encode, name)
+        add(f"{name}, one query", "fp16, eager", 3.0, 10.0, eager / ternary["p50_ms"])
+        add(f"{name}, one query", f"fp16, {dense['kind']}", 1.3, 1.3, dense["p50_ms"] / ternary["p50_ms"])
     return "\n".join(lines)
+
+
+def fastest(encode: dict[str, Any]) -> dict[str, dict[int, tuple[dict[str, Any], dict[str, Any]]]]:
+    """Of each model and number of texts the fastest row in fp16 or bf16, and the fastest ternary one."""
+    timed = [r for r in encode["rows"] if "p50_ms" in r and r["arm"] != "fp32"]
+    found: dict[str, dict[int, tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for name, texts in dict.fromkeys((r["model"], r["texts"]) for r in timed):
+        rows = sorted(
+            (r for r in timed if (r["model"], r["texts"]) == (name, texts)), key=lambda r: r["p50_ms"]
+        )
+        ternary = [r for r in rows if r["arm"].startswith("ternary")]
+        dense = [r for r in rows if not r["arm"].startswith("ternary")]
+        found.setdefault(name, {})[texts] = dense[0], ternary[0]
+    return found
+
+
+def eager_query(encode: dict[str, Any], name: str) -> float:
+    """Milliseconds of one query in fp16, eager."""
+    rows = (r for r in encode["rows"] if (r["model"], r["arm"], r["texts"]) == (name, "fp16", 1))
+    return next(r["p50_ms"] for r in rows if r["kind"] == "eager")
 
 
 def shapes(race: list[Row], gemlite: list[Row]) -> str:
@@ -116,28 +143,37 @@ def _cell(row: Row | None) -> str:
 
 
 def models(encode: dict[str, Any]) -> str:
-    """Whole models: forward passes of fp16 and ternary, one query graphed and large batches eager."""
+    """Whole models: milliseconds of a forward pass, eager and as a CUDA graph."""
+    arms = ("fp16", "ternary", "ternary fused")
     lines = [
-        "| model | weights MB | one query, CUDA graph, ms | 32 texts, eager, ms | 256 texts, eager, ms |",
-        "| --- | --- | --- | --- | --- |",
+        f"| model | texts | {' | '.join(f'{arm}, ms' for arm in arms)} | fastest against fastest |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    rows = {(r["model"], r["arm"], r["kind"], r["texts"]): r for r in encode["rows"]}
-    for name in dict.fromkeys(r["model"] for r in encode["rows"]):
+    rows = {(r["model"], r["texts"], r["arm"], r["kind"]): r.get("p50_ms") for r in encode["rows"]}
+    for name, found in fastest(encode).items():
         layers = encode["models"][name]
         note = f" ({layers['layers']} of {layers['of']} blocks)" if "of" in layers else ""
-        cells = []
-        for kind, texts in (("graph", 1), ("eager", 32), ("eager", 256)):
-            a, b = (rows.get((name, arm, kind, texts), {}).get("p50_ms") for arm in ("fp16", "ternary"))
-            cells.append(f"{a:.2f} -> {b:.2f} ({a / b:.2f}x)" if a and b else "-")
-        held = [rows[name, arm, "eager", 1]["held_mb"] for arm in ("fp16", "ternary")]
-        lines.append(f"| {name}{note} | {held[0]:.0f} -> {held[1]:.0f} | " + " | ".join(cells) + " |")
+        for texts, (dense, ternary) in found.items():
+            cells = []
+            for arm in arms:
+                eager, graph = (rows.get((name, texts, arm, kind)) for kind in ("eager", "graph"))
+                cells.append(f"{eager:.2f} / {graph:.2f}" if eager and graph else "-")
+            cells.append(f"{dense['p50_ms'] / ternary['p50_ms']:.2f}x")
+            held = f", {dense['held_mb']:.0f} -> {ternary['held_mb']:.0f} MB" if texts == 1 else ""
+            lines.append(f"| {name}{note}{held} | {texts} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def block() -> str:
     """All tables as README shows them."""
-    race, gemlite, encode = (load(f"h200-{name}.json") for name in ("gemm", "gemlite", "encode"))
-    a, b = rows_of(race), rows_of(gemlite)
+    race, gemlite, few, encode, decoders = (
+        load(f"h200-{name}.json") for name in ("gemm", "gemlite", "gemm-few", "encode", "encode-decoders")
+    )
+    new = {(r.M, r.N, r.K): r for r in rows_of(few)}
+    a, b = ([r for r in rows_of(f) if (r.M, r.N, r.K) not in new] for f in (race, gemlite))
+    b += rows_of(few)
+    encode["rows"] += decoders["rows"]
+    encode["models"] |= decoders["models"]
     roofs = race["roofs"]
     facts = (
         f"{race['gpu']}, driver {race['driver']}, torch {race['torch']}, triton {race['triton']}, "
@@ -152,7 +188,11 @@ SPEEDS = (
     'Above 1 is faster;\n"tritern int8" quantizes the activations, "tritern int8 gemm" gets them quantized, '
     "as do fp8 and `_int_mm`, whose\nint32 sums nobody scales. A dash: no time, for the reason in the JSON."
 )
-MODELS = "Forward passes of 128 tokens a text (one query: 16 tokens), fp16 -> ternary with int8 activations:"
+MODELS = (
+    "Forward passes of 128 tokens a text (a single one: 16 tokens), eager / as a CUDA graph; ternary with "
+    'int8 activations,\n"fused" after `tritern.fuse(model)`; last, the fastest 16-bit arm over the fastest '
+    "ternary one:"
+)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ and each addition and LayerNorm and each GELU gives the next product's int8 acti
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -56,37 +56,32 @@ def fuse(model: nn.Module) -> int:
     return len(found)
 
 
-class BlockSize(NamedTuple):
-    """What tells kinds of fused blocks apart."""
-
-    hidden: int
-    inner: int
-    device: torch.device
-
-
 def is_fused(module: nn.Module) -> bool:
     """Whether ``fuse`` has made the module what it is."""
     return isinstance(module, _Fused)
 
 
-def size_of(block: Any) -> BlockSize:
-    """The size of a fused block."""
-    dense = block.intermediate.dense
-    return BlockSize(dense.in_features, dense.out_features, dense.weight.device)
+def kind_of(block: nn.Module) -> tuple[BlockSizes, torch.device]:
+    """What tells a fused block's kernels from another's, but for the dtype."""
+    sizes, weights = _weights(block)
+    return sizes, weights[0][0].device
 
 
-def _can_be_fused(block: nn.Module) -> bool:
+def _can_be_fused(block: Any) -> bool:
     if type(block).__name__ not in _BLOCKS or not type(block).__module__.startswith("transformers."):
         return False
     layers, norms = _layers_of(block), (block.attention.output.LayerNorm, block.output.LayerNorm)
     activation = block.intermediate.intermediate_act_fn
+    hidden, inner = layers[4].in_features, layers[4].out_features
+    shapes = [*[(hidden, hidden)] * 4, (hidden, inner), (inner, hidden)]
     return (
         all(type(x) is TernaryLinear and x.activation_bits == 8 and x.norm is None for x in layers)
         and all(
             type(n) is nn.LayerNorm and n.bias is not None and len(n.normalized_shape) == 1 for n in norms
         )
         and len({x.bias is None for x in layers[:3]}) == 1
-        and layers[0].in_features <= _LONGEST_ROW
+        and [(x.in_features, x.out_features) for x in layers] == shapes
+        and hidden <= _LONGEST_ROW
         and (type(activation).__name__ == "GELUActivation" or _is_exact_gelu(activation))
         and not block.is_decoder
         and not block.chunk_size_feed_forward
@@ -187,8 +182,9 @@ def _forward(block: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, 
     plan = block_plan(sizes, x.shape[0], x.dtype, x.device)
     known = getattr(hidden, "_tritern", None)
     hooked = block._forward_hooks or block._forward_pre_hooks
-    fresh = known is not None and known[1] == _version(hidden) and not hooked
-    found = plan.before(x, known[0] if fresh else None, weights)
+    if known is not None and (hooked or known[1] != _version(hidden)):
+        known = None
+    found = plan.before(x, known and known[0], weights)
     if found is None:
         return None
     qkv, buffer = found
@@ -240,7 +236,7 @@ def _merge(layers: tuple[TernaryLinear, ...]) -> tuple[Tensor, Tensor, Tensor]:
     with torch.inference_mode(False), torch.no_grad():
         packed = torch.cat([layer.weight for layer in layers])
         scale = torch.cat([layer.weight_scale for layer in layers])
-        biases = [layer.bias for layer in layers if layer.bias is not None]
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         bias = torch.cat(biases) if biases else None
         row = 0
         for layer in layers:

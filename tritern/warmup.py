@@ -9,8 +9,9 @@ from tqdm.auto import tqdm
 from tritern_kernels.tuning import MOST_TOKENS, bucket
 
 from .errors import TriternError
-from .fused import is_fused, size_of
+from .fused import is_fused, kind_of
 from .linear import TernaryLinear
+from .passes import evaluating
 
 
 def warmup(
@@ -49,16 +50,17 @@ def warmup(
             bias = None if layer.bias is None else layer.bias.dtype
             size = layer.out_features, layer.in_features
             kinds.setdefault((*size, bias, layer.activation_bits, layer.weight.device), layer)
-    blocks: dict[tuple, nn.Module] = {}
-    for block in model.modules():
-        if is_fused(block) and (size := size_of(block)).device.type == "cuda":
-            blocks.setdefault(size, block)
+    fused = [m for m in model.modules() if is_fused(m)]
+    blocks = {kind: block for block in fused if (kind := kind_of(block))[1].type == "cuda"}
     buckets = [1 << i for i in range(4, bucket(max_tokens).bit_length())]
     with torch.inference_mode():
         for layer in tqdm(kinds.values(), desc="Compiling", unit="layer", disable=not progress):
             for tokens in buckets:
                 layer(torch.zeros(tokens, layer.in_features, dtype=dtype, device=layer.weight.device))
-        for size, block in tqdm(blocks.items(), desc="Compiling", unit="block", disable=not progress):
-            for tokens in buckets:
-                block(torch.zeros(tokens // 16, 16, size.hidden, dtype=dtype, device=size.device))
+        for (sizes, device), block in tqdm(
+            blocks.items(), desc="Compiling", unit="block", disable=not progress
+        ):
+            with evaluating(block):
+                for tokens in buckets:
+                    block(torch.zeros(tokens // 16, 16, sizes.hidden, dtype=dtype, device=device))
     return len(kinds) + len(blocks)

@@ -90,14 +90,16 @@ def jobs(capability: int) -> Iterator[Job]:
         blocks = activations.quantize_blocks(K)
         for gelu in (False, True):
             name = f"quantize {'gelu ' * gelu}bf16 K={K}"
-            yield _job(name, activations.quantize_kernel, (*blocks, 128, gelu, True), capability, q_ptr="*i8")
+            yield _job(
+                name, activations.quantize_kernel, (*blocks, 128, gelu, True), capability, {"q_ptr": "*i8"}
+            )
         if K <= activations.LONGEST_ROW:
             name, kernel = f"add norm quantize bf16 K={K}", activations.add_norm_quantize_kernel
-            yield _job(name, kernel, (*blocks, True), capability, q_ptr="*i8")
-    yield _job("expand bf16", ternarize.expand_kernel, (16,), capability, last=(), out_ptr="*bf16")
+            yield _job(name, kernel, (*blocks, True), capability, {"q_ptr": "*i8"})
+    yield _job("expand bf16", ternarize.expand_kernel, (16,), capability, {"out_ptr": "*bf16"}, last=())
     for rule in (*RULES, "given"):
         kernel = ternarize.ternarize_kernel
-        yield _job(f"ternarize {rule}", kernel, (rule,), capability, last=(), w_ptr="*fp32")
+        yield _job(f"ternarize {rule}", kernel, (rule,), capability, {"w_ptr": "*fp32"}, last=())
 
 
 def _gemm_jobs(
@@ -116,18 +118,24 @@ def _gemm_jobs(
     for name, types in dtypes.items():
         options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
         constants = (*constants[:-1], True)  # inline assembly
-        yield _job(f"{name} {tile}", kernel, constants, capability, options, **types)
+        yield _job(f"{name} {tile}", kernel, constants, capability, types, options)
 
 
 def _job(
-    name: str, kernel: Any, constants: tuple[Any, ...], capability: int,
-    options: dict[str, int] | None = None, last: tuple[bool, ...] | None = None, **types: str,
-) -> Job:  # fmt: skip
+    name: str,
+    kernel: Any,
+    constants: tuple[Any, ...],
+    capability: int,
+    types: dict[str, str] | None = None,
+    options: dict[str, int] | None = None,
+    last: tuple[bool, ...] | None = None,
+) -> Job:
     """A job from compile-time arguments in order, all but ``last``: whether launches overlap."""
     last = (capability >= 90,) if last is None else last
     names = kernel.arg_names
     values = dict(zip(names[-len(constants) - len(last) :], (*constants, *last), strict=True))
-    known = {n: types.get(n, _TYPES.get(n, "i32")) for n in names if n not in values}
+    known = {n: "i32" for n in names if n not in values}
+    known |= {n: t for n, t in (_TYPES | (types or {})).items() if n in known}
     return Job(name, kernel.__name__, known, values, options or {"num_warps": 4}, capability)
 
 

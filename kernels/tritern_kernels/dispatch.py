@@ -214,7 +214,10 @@ def block_plan(sizes: BlockSizes, M: int, dtype: torch.dtype, device: torch.devi
     if plan is None:
         from .block import BlockPlan
 
-        plan = BlockPlan(sizes, bucket(M), dtype, device, lambda *shape: _config(8, *shape, False, device))
+        def configure(M: int, N: int, K: int) -> KernelConfig:
+            return _config(8, M, N, K, False, device)
+
+        plan = BlockPlan(sizes, bucket(M), dtype, device, configure)
         _plans[key] = plan
     return plan
 
