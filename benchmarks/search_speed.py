@@ -179,9 +179,11 @@ class Resident(threading.Thread):
             yield text
 
     def run(self) -> None:
-        """Measure until ``stop``."""
+        """Measure until ``stop``, and once more then."""
         process = psutil.Process()
-        while not self._done.wait(0.2):
+        done = False
+        while not done:
+            done = self._done.wait(0.2)
             memory = process.memory_info()
             self.rows.append((self.taken, memory.rss / 1e6, getattr(memory, "shared", 0) / 1e6))
 
@@ -190,7 +192,7 @@ class Resident(threading.Thread):
         self._done.set()
         self.join()
         kept = self.rows[:: len(self.rows) // SCALE_ROWS + 1]
-        return {"peak_mb": max((r[1] for r in self.rows), default=0.0), "samples": kept}
+        return {"peak_mb": max(r[1] for r in self.rows), "samples": kept}
 
 
 def scale(
