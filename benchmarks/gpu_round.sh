@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One round on a GPU machine, at most 8 minutes: the GPU tests, the GEMM race, the encoding and the search benchmark.
+# One round on a GPU machine, at most 8 minutes: the GPU tests, a memory checker, whole models, the GEMM race, encoding
+# and search.
 # A stage that fails does not stop the next; the exit status is 1 when any failed.
 #
 #     OUT=benchmarks/results/h200 bash benchmarks/gpu_round.sh
@@ -44,10 +45,20 @@ stage() {
 }
 
 if "$PYTHON" -c "import pytest" >/dev/null 2>&1; then
-    stage tests 180 "$PYTHON" -m pytest tests/kernels -q --ignore tests/kernels/test_compile.py
+    workers=()
+    if "$PYTHON" -c "import xdist" >/dev/null 2>&1; then workers=(-n 8); fi  # most of their time is compiling
+    stage tests 150 "$PYTHON" -m pytest tests/kernels tests/library/test_fused.py tests/library/test_warmup.py -q \
+        --ignore tests/kernels/test_compile.py ${workers[@]+"${workers[@]}"}
 else
     fail tests 127 "pytest is not installed for $PYTHON: pip install pytest"
 fi
+
+if command -v compute-sanitizer >/dev/null; then
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # every tensor an allocation of its own
+    stage memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 1 "$PYTHON" tests/kernels/memcheck.py
+    unset PYTORCH_NO_CUDA_MEMORY_CACHING
+fi
+stage models 95 "$PYTHON" benchmarks/encode_gpu.py --kinds eager graph --json "$OUT/models.json"
 
 plot=()
 if "$PYTHON" -c "import matplotlib" >/dev/null 2>&1; then
@@ -55,8 +66,8 @@ if "$PYTHON" -c "import matplotlib" >/dev/null 2>&1; then
 else
     echo "no roofline plot: matplotlib is not installed (pip install tritern[bench])"
 fi
-stage gemm 165 "$PYTHON" benchmarks/gemm.py --quick --json "$OUT/gemm.json" ${plot[@]+"${plot[@]}"}
-stage encode 105 "$PYTHON" benchmarks/encode.py --quick --json "$OUT/encode.json"
+stage gemm 150 "$PYTHON" benchmarks/gemm.py --quick --json "$OUT/gemm.json" ${plot[@]+"${plot[@]}"}
+stage encode 60 "$PYTHON" benchmarks/encode.py --quick --json "$OUT/encode.json"
 if "$PYTHON" -c "import faiss" >/dev/null 2>&1; then
     if ((${#plot[@]})); then plot=(--plot "$OUT/search.png"); fi
     stage search 120 "$PYTHON" benchmarks/embed_search.py --repeat 3 --texts 2048 --json "$OUT/search.json" \

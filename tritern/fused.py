@@ -155,6 +155,7 @@ def _serves(block: Any, x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
         and x.dim() == 3
+        and x.numel() > 0
         and x.dtype == block.output.LayerNorm.weight.dtype
         and block.attention.self.config._attn_implementation != "eager"
         and not any(m._forward_hooks or m._forward_pre_hooks for m in _inside(block))

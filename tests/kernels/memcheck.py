@@ -11,9 +11,26 @@ import sys
 import torch
 
 from tritern_kernels import linear, tuning
-from tritern_kernels.dispatch import _device
+from tritern_kernels.dispatch import BlockSizes, _device, block_plan
 from tritern_kernels.ternarize import expand, ternarize
 from tritern_kernels.training import transpose
+
+
+def block(M: int, hidden: int, inner: int) -> None:
+    shapes = (3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)
+    made = [ternarize(torch.randn(N, K, device="cuda"), "mse") for N, K in shapes]
+    products = [(w.packed, w.scale, torch.randn(w.shape[0], device="cuda").half()) for w in made]
+    norms = [tuple(torch.rand(hidden, device="cuda").half() for _ in range(2)) for _ in range(2)]
+    x = torch.randn(M, hidden, device="cuda").half()
+    sizes = BlockSizes(hidden, inner, (True,) * 4, (1e-12, 1e-12))
+    plan, known, results = block_plan(sizes, M, x.dtype, x.device), None, []
+    for _ in range(3):  # compiled, planned, and with int8 activations from the block before
+        qkv, buffer = plan.before(x, known, (*products, *norms))
+        z, known = plan.after(qkv[:, :hidden].contiguous(), x, buffer, (*products, *norms))
+        known = known if results else None
+        results.append(z)
+    if not torch.equal(results[0], results[1]) or not results[0].isfinite().all():
+        sys.exit(f"wrong result of a block: {M} tokens, {hidden} and {inner} features")
 
 
 def main() -> None:
@@ -27,6 +44,8 @@ def main() -> None:
                 sys.exit(f"wrong result: {M} x {N} x {K}, {bits} bits, {config}")
         expand(weight.packed, weight.scale, K, torch.bfloat16)
         transpose(weight.packed, K)
+    for M, hidden, inner in ((1, 130, 70), (33, 384, 1536), (700, 130, 300)):
+        block(M, hidden, inner)
     torch.cuda.synchronize()
     sys.stdout.write("all kernels ran\n")
 

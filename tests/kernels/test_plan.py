@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tritern_kernels import launch, pack, plan, reference
+from tritern_kernels import block, launch, pack, plan, reference
+from tritern_kernels.dispatch import BlockSizes
 from tritern_kernels.launch import INTERPRETED
 from tritern_kernels.tuning import KernelConfig
 
@@ -35,7 +36,7 @@ def imitated(monkeypatch):
     def run(compiled, grid, stream, arguments):
         kernel, dtypes = compiled
         assert len(arguments) == len(kernel.arg_names)
-        pointers = [at(p, dtype) for p, dtype in zip(arguments, dtypes)]
+        pointers = [p if isinstance(p, torch.Tensor) else at(p, dtype) for p, dtype in zip(arguments, dtypes)]
         kernel[grid](*pointers, *arguments[len(dtypes) :])
         launched.append(kernel)
 
@@ -72,6 +73,51 @@ def test_first_and_later_calls_give_the_product(config, bits, launches, bias, ge
         y = call(x, packed, scale, bias)
         assert (y.double() - exact).abs().max() <= 4 * torch.finfo(torch.float16).eps * exact.abs().max()
     assert len(imitated) == 3 * launches  # the first call goes through Triton
+
+
+def block_reference(x, context, made, norms):
+    """The block in float64, but for what is rounded to float32 before it is quantized."""
+
+    def product(i, x):
+        codes, scale, bias = made[i]
+        return reference.linear(x, codes, scale, bias)
+
+    def norm(i, x):
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], *(t.double() for t in norms[i]), eps=1e-5)
+
+    y = norm(0, product(1, context) + x.double()).float()
+    inner = torch.nn.functional.gelu(product(2, y).float().double()).float()
+    return product(0, x), norm(1, product(3, inner) + y.double())
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("share_k", [False, True])
+def test_a_blocks_first_and_later_calls(split, share_k, imitated):
+    hidden, inner, most = 40, 300, 32
+    shapes = (3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)
+    made = [
+        (torch.randint(-1, 2, s, dtype=torch.int8), torch.rand(s[0]) / 10, torch.randn(s[0])) for s in shapes
+    ]
+    norms = [(torch.rand(hidden), torch.randn(hidden)) for _ in range(2)]
+    weights = (*((pack(codes), scale, bias) for codes, scale, bias in made), *norms)
+
+    def configure(M, N, K):
+        return replace(TILE, share_k=share_k, split_k=split if K == inner and not share_k else 1)
+
+    sizes = BlockSizes(hidden, inner, (True,) * 4, (1e-5, 1e-5))
+    call = block.BlockPlan(sizes, most, torch.float32, torch.device("cpu"), configure)
+    known = None
+    for M in (17, 5, 32, 1):
+        x, context = torch.randn(M, hidden), torch.randn(M, hidden)
+        expected_qkv, expected = block_reference(x, context, made, norms)
+        qkv, buffer = call.before(x, None, weights)
+        assert (qkv.double() - expected_qkv).abs().max() <= 1e-6 * expected_qkv.abs().max()
+        z, known = call.after(context, x, buffer, weights)
+        # a last bit of LayerNorm may be a step of an activation in 127
+        assert (z.double() - expected).abs().mean() <= 1e-3 and (z.double() - expected).abs().max() <= 0.1
+        again, _ = call.before(z, known, weights)
+        assert torch.equal(again, call.before(z, None, weights)[0])
+    assert imitated
 
 
 def test_what_it_does_not_take(imitated):
