@@ -156,11 +156,9 @@ def _serves(block: Any, x: Tensor) -> bool:
         and not torch.is_autocast_enabled(x.device.type)
         and x.dim() == 3
         and x.numel() > 0
-        and x.dtype == block.output.LayerNorm.weight.dtype
         and block.attention.self.config._attn_implementation != "eager"
         and not any(m._forward_hooks or m._forward_pre_hooks for m in _inside(block))
         and all(type(m) is TernaryLinear and m.activation_bits == 8 for m in _layers_of(block))
-        and block.attention.self.query.weight.device == x.device
     )
 
 
@@ -180,6 +178,9 @@ def _forward(block: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, 
     texts, tokens, width = hidden.shape
     x = hidden.reshape(-1, width).contiguous()
     sizes, weights = _weights(block)
+    interface = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation)
+    if interface is None or not _alike(x, sizes, weights):
+        return None
     plan = block_plan(sizes, x.shape[0], x.dtype, x.device)
     known = getattr(hidden, "_tritern", None)
     hooked = block._forward_hooks or block._forward_pre_hooks
@@ -191,7 +192,6 @@ def _forward(block: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, 
     qkv, buffer = found
     heads = (texts, tokens, 3, -1, attention.attention_head_size)
     query, key, value = qkv.view(heads).permute(2, 0, 3, 1, 4).unbind(0)
-    interface = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     context, _ = interface(
         attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling, **kwargs
     )
@@ -200,6 +200,14 @@ def _forward(block: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, 
     if not hooked:
         result._tritern = int8, _version(result)  # for the next block, if it is handed this very tensor
     return result
+
+
+def _alike(x: Tensor, sizes: BlockSizes, weights: Weights) -> bool:
+    """Whether all tensors are on x's device, and biases and norms of its dtype, as the kernels expect."""
+    biases = [group[2] for group, has_bias in zip(weights, sizes.biases) if has_bias]
+    return all(t.dtype == x.dtype for t in (*biases, *weights[4], *weights[5])) and all(
+        t.device == x.device for group in weights for t in group
+    )
 
 
 def _version(x: Tensor | None) -> int:

@@ -166,6 +166,21 @@ def test_everything_but_serving_runs_unfused(device, on_gpu):
         assert not on_gpu
 
 
+def test_mixed_dtypes_run_unfused(device, on_gpu, monkeypatch):
+    model, inputs = bert(device), batch(device)
+    tritern.fuse(model)
+    planned = []
+    before = block.BlockPlan.before
+    monkeypatch.setattr(block.BlockPlan, "before", lambda *a: planned.append(a) or before(*a))
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+        assert len(planned) == 2
+        dense = model.encoder.layer[0].output.dense
+        dense.bias.data = dense.bias.data.half()
+        assert torch.allclose(model(**inputs).last_hidden_state, expected, atol=0.05)
+    assert len(planned) == 3  # the second block's
+
+
 def test_what_cannot_be_fused_is_said(device):
     with pytest.raises(tritern.TriternError, match=r"no block to fuse.*tritern.patch\(\) first"):
         tritern.fuse(AutoModel.from_config(BertConfig(**SIZES)))
