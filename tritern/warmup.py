@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from tritern_kernels.tuning import MOST_TOKENS, bucket
 
 from .errors import TriternError
-from .fused import is_fused, kind_of
+from .fused import fused_blocks, kind_of
 from .linear import TernaryLinear
 from .passes import evaluating
 
@@ -50,8 +50,7 @@ def warmup(
             bias = None if layer.bias is None else layer.bias.dtype
             size = layer.out_features, layer.in_features
             kinds.setdefault((*size, bias, layer.activation_bits, layer.weight.device), layer)
-    fused = [m for m in model.modules() if is_fused(m)]
-    blocks = {kind: block for block in fused if (kind := kind_of(block))[1].type == "cuda"}
+    blocks = {kind: b for b in fused_blocks(model) if (kind := kind_of(b))[1].type == "cuda"}
     buckets = [1 << i for i in range(4, bucket(max_tokens).bit_length())]
     with torch.inference_mode():
         for layer in tqdm(kinds.values(), desc="Compiling", unit="layer", disable=not progress):

@@ -252,16 +252,12 @@ def quantize(x: Tensor, clear: Tensor | None = None, gelu: bool = False) -> tupl
     return q, scale
 
 
-LONGEST_ROW = 8192
-"""Largest K of ``add_norm_quantize``."""
-
-
 def add_norm_quantize(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm(x + residual) and its int8 form, in one launch.
 
-    x and residual [M, K], contiguous and of one dtype (fp32, fp16 or bf16), K up to ``LONGEST_ROW``; weight
+    x and residual [M, K], contiguous and of one dtype (fp32, fp16 or bf16), K up to 8,192; weight
     and bias [K]. Not checked.
 
     Returns:
@@ -271,6 +267,8 @@ def add_norm_quantize(
     y = torch.empty_like(x)
     q = torch.empty((M, padded_k(K)), dtype=torch.int8, device=x.device)
     scale = torch.empty((M,), dtype=torch.float32, device=x.device)
+    if M == 0:
+        return y, q, scale
     block_m, block_k, pieces = quantize_blocks(K)
     launch(
         add_norm_quantize_kernel,

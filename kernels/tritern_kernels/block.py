@@ -82,7 +82,7 @@ class BlockPlan:
 
     def before(self, x: Tensor, known: Tensor | None, weights: Weights) -> tuple[Tensor, Tensor] | None:
         """qkv [M, 3 * hidden] of x [M, hidden], and the buffer it is a part of; None where ``Plan`` would
-        give None. ``known``: x's int8 form as ``after`` gives it, or None.
+        give None (weights have to be contiguous). ``known``: x's int8 form as ``after`` gives it, or None.
         """
         pointers = [t.data_ptr() for group in weights for t in group]
         any_bit = x.data_ptr()
@@ -93,13 +93,13 @@ class BlockPlan:
         M = x.shape[0]
         places, size, _ = self.layout(M)
         buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
-        at = self._at(buffer, places)
+        at, stream = self._at(buffer, places), self._stream()
         if known is None:
             q, scale = at("q"), at("scale")
-            self.quantize((-(-M // self.rows), 1), self._stream(), M, (self._of(x), q, scale, scale))
+            self.quantize((-(-M // self.rows), 1), stream, M, (self._of(x), q, scale, scale))
         else:
             q, scale = self._int8(known, M)
-        self._product(0, M, q, scale, at("qkv"), weights)
+        self._product(0, M, q, scale, at("qkv"), weights, stream)
         start, count, dtype = places["qkv"]
         return buffer[start : start + count].view(dtype).view(M, -1), buffer
 
@@ -108,23 +108,26 @@ class BlockPlan:
         M, H = x.shape
         places, _, size = self.layout(M)
         at, stream = self._at(buffer, places), self._stream()
-        z, known = torch.empty_like(x), torch.empty(size, dtype=torch.uint8, device=self.device)
+        with torch.inference_mode(False):  # a tensor that counts its changes
+            z = torch.empty_like(x)
+        known = torch.empty(size, dtype=torch.uint8, device=self.device)
         q, scale, out, y = at("q"), at("scale"), at("out"), at("y")
         rows = (-(-M // self.rows), 1)
         self.quantize(rows, stream, M, (self._of(context), q, scale, scale))
-        self._product(1, M, q, scale, out, weights)
+        self._product(1, M, q, scale, out, weights, stream)
         first, second = (tuple(map(self._of, norm)) for norm in weights[4:])
         self.norms[0](rows, stream, M, (out, self._of(x), *first, y, q, scale))
         h, hq, tickets = at("h"), at("hq"), at("tickets")
-        self._product(2, M, q, scale, h, weights)
+        self._product(2, M, q, scale, h, weights, stream)
         self.gelu((-(-M // self.gelu_rows), 1), stream, M, (h, hq, scale, tickets))
-        self._product(3, M, hq, scale, out, weights, (at("shares"), tickets))
+        self._product(3, M, hq, scale, out, weights, stream, (at("shares"), tickets))
         self.norms[1](rows, stream, M, (out, y, *second, self._of(z), *self._int8(known, M)))
         return z, known
 
     def _product(
-        self, i: int, M: int, q: Any, scale: Any, y: Any, weights: Weights, workspace: tuple[Any, ...] = ()
-    ) -> None:
+        self, i: int, M: int, q: Any, scale: Any, y: Any, weights: Weights, stream: int,
+        workspace: tuple[Any, ...] = (),
+    ) -> None:  # fmt: skip
         multiply = self.products[i]
         if multiply.kernel is not gemm.gemm_int8_kernel:
             workspace = ()
@@ -132,7 +135,7 @@ class BlockPlan:
             workspace = scale, scale  # not used without a split
         packed, weight_scale, bias = map(self._of, weights[i])
         grid = self.configs[i].grid(M, self.shapes[i][0])
-        multiply(grid, self._stream(), M, (q, packed, scale, weight_scale, bias, y, *workspace))
+        multiply(grid, stream, M, (q, packed, scale, weight_scale, bias, y, *workspace))
 
     @property
     def _compiled(self) -> bool:

@@ -27,7 +27,7 @@ from typing import Any
 
 import triton
 
-from . import activations, gemm, gemm_few, ternarize, tuning
+from . import activations, dispatch, gemm, gemm_few, ternarize, tuning
 from .launch import INTERPRETED
 from .reference import RULES
 
@@ -93,7 +93,7 @@ def jobs(capability: int) -> Iterator[Job]:
             yield _job(
                 name, activations.quantize_kernel, (*blocks, 128, gelu, True), capability, {"q_ptr": "*i8"}
             )
-        if K <= activations.LONGEST_ROW:
+        if K <= dispatch.LONGEST_ROW:
             name, kernel = f"add norm quantize bf16 K={K}", activations.add_norm_quantize_kernel
             yield _job(name, kernel, (*blocks, True), capability, {"q_ptr": "*i8"})
     yield _job("expand bf16", ternarize.expand_kernel, (16,), capability, {"out_ptr": "*bf16"}, last=())

@@ -27,6 +27,8 @@ from .tuning import KernelConfig, bucket, choose
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATION_BITS = (8, 16)
+LONGEST_ROW = 8192
+"""Most hidden features of a block whose steps are planned: a row of them fits into registers."""
 
 
 # ---------------------------------------------------------------- public, checked

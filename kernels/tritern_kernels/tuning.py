@@ -106,8 +106,12 @@ class KernelConfig:
             return f"split_k is for int8 sums, which add up exactly in any order; received {self.split_k}"
         if self.split_k != 1 and self.share_k:
             return f"share_k does not go with split_k; received {self.split_k}"
-        if self.quantizing and (mode == "16bit" or not self.share_k or padded_k(K) > self.step):
-            return f"quantizing is for int8 activations, share_k and K up to {self.step}; received {K}"
+        fits = self.share_k and self.step >= max(512, padded_k(K))
+        if self.quantizing and (mode == "16bit" or not fits):
+            return (
+                f"quantizing is for int8 activations, share_k and K in one step of at least 512; "
+                f"received {K} and steps of {self.step}"
+            )
         steps = -(-padded_k(K) // self.block_k)
         if not 1 <= self.split_k <= steps:
             return f"split_k must be from 1 to K / block_k = {steps}; received {self.split_k}"
@@ -238,7 +242,8 @@ def _choose(
     mode: Mode, M: int, N: int, K: int, gelu: bool, gpu: str, capability: int, processors: int
 ) -> KernelConfig:
     found = nearest(_table(gpu), mode, M, N, K, capability, gelu)
-    return found or formula(mode, M, N, K, capability, processors, gelu)
+    found = found or formula(mode, M, N, K, capability, processors, gelu)
+    return replace(found, split_k=1) if M == MOST_TOKENS else found  # tickets are for up to M tokens
 
 
 def bucket(M: int) -> int:

@@ -95,13 +95,14 @@ def test_saved_copied_and_pickled_as_before(device, on_gpu, tmp_path):
         )
         model.save_pretrained(tmp_path)
         loaded = AutoModel.from_pretrained(tmp_path).to(device).eval()
-        assert not isinstance(loaded.encoder.layer[0], fused._Fused)
+        assert not fused._is_fused(loaded.encoder.layer[0])
         tritern.fuse(loaded)
         # a file's tensors need not lie as kernels want them: on a CPU the loaded model may run unfused
         assert torch.allclose(loaded(**inputs).last_hidden_state, expected, atol=1e-5)
         for other in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert isinstance(other.encoder.layer[0], fused._Fused)
             assert type(other.encoder.layer[0]).__name__ == "BertLayer"
+            assert "_tritern_merged" not in vars(copy.deepcopy(other.encoder.layer[0]))
             assert other is loaded or torch.equal(other(**inputs).last_hidden_state, expected)
 
 
@@ -117,8 +118,17 @@ def test_new_weights_are_seen(device, on_gpu):
         tritern.fuse(other)
         expected = other(**inputs).last_hidden_state
         model(**inputs)
-        model.load_state_dict(other.state_dict())
-        assert torch.equal(model(**inputs).last_hidden_state, expected)
+        for assign in (False, True):
+            model.load_state_dict(other.state_dict(), assign=assign)
+            assert torch.equal(model(**inputs).last_hidden_state, expected)
+        for m in (model, other):  # parts of the merged product, written without a trace
+            m.encoder.layer[0].attention.self.key.bias.data.copy_(torch.ones(32))
+            m.encoder.layer[1].attention.self.value.bias.data.fill_(0.5)
+        changed = other(**inputs).last_hidden_state
+        assert torch.equal(model(**inputs).last_hidden_state, changed) and not torch.equal(changed, expected)
+        unfused = bert(device)
+        unfused.load_state_dict(other.state_dict())
+        assert torch.allclose(unfused(**inputs).last_hidden_state, changed, atol=0.1)
 
 
 def test_activations_in_int8_are_handed_on_only_while_they_are_right(device, on_gpu):
@@ -143,6 +153,15 @@ def test_activations_in_int8_are_handed_on_only_while_they_are_right(device, on_
         model(**inputs)
         assert [known is None for known in seen] == [True, True]
         handle.remove()
+        assert not hasattr(model(**inputs).last_hidden_state, "_tritern")  # there is no next block
+        seen.clear()
+        kept = model(**inputs, output_hidden_states=True).hidden_states  # transformers' own hooks
+        assert [known is None for known in seen] == [True, False]
+        assert not any(hasattr(hidden, "_tritern") for hidden in kept)
+    with torch.inference_mode():
+        hidden = model.encoder.layer[0](model.embeddings(inputs["input_ids"]), None)
+        assert hidden._tritern
+        assert torch.equal(second(hidden.mul_(2.0)), second(hidden * 1.0))
 
 
 def test_everything_but_serving_runs_unfused(device, on_gpu):
@@ -156,14 +175,32 @@ def test_everything_but_serving_runs_unfused(device, on_gpu):
         model.set_attn_implementation("eager")
         assert len(model(**inputs, output_attentions=True).attentions) == 2
         model.set_attn_implementation("sdpa")
+        on_gpu.clear()
+        model(**inputs)
+        assert len(on_gpu) == 2  # the hooks that collected attentions do not count
         model.encoder.layer[0].output.dense.register_forward_hook(lambda *_: None)
         on_gpu.clear()
         model(**inputs)
         assert model.encoder.layer[0] not in on_gpu
-        tritern.dequantize(model)
+        model.encoder.layer[1].intermediate.intermediate_act_fn = torch.nn.ReLU()
         on_gpu.clear()
         model(**inputs)
         assert not on_gpu
+        tritern.dequantize(model)
+        model(**inputs)
+        assert not on_gpu and tritern.warmup(model) == 0
+        with pytest.raises(tritern.TriternError, match="no block to fuse"):
+            tritern.fuse(model)
+
+
+def test_weights_that_do_not_lie_as_they_should_run_unfused(device, on_gpu):
+    model, inputs = bert(device), batch(device)
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+        tritern.fuse(model)
+        dense = model.encoder.layer[0].intermediate.dense
+        dense.weight = torch.nn.functional.pad(dense.weight, (0, 64))[:, : dense.weight.shape[1]]
+        assert torch.allclose(model(**inputs).last_hidden_state, expected, atol=0.05)
 
 
 def test_mixed_dtypes_run_unfused(device, on_gpu, monkeypatch):
