@@ -190,11 +190,13 @@ def _planned(
         from .plan import Plan
 
         config = _config(activation_bits, M, N, K, gelu, rows.device)
-        plan = _plans[key] = config.expand or Plan(
+        if config.expand:
+            return _unplanned(rows, packed, scale, bias, rows.dtype, activation_bits, gelu)
+        plan = _plans[key] = Plan(
             config, activation_bits, max(most, M), N, K, rows.stride(0), rows.dtype, bias is not None, gelu,
             rows.device,
         )  # fmt: skip
-    y = None if plan is True else plan(rows, packed, scale, bias)
+    y = plan(rows, packed, scale, bias)
     return _unplanned(rows, packed, scale, bias, rows.dtype, activation_bits, gelu) if y is None else y
 
 
