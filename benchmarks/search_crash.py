@@ -6,14 +6,15 @@ The texts are those of --texts (by default sentences of Python's documentation),
 numbered templates: what they say is not measured here. After each kill the same call goes on. The result is
 compared with an index built without interruption: ids, texts and vectors must be equal, and the faiss index's
 bytes too (not of hnsw, a graph whose making is random). The resident size of the building process is sampled:
-texts and vectors go to disk as they come, and it is to stay flat. --layers N takes the first N layers of the
-model only, to be done sooner.
+texts and vectors go to disk as they come, and it is to stay flat while texts are embedded. --layers N takes the
+first N layers of the model only, to be done sooner.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import random
 import signal
 import sqlite3
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from search_sets import varied
 
 CHILD = "--build-into"
 """The option by which the script starts itself to be killed."""
+CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+"""How many shapes' kernels are kept on a CPU; with torch's 1,024 freed memory is split up among them."""
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -83,7 +86,7 @@ def build(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace, folder: Path, kill_after: float | None) -> dict[str, Any]:
     """Build in a process, for so many seconds or to the end; rows written and MB resident over time."""
     command = [sys.executable, __file__, *sys.argv[1:], CHILD, str(folder)]
-    start, sizes, first_rows = time.monotonic(), [], None
+    start, sizes, first_rows, all_rows = time.monotonic(), [], None, None
     process = subprocess.Popen(command)
     watched = psutil.Process(process.pid)
     while process.poll() is None:
@@ -92,8 +95,9 @@ def run(options: argparse.Namespace, folder: Path, kill_after: float | None) -> 
             sizes.append((rows, memory.rss / 1e6, memory.uss / 1e6))
         except psutil.Error:
             break
-        if rows and first_rows is None:
-            first_rows = round(time.monotonic() - start, 1)
+        now = round(time.monotonic() - start, 1)
+        first_rows = now if rows and first_rows is None else first_rows
+        all_rows = now if rows == options.rows and all_rows is None else all_rows
         if kill_after is not None and time.monotonic() - start > kill_after:
             process.send_signal(signal.SIGKILL)
             break
@@ -106,10 +110,21 @@ def run(options: argparse.Namespace, folder: Path, kill_after: float | None) -> 
         "seconds": round(time.monotonic() - start, 1),
         "rows_after": rows_in(folder),
         "seconds_to_first_rows": first_rows,
+        "seconds_to_all_rows": all_rows,
         "rows, resident MB, private MB": [list(map(round, size)) for size in sizes[:: len(sizes) // 40 + 1]],
         "peak_resident_mb": round(max(rss for _, rss, _ in sizes)),
-        "peak_private_mb": round(max(uss for _, _, uss in sizes)),
+        "peak_private_mb": peaks(sizes, options.rows),
     }
+
+
+def peaks(sizes: Sequence[tuple[int, float, float]], rows: int) -> dict[str, int]:
+    """Highest private MB in each tenth of the rows, and after the last of them."""
+    found: dict[str, int] = {}
+    for written, _, private in sizes:
+        tenth = 10 * written // rows
+        name = "index" if tenth == 10 else f"{tenth}0 %"
+        found[name] = max(found.get(name, 0), round(private))
+    return found
 
 
 def rows_in(folder: Path) -> int:
@@ -146,18 +161,19 @@ def content(folder: Path) -> dict[str, str]:
 
 def main() -> None:
     options = arguments().parse_args()
+    os.environ.setdefault(CACHE, "64")
     if options.build_into:
         return build(options)
     with tempfile.TemporaryDirectory(prefix="tritern-crash-") as temporary:
         folder = options.folder or Path(temporary)
         whole = run(options, folder / "whole", None)
-        print(f"without interruption: {whole['seconds']} s, peak {whole['peak_resident_mb']} MB resident")
+        print(f"without interruption: {whole['seconds']} s, private MB {whole['peak_private_mb']}")
         wanted, draw = content(folder / "whole"), random.Random(options.seed)
         runs: list[dict[str, Any]] = []
-        starting, working = whole["seconds_to_first_rows"] or 1.0, whole["seconds"]
+        starting, embedded = whole["seconds_to_first_rows"] or 1.0, whole["seconds_to_all_rows"] or 1.0
         while len(runs) < options.kills:
             done = rows_in(folder / "killed") / options.rows
-            share = (working - starting) * (1 - done) / (options.kills - len(runs) + 1)
+            share = (embedded - starting) * (1 - done) / (options.kills - len(runs) + 1)
             runs.append(run(options, folder / "killed", draw.uniform(0.5, starting + 2 * share)))
             print(f"after {runs[-1]['seconds']} s {runs[-1]['rows_after']:,} rows are written; killed")
         runs.append(run(options, folder / "killed", None))
@@ -168,6 +184,7 @@ def main() -> None:
         "rows": options.rows,
         "kind": options.kind,
         "layers": options.layers,
+        CACHE: os.environ[CACHE],
         "what": "speed, memory and safety only: the texts are varied by templates",
         "uninterrupted": whole,
         "interrupted": runs,

@@ -282,6 +282,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    # of 1,024 shapes by default: what oneDNN keeps of them splits up the memory that others have freed
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     try:
         args.run(args)
     except ModuleNotFoundError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
@@ -99,6 +100,8 @@ def options(
 
 def main() -> None:
     """Entry point of the script ``tritern``."""
+    # of 1,024 shapes by default: what oneDNN keeps of them splits up the memory that others have freed
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     for stream in (sys.stdout, sys.stderr):  # a character that a terminal lacks is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -20,8 +20,8 @@ from ..errors import CheckpointError, TriternError
 
 FORMAT = 1
 ROWS_FILE = "rows.sqlite"
-BLOCK = 65536
-"""Rows read at a time: 100 MB at a width of 384."""
+BLOCK = 16384
+"""Rows read at a time: 25 MB at a width of 384."""
 
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value);
@@ -136,11 +136,11 @@ class Store:
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Vectors of rows, in ascending order, read by blocks: a map would keep the whole file in memory."""
-        parts = [np.empty((0, self.width), np.float32)]
+        vectors = np.empty((len(rows), self.width), np.float32)
         for first, block in self.blocks():
             start, end = np.searchsorted(rows, (first, first + len(block)))
-            parts.append(block[rows[start:end] - first])
-        return np.concatenate(parts)
+            vectors[start:end] = block[rows[start:end] - first]
+        return vectors
 
     def refresh(self) -> None:
         """Take in what another process may have written."""
