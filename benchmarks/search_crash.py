@@ -6,8 +6,8 @@ The texts are those of --texts (by default sentences of Python's documentation),
 numbered templates: what they say is not measured here. After each kill the same call goes on. The result is
 compared with an index built without interruption: ids, texts and vectors must be equal, and the faiss index's
 bytes too (not of hnsw, a graph whose making is random). The resident size of the building process is sampled:
-texts and vectors go to disk as they come, and it is to stay flat while texts are embedded. --layers N takes the
-first N layers of the model only, to be done sooner.
+texts and vectors go to disk as they come, and it is to stay flat while texts are embedded. --layers N takes
+the first N layers of the model only, to be done sooner.
 """
 
 from __future__ import annotations
@@ -164,6 +164,7 @@ def main() -> None:
     os.environ.setdefault(CACHE, "64")
     if options.build_into:
         return build(options)
+    environment = report.environment()
     with tempfile.TemporaryDirectory(prefix="tritern-crash-") as temporary:
         folder = options.folder or Path(temporary)
         whole = run(options, folder / "whole", None)
@@ -180,7 +181,7 @@ def main() -> None:
         found = content(folder / "killed")
     equal = {name: found[name] == wanted[name] for name in wanted}
     print(f"killed {sum(r['killed'] for r in runs)} times, then finished: equal {equal}")
-    result = report.environment() | {
+    result = environment | {
         "rows": options.rows,
         "kind": options.kind,
         "layers": options.layers,
