@@ -200,17 +200,32 @@ def test_a_failure_does_not_wait_for_further_texts(ternary, mixed):
     released.set()
 
 
-def test_the_number_of_threads_is_put_back(ternary, mixed):
-    before = torch.get_num_threads()
+def test_other_threads_keep_torchs_number_of_threads(ternary, mixed, monkeypatch):
+    """Of torch's, which the model's threads share out among them: also of a thread that starts meanwhile."""
+    before, forward = torch.get_num_threads(), ternary.forward
+    shares, others = set(), []
+
+    def counting(*args, **kwargs):
+        torch.randn(200, 200) @ torch.randn(200, 200)  # before which torch sets the number for a new thread
+        shares.add(torch.get_num_threads())
+        return forward(*args, **kwargs)
+
+    def another():
+        torch.randn(200, 200) @ torch.randn(200, 200)
+        others.append(torch.get_num_threads())
+
+    monkeypatch.setattr(ternary, "forward", counting)
     torch.set_num_threads(3)
     try:
-        assert torch.equal(embed(ternary, mixed), embed(ternary, mixed))
-        assert torch.get_num_threads() == 3
-        other = []
-        thread = threading.Thread(target=lambda: other.append(torch.get_num_threads()))
+        embedding = embed_windows(ternary, [mixed] * 3)
+        next(embedding)
+        thread = threading.Thread(target=another)
         thread.start()
         thread.join()
-        assert other == [3]
+        assert torch.get_num_threads() == 3
+        embedding.close()
+        another()
+        assert shares == {1} and others == [3, 3]
     finally:
         torch.set_num_threads(before)
     assert np.isfinite(embed(ternary, mixed).numpy()).all()

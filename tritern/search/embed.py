@@ -95,13 +95,16 @@ class _Pipeline:
         self.tokenized: queue.Queue[Any] = queue.Queue(2 * plan.workers)
         self.results: queue.Queue[Any] = queue.Queue(64)
         self.stopping = threading.Event()
-        self.threads_before = torch.get_num_threads()
+        self.torch_threads = torch.get_num_threads()
+        self.set_up = threading.Barrier(plan.workers + 1)
         jobs = [self._tokenize, *[self._forward] * plan.workers]
         self.threads = [threading.Thread(target=self._guarded, args=(job,), daemon=True) for job in jobs]
 
     def run(self, advance: Callable[[int], object]) -> Iterator[Tensor]:
         for thread in self.threads:
             thread.start()
+        self.set_up.wait()
+        torch.set_num_threads(self.torch_threads)  # what threads start with, which the workers have changed
         texts: dict[int, Sequence[str]] = {}
         places: dict[int, Tensor] = {}
         missing: dict[int, int] = {}
@@ -170,21 +173,18 @@ class _Pipeline:
             self._put(self.tokenized, None)
 
     def _forward(self) -> None:
-        if self.plan.workers > 1:  # of this thread only; torch takes it as the default of later threads too
-            torch.set_num_threads(max(1, self.threads_before // self.plan.workers))
-        try:
-            while not self.stopping.is_set():
-                try:
-                    item = self.tokenized.get(timeout=0.1)
-                except queue.Empty:
-                    continue
-                if item is None:
-                    return self._put(self.results, None)
-                number, rows, features = item
-                self._put(self.results, (number, rows, vectors_of(self.model, features, self.task)))
-        finally:
-            if self.plan.workers > 1:
-                torch.set_num_threads(self.threads_before)
+        torch.get_num_threads()  # which torch sets for a thread when it is first asked
+        torch.set_num_threads(max(1, self.torch_threads // self.plan.workers))
+        self.set_up.wait()
+        while not self.stopping.is_set():
+            try:
+                item = self.tokenized.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if item is None:
+                return self._put(self.results, None)
+            number, rows, features = item
+            self._put(self.results, (number, rows, vectors_of(self.model, features, self.task)))
 
 
 def _inline(model: Any, texts: Sequence[str], task: Task | None, plan: Batching) -> Tensor:
