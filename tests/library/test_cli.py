@@ -104,6 +104,36 @@ def test_a_terminal_without_the_characters(ternary_path, texts_file):
     assert b"it/s" not in done.stderr  # no progress bars where nobody looks
 
 
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [("tritern_cli.app", "info /nowhere"), ("semantic_search", "search /nowhere query")],
+)
+def test_products_of_many_shapes_leave_memory_whole(module, arguments):
+    """What oneDNN keeps of each shape stands between the buffers that are freed: no larger one fits there."""
+    code = f"""
+import sys
+from {module} import main
+sys.argv[1:] = {arguments.split()}
+try:
+    main()
+except SystemExit as done:
+    assert done.code
+import psutil, torch
+values = torch.randn(300, 1536)
+torch.nn.functional.gelu(values)
+before = psutil.Process().memory_full_info().uss
+for rows in range(1, 301):
+    torch.nn.functional.gelu(values[:rows])
+print((psutil.Process().memory_full_info().uss - before) / values.nbytes)
+"""
+    paths = [ROOT, ROOT / "kernels", ROOT / "examples"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    environment.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.splitlines()[-1]) < 75  # buffers of the last size; 150 with torch's default
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch, ternary_path, texts_file):
     monkeypatch.setattr(tritern, "evaluate", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):

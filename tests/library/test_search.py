@@ -102,6 +102,13 @@ def test_search_parameters_trade_recall(folder, model, corpus):
             index.set_search_parameters("efSearch=3")
 
 
+def test_by_default_lists_are_looked_into_that_find_nearly_all():
+    probed = {
+        n: kinds.ivf(kinds.new_index(f"IVF{n},Flat", 8, "cosine")).nprobe for n in (1, 4, 16, 128, 2048)
+    }
+    assert probed == {1: 1, 4: 4, 16: 16, 128: 45, 2048: 181}
+
+
 def test_few_texts_are_searched_exactly(model, corpus):
     with SearchIndex.build(None, model, corpus[:50], kind="ivf-pq") as index:
         assert index.factory == "Flat"

@@ -134,7 +134,7 @@ def ivf(index: Any) -> Any:
 def default_parameters(index: Any) -> str:
     """Where faiss' own defaults find too little: nprobe=1 and efSearch=16."""
     if lists := ivf(index):
-        return f"nprobe={max(1, min(lists.nlist, round(2 * math.sqrt(lists.nlist))))}"
+        return f"nprobe={min(lists.nlist, round(4 * math.sqrt(lists.nlist)))}"
     return "efSearch=64" if hasattr(index, "hnsw") else ""
 
 
