@@ -16,6 +16,7 @@ import argparse
 import glob
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
@@ -42,11 +43,12 @@ EXAMPLES = """examples:
   # an index of shards that are there already
   embed_with_ray.py --output shards --index notes.index --kind ivf-flat
 
-An interrupted run leaves shards without the file _embedded.json, which is written last: delete the folder and
-start again. (Ray itself repeats the work of a machine that goes away during a run.)"""
+The files are embedded in parts of --part-mb, each with a folder of shards. The same command goes on after an
+interruption, from the first part that is not there; _embedded.json is written last. (Ray itself repeats the
+work of a machine that goes away during a run.)"""
 
-DONE = "_embedded.json"
-"""In the folder of the shards: how they were made. Parquet readers skip names that begin with _."""
+BEGUN, DONE = "_embedding.json", "_embedded.json"
+"""Beside the shards: how they are being made, and how they were. Parquet readers skip names with _ first."""
 SUFFIXES = ".txt", ".jsonl", ".parquet"
 BATCH = 1024
 """Texts handed to an actor at once, sorted there by length."""
@@ -134,11 +136,46 @@ class Embedder:
         return batch.append_column("vector", column)
 
 
-def embed_corpus(files: list[str], settings: dict[str, Any], args: argparse.Namespace) -> None:
-    """Write the shards, and last how they were made."""
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext
+def begin(folder: Path, plan: dict[str, Any]) -> None:
+    """Keep with which settings and files the shards are made; refuse to go on with others."""
+    file = folder / BEGUN
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(plan, indent=1))
+    try:
+        before = json.loads(file.read_text())
+    except ValueError:
+        raise SystemExit(f"{file} is damaged: delete {folder} and start again") from None
+    if other := [name for name in plan if plan[name] != before.get(name)]:
+        raise SystemExit(
+            f"--output {folder} was begun with other {', '.join(other)}: name a new folder, or delete it"
+        )
 
+
+def parts_of(sizes: dict[str, int], size: float) -> list[list[str]]:
+    """Files in their order, so many together that they have ``size`` bytes or, but for one alone, less."""
+    parts: list[list[str]] = []
+    room = 0.0
+    for file in sizes:
+        if not parts or sizes[file] > room:
+            parts.append([])
+            room = size
+        parts[-1].append(file)
+        room -= sizes[file]
+    return parts
+
+
+def embed_corpus(files: list[str], settings: dict[str, Any], args: argparse.Namespace) -> None:
+    """Write the shards of the parts that are not there, and last how they were made."""
+    import ray
+    from ray.data import DataContext
+
+    folder = Path(args.output).resolve()
+    sizes = {file: Path(file).stat().st_size for file in files}
+    chosen = {name: getattr(args, name) for name in ("column", "id_column", "part_mb")}
+    plan = settings | chosen | {"files": sizes}
+    plan |= {name: version(name) for name in ("tritern", "torch", "sentence-transformers", "ray")}
+    begin(folder, plan)
     local: dict[str, Any] = {} if args.address else {"include_dashboard": False}
     if not ray.is_initialized():
         ray.init(address=args.address, **local)
@@ -151,8 +188,36 @@ def embed_corpus(files: list[str], settings: dict[str, Any], args: argparse.Name
     context = DataContext.get_current()
     context.execution_options.preserve_order = True  # shards follow the corpus
     context.target_max_block_size = BLOCK
+    parts = parts_of(sizes, 1e6 * args.part_mb)
+    for number, part in enumerate(parts):
+        whole = folder / f"part-{number:05}"
+        if whole.exists():
+            print(f"part {number + 1} of {len(parts)} is there")
+            continue
+        under_way = folder / f"_{whole.name}"
+        shutil.rmtree(under_way, ignore_errors=True)
+        under_way.mkdir()
+        embed_part(part, under_way, settings, args, actors, gpus > 0)
+        under_way.rename(whole)
+        print(f"part {number + 1} of {len(parts)} is done", flush=True)
+    (folder / DONE).write_text(json.dumps(plan | {"texts": count(folder)}, indent=1))
+    print(f"{count(folder):,} texts in {args.output}")
+
+
+def embed_part(
+    files: list[str],
+    folder: Path,
+    settings: dict[str, Any],
+    args: argparse.Namespace,
+    actors: int,
+    on_gpu: bool,
+) -> None:
+    """Write the shards of some files."""
+    import ray
+    from ray.data import ActorPoolStrategy
+
     reader: Any = partial(read, column=args.column, id_column=args.id_column)
-    share: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": 1}
+    share: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
     # reading and writing wait for disks: if they asked for a CPU, actors on all of them would leave none
     named = [{"name": file, "path": str(Path(file).resolve())} for file in files]
     texts = ray.data.from_items(named, override_num_blocks=len(files)).map_batches(
@@ -163,24 +228,24 @@ def embed_corpus(files: list[str], settings: dict[str, Any], args: argparse.Name
         batch_size=BATCH,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=actors),
-        fn_constructor_kwargs=settings | {"device": "cuda" if gpus else "cpu"},
+        fn_constructor_kwargs=settings | {"device": "cuda" if on_gpu else "cpu"},
         **share,
     )
-    folder = Path(args.output).resolve()
     embedded.write_parquet(
         str(folder), min_rows_per_file=args.rows_per_shard, ray_remote_args={"num_cpus": 0}
     )
-    made = settings | {"texts": count(folder), "files": files}
-    made |= {name: version(name) for name in ("tritern", "torch", "sentence-transformers", "ray")}
-    (folder / DONE).write_text(json.dumps(made, indent=1))
-    print(f"{made['texts']:,} texts in {args.output}")
 
 
-def count(shards: Path) -> int:
+def shards_of(folder: Path) -> list[Path]:
+    """The shards of complete parts, in the order of the corpus."""
+    return sorted(folder.glob("part-*/*.parquet"))
+
+
+def count(folder: Path) -> int:
     """Rows of the shards."""
     import pyarrow.parquet as pq
 
-    return sum(pq.read_metadata(file).num_rows for file in shards.glob("*.parquet"))
+    return sum(pq.read_metadata(file).num_rows for file in shards_of(folder))
 
 
 def index_shards(model: SentenceTransformer, args: argparse.Namespace) -> None:
@@ -204,11 +269,11 @@ def index_shards(model: SentenceTransformer, args: argparse.Namespace) -> None:
         raise SystemExit(f"error: {error}") from None
 
 
-def rows(shards: Path) -> Iterator[tuple[list[str], list[str], np.ndarray]]:
+def rows(folder: Path) -> Iterator[tuple[list[str], list[str], np.ndarray]]:
     """Ids, texts and vectors of the shards, so many at a time as a shard has at least."""
     import pyarrow.parquet as pq
 
-    for file in sorted(shards.glob("*.parquet")):
+    for file in shards_of(folder):
         for batch in pq.ParquetFile(file).iter_batches(100_000):
             vectors = batch.column("vector").flatten().to_numpy().reshape(batch.num_rows, -1)
             yield batch.column("id").to_pylist(), batch.column("text").to_pylist(), vectors
@@ -230,6 +295,7 @@ def parse() -> argparse.Namespace:
     add("--id-column", help="of .jsonl and .parquet: ids, unique in all files (default: file and row)")
     add("--output", metavar="FOLDER", required=True, help="for the shards: new, or what --index shall read")
     add("--rows-per-shard", metavar="N", type=int, default=100_000, help="at least (default: 100,000)")
+    add("--part-mb", metavar="MB", type=float, default=1000.0, help="of files, in one go (default: 1000)")
     add("--index", metavar="FOLDER", help="build a search index of the shards here")
     add("--kind", default="flat", help="of the index: flat, ivf-flat, ivf-pq, hnsw ... (default: flat)")
     add("--address", help="of a Ray cluster, or auto (default: this machine alone)")
@@ -238,6 +304,8 @@ def parse() -> argparse.Namespace:
     for name in ("rows_per_shard", "actors"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1; received {getattr(args, name)}")
+    if not args.part_mb > 0:
+        parser.error(f"--part-mb must be more than 0; received {args.part_mb}")
     if args.texts and not args.model:
         parser.error("name the model to embed with: --model")
     if not args.texts and not args.index:
@@ -255,9 +323,10 @@ def find(patterns: list[str], output: str) -> list[str]:
     if wrong := [f for f in files if not f.endswith(SUFFIXES) or not Path(f).is_file()]:
         raise SystemExit(f"texts: {wrong[0]} is none of {', '.join(SUFFIXES)}")
     folder = Path(output)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        what = "holds shards already" if (folder / DONE).exists() else "is not empty (of a broken run?)"
-        raise SystemExit(f"--output {output} {what}: name a new folder, or delete it")
+    if (folder / DONE).exists():
+        raise SystemExit(f"--output {output} holds shards already: name a new folder, or delete it")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / BEGUN).exists()):
+        raise SystemExit(f"--output {output} holds something else: name a new folder")
     return files
 
 

@@ -19,19 +19,23 @@ import pyarrow.parquet as pq  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "embed_with_ray.py"
-TWICE = """
+RUNS = """
 import runpy, sys
+from pathlib import Path
 import ray
-script, folder, model = sys.argv[1:]
+script, folder, model, part_mb = sys.argv[1:]
 ray.init(num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, _temp_dir=folder)
-common = ["--model", model, "--patch", "--output"]
-bad, good = [*common, "of-bad", "--actors", "1"], [*common, "shards", "--actors", "2", "--index", "idx"]
-for arguments in (["bad.txt", *bad], ["c/*", *good]):
-    sys.argv = [script, *arguments]
+command = [script, "c/*", "--model", model, "--patch", "--output", "shards", "--index", "idx"]
+command += ["--actors", "2", "--part-mb", part_mb]
+file = Path("c/c.jsonl")
+rows = file.read_text()
+file.write_text(rows[::-1].replace('"txet"', '"txxt"', 1)[::-1])  # the last one is bad
+for sys.argv in (command, [*command, "--column", "said"], command):
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as error:
         print(error)
+    file.write_text(rows)
 """
 
 
@@ -41,31 +45,32 @@ def script():
 
 
 def test_a_corpus_on_two_actors(tiny_path, tiny, sentences, tmp_path):
+    """Interrupted in its second part, and gone on with."""
     folder = tmp_path / "c"
     folder.mkdir()
     texts = [*sentences[:60], sentences[0]]  # one twice
     (folder / "a.txt").write_text("\n".join([*texts[:20], " ", *texts[20:30]]), encoding="utf-8-sig")
-    rows = [{"text": text, "n": n} for n, text in enumerate(texts[30:45])]
-    (folder / "b.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    pq.write_table(pa.table({"n": range(16), "text": texts[45:]}), folder / "c.parquet", row_group_size=5)
-    (tmp_path / "bad.txt").write_bytes(b"good\ncaf\xe9\n")
+    pq.write_table(pa.table({"n": range(16), "text": texts[30:46]}), folder / "b.parquet", row_group_size=5)
+    rows = [{"text": text, "n": n} for n, text in enumerate(texts[46:])]
+    (folder / "c.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    first_part = sum((folder / name).stat().st_size for name in ("a.txt", "b.parquet"))
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     environment |= {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory(prefix="ray-") as short:  # sockets want a short path
         done = subprocess.run(
-            [sys.executable, "-c", TWICE, str(SCRIPT), short, tiny_path],
+            [sys.executable, "-c", RUNS, str(SCRIPT), short, tiny_path, str(first_part / 1e6)],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (
-        f"error: {tmp_path / 'bad.txt'}, line 2: not UTF-8" in done.stdout and "Traceback" not in done.stdout
-    )
-    assert "3 files; 2 copies of the model on 2 CPUs" in done.stdout
-    assert not (tmp_path / "of-bad" / "_embedded.json").exists()
+    assert "3 files; 2 copies of the model on 2 CPUs" in done.stdout and "Traceback" not in done.stdout
+    broken, other, whole = done.stdout.partition("begun with other column: name a new folder")
+    assert "part 1 of 2 is done" in broken and "part 2 of 2 is done" not in broken
+    assert f"error: {folder / 'c.jsonl'}, line 15: not a JSON object with 'text'" in broken
+    assert other and "part 1 of 2 is there" in whole and "part 2 of 2 is done" in whole
 
-    found = pa.concat_tables(pq.read_table(f) for f in sorted((tmp_path / "shards").glob("*.parquet")))
+    found = pq.read_table(tmp_path / "shards")
     lines = [n for n in range(1, 32) if n != 21]
-    numbers = {"a.txt": lines, "b.jsonl": range(1, 16), "c.parquet": range(1, 17)}
+    numbers = {"a.txt": lines, "b.parquet": range(1, 17), "c.jsonl": range(1, 16)}
     ids = [f"c/{name}:{n}" for name, those in numbers.items() for n in those]
     assert found["id"].to_pylist() == ids and found["text"].to_pylist() == texts
     assert str(found.schema.field("vector").type) == "fixed_size_list<element: float>[32]"
@@ -84,12 +89,12 @@ def test_an_index_of_shards(script, tiny_path, tiny, sentences, tmp_path, monkey
     """Of several of them, as another kind, without Ray."""
     texts = [f"{sentences[i - n]} {sentences[i]}" for n in range(1, 5) for i in range(400)]
     vectors = embed(tiny, texts, task="document").numpy()
-    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "part-00000").mkdir(parents=True)
     for n, part in enumerate(np.array_split(np.arange(len(texts)), 3)):
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors[part].ravel()), 32)
         ids, chosen = [f"i{i}" for i in part], [texts[i] for i in part]
         shard = pa.table({"id": ids, "text": chosen, "vector": column})
-        pq.write_table(shard, tmp_path / "shards" / f"{n}.parquet")
+        pq.write_table(shard, tmp_path / "shards" / "part-00000" / f"{n}.parquet")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["x", "--output", "shards", "--index", "idx", "--kind", "ivf-flat"])
     with pytest.raises(SystemExit, match="holds no complete shards"):
@@ -104,6 +109,12 @@ def test_an_index_of_shards(script, tiny_path, tiny, sentences, tmp_path, monkey
     with pytest.raises(SystemExit) as wrong:
         script["main"]()
     assert wrong.value.code == 2 and "idx is there already" in capsys.readouterr().err
+
+
+def test_parts_hold_the_files_in_order(script):
+    sizes = dict(zip("abcdef", (3, 4, 20, 1, 9, 1)))
+    parts = script["parts_of"](sizes, 10)
+    assert parts == [["a", "b"], ["c"], ["d", "e"], ["f"]]
 
 
 def test_ids_of_a_column(script, tmp_path):
@@ -122,6 +133,7 @@ def test_ids_of_a_column(script, tmp_path):
         ("a.jsonl", '{"text": "one", "key": null}', "row 1: 'key' holds no id"),
         ("a.jsonl", '{"text": 3, "key": "k"}', "row 1: 'text' holds 3; it must be a string"),
         ("a.jsonl", '{"text": ', "line 1: not a JSON object"),
+        ("a.jsonl", '{"text": "one", "key": 1}\n{"text": "caf\xe9"}', "line 2: not UTF-8"),
         ("a.parquet", None, r"has no column 'key'; it has text"),
     ],
 )
@@ -130,7 +142,7 @@ def test_rows_that_are_refused(script, tmp_path, name, content, message):
     if content is None:
         pq.write_table(pa.table({"text": ["one"]}), path)
     else:
-        path.write_text(content)
+        path.write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         list(script["read"]({"name": [name], "path": [str(path)]}, "text", "key"))
 
@@ -140,11 +152,12 @@ def test_rows_that_are_refused(script, tmp_path, name, content, message):
     [
         (["no*.txt", "--model", "m", "--output", "new"], "there is no file no*.txt"),
         (["a.csv", "--model", "m", "--output", "new"], "a.csv is none of .txt, .jsonl, .parquet"),
-        (["a.txt", "--model", "m", "--output", "."], "is not empty (of a broken run?)"),
+        (["a.txt", "--model", "m", "--output", "."], "holds something else"),
         (["a.txt", "--model", "a.txt", "--output", "new"], "--model a.txt: "),
         (["a.txt", "--output", "new"], "name the model to embed with"),
         (["--output", "new"], "name texts to embed, or an --index"),
         (["a.txt", "--model", "m", "--output", "new", "--actors", "0"], "must be at least 1; received 0"),
+        (["a.txt", "--model", "m", "--output", "new", "--part-mb", "0"], "must be more than 0; received 0"),
     ],
 )  # fmt: skip
 def test_arguments_that_are_refused(script, tmp_path, monkeypatch, capsys, arguments, message):
