@@ -165,7 +165,7 @@ def parts_of(sizes: dict[str, int], size: float) -> list[list[str]]:
     return parts
 
 
-def embed_corpus(files: list[str], settings: dict[str, Any], args: argparse.Namespace) -> None:
+def embed_corpus(files: list[str], settings: dict[str, Any], weights: str, args: argparse.Namespace) -> None:
     """Write the shards of the parts that are not there, and last how they were made."""
     import ray
     from ray.data import DataContext
@@ -173,7 +173,7 @@ def embed_corpus(files: list[str], settings: dict[str, Any], args: argparse.Name
     folder = Path(args.output).resolve()
     sizes = {file: Path(file).stat().st_size for file in files}
     chosen = {name: getattr(args, name) for name in ("column", "id_column", "part_mb")}
-    plan = settings | chosen | {"files": sizes}
+    plan = settings | chosen | {"weights": weights, "files": sizes}
     plan |= {name: version(name) for name in ("tritern", "torch", "sentence-transformers", "ray")}
     begin(folder, plan)
     local: dict[str, Any] = {} if args.address else {"include_dashboard": False}
@@ -349,6 +349,8 @@ def main() -> None:
             f"--output {args.output} holds no complete shards (no {DONE}): name texts and --model"
         )
     try:
+        from tritern.checkpoint import digest
+
         model = load(**settings, device="cpu")  # here too, so that errors show before Ray starts
         from ray.exceptions import RayError
     except ModuleNotFoundError as error:
@@ -357,7 +359,7 @@ def main() -> None:
         raise SystemExit(f"--model {settings['model']}: {reason(error)}") from None
     if files:
         try:
-            embed_corpus(files, settings, args)
+            embed_corpus(files, settings, digest(model.state_dict().items()), args)
         except (RayError, ConnectionError) as error:
             raise SystemExit(f"error: {reason(error)}") from None
     if args.index:
