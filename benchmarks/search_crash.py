@@ -47,7 +47,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--texts", metavar="FILE", help="one text a line; .zst and .gz too (default: Python's documentation)")
     add("--rows", type=int, default=1_000_000, help="default: 1,000,000")
     add("--kind", default="ivf-pq", help="kind of index (default: ivf-pq)")
-    add("--kills", type=int, default=10, help="default: 10")
+    add("--kills", type=int, default=10, help="0: the memory alone (default: 10)")
     add("--seed", type=int, default=0, help="of the moments of killing")
     add("--folder", type=Path, help="where to build; default: a temporary folder, deleted afterwards")
     add("--json", type=Path, help="write the results here")
@@ -159,28 +159,36 @@ def content(folder: Path) -> dict[str, str]:
     return {"rows": str(store.rows), "ids and texts": rows.hexdigest(), **sums}
 
 
+def interrupted(options: argparse.Namespace, folder: Path, whole: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs that are killed at random moments while they embed, then one to the end."""
+    draw, runs = random.Random(options.seed), []
+    starting, embedded = whole["seconds_to_first_rows"] or 1.0, whole["seconds_to_all_rows"] or 1.0
+    while len(runs) < options.kills:
+        share = (embedded - starting) * (1 - rows_in(folder) / options.rows) / (options.kills - len(runs) + 1)
+        runs.append(run(options, folder, draw.uniform(0.5, starting + 2 * share)))
+        end = "killed" if runs[-1]["killed"] else "at the end before it was killed"
+        print(f"after {runs[-1]['seconds']} s {runs[-1]['rows_after']:,} rows are written; {end}", flush=True)
+    return [*runs, run(options, folder, None)]
+
+
 def main() -> None:
     options = arguments().parse_args()
     os.environ.setdefault(CACHE, "64")
     if options.build_into:
         return build(options)
     environment = report.environment()
+    runs, equal = [], {}
     with tempfile.TemporaryDirectory(prefix="tritern-crash-") as temporary:
         folder = options.folder or Path(temporary)
         whole = run(options, folder / "whole", None)
-        print(f"without interruption: {whole['seconds']} s, private MB {whole['peak_private_mb']}")
-        wanted, draw = content(folder / "whole"), random.Random(options.seed)
-        runs: list[dict[str, Any]] = []
-        starting, embedded = whole["seconds_to_first_rows"] or 1.0, whole["seconds_to_all_rows"] or 1.0
-        while len(runs) < options.kills:
-            done = rows_in(folder / "killed") / options.rows
-            share = (embedded - starting) * (1 - done) / (options.kills - len(runs) + 1)
-            runs.append(run(options, folder / "killed", draw.uniform(0.5, starting + 2 * share)))
-            print(f"after {runs[-1]['seconds']} s {runs[-1]['rows_after']:,} rows are written; killed")
-        runs.append(run(options, folder / "killed", None))
-        found = content(folder / "killed")
-    equal = {name: found[name] == wanted[name] for name in wanted}
-    print(f"killed {sum(r['killed'] for r in runs)} times, then finished: equal {equal}")
+        print(
+            f"without interruption: {whole['seconds']} s, private MB {whole['peak_private_mb']}", flush=True
+        )
+        if options.kills:
+            runs = interrupted(options, folder / "killed", whole)
+            wanted, found = content(folder / "whole"), content(folder / "killed")
+            equal = {name: found[name] == wanted[name] for name in wanted}
+            print(f"killed {sum(r['killed'] for r in runs)} times, then finished: equal {equal}")
     result = environment | {
         "rows": options.rows,
         "kind": options.kind,
