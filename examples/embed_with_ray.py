@@ -16,12 +16,14 @@ import argparse
 import glob
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,12 +45,16 @@ EXAMPLES = """examples:
   # an index of shards that are there already
   embed_with_ray.py --output shards --index notes.index --kind ivf-flat
 
-The files are embedded in parts of --part-mb, each with a folder of shards. The same command goes on after an
-interruption, from the first part that is not there; _embedded.json is written last. (Ray itself repeats the
-work of a machine that goes away during a run.)"""
+The files are embedded in parts of --part-mb, each with a folder of shards that has its name once it is whole.
+The same command goes on after an interruption, and embeds files that were added since. (Ray itself repeats
+the work of a machine that goes away during a run.) If the making of an index is interrupted, delete the index:
+it is made of the shards, without embedding again."""
 
 BEGUN, DONE = "_embedding.json", "_embedded.json"
-"""Beside the shards: how they are being made, and how they were. Parquet readers skip names with _ first."""
+"""Beside the parts: how they are being made, and how they were. Parquet readers skip names with _ first."""
+FILES = "_files.json"
+"""In a part: its files and their sizes."""
+PACKAGES = "tritern", "torch", "transformers", "tokenizers", "sentence-transformers", "ray"
 SUFFIXES = ".txt", ".jsonl", ".parquet"
 BATCH = 1024
 """Texts handed to an actor at once, sorted there by length."""
@@ -119,10 +125,21 @@ def load(model: str, patch: bool, dtype: str | None, device: str | None = None) 
     return tritern.patch(loaded) if patch else loaded
 
 
+def description(model: SentenceTransformer) -> dict[str, Any]:
+    """What vectors depend on: a model of the same name may be another by now."""
+    from tritern.checkpoint import digest
+
+    names = "prompts", "default_prompt_name", "max_seq_length", "truncate_dim"
+    said = {name: getattr(model, name) for name in names}
+    return {"weights": digest(model.state_dict().items()), "modules": str(model)} | said
+
+
 class Embedder:
     """An actor: loads the model once, then embeds batch after batch."""
 
     def __init__(self, **settings: Any) -> None:
+        # of 1,024 shapes by default: what oneDNN keeps of them splits up the memory that others have freed
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         self.model = load(**settings)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -137,19 +154,27 @@ class Embedder:
 
 
 def begin(folder: Path, plan: dict[str, Any]) -> None:
-    """Keep with which settings and files the shards are made; refuse to go on with others."""
+    """Keep how the parts are made; refuse to go on in another way once there are some."""
     file = folder / BEGUN
-    if not file.exists():
+    if not any(folder.glob("part-*")):
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(plan, indent=1))
-    try:
-        before = json.loads(file.read_text())
-    except ValueError:
-        raise SystemExit(f"{file} is damaged: delete {folder} and start again") from None
+    before = json.loads(file.read_text())
     if other := [name for name in plan if plan[name] != before.get(name)]:
         raise SystemExit(
             f"--output {folder} was begun with other {', '.join(other)}: name a new folder, or delete it"
         )
+
+
+def embedded(folder: Path, sizes: dict[str, int]) -> dict[str, int]:
+    """Files in the parts that are there, with their sizes; refuses files that are not the same any more."""
+    there: dict[str, int] = {}
+    for part in folder.glob("part-*"):
+        there |= json.loads((part / FILES).read_text())
+    if changed := [file for file in there if sizes.get(file) != there[file]]:
+        what = "has another size now" if changed[0] in sizes else "is not among the texts now"
+        raise SystemExit(f"{changed[0]} is embedded in {folder}, and {what}: name a new folder")
+    return there
 
 
 def parts_of(sizes: dict[str, int], size: float) -> list[list[str]]:
@@ -165,17 +190,14 @@ def parts_of(sizes: dict[str, int], size: float) -> list[list[str]]:
     return parts
 
 
-def embed_corpus(files: list[str], settings: dict[str, Any], weights: str, args: argparse.Namespace) -> None:
-    """Write the shards of the parts that are not there, and last how they were made."""
+def embed_corpus(
+    files: list[str], settings: dict[str, Any], model: SentenceTransformer, args: argparse.Namespace
+) -> None:
+    """Write the parts that are not there, and last how all were made."""
     import ray
     from ray.data import DataContext
 
     folder = Path(args.output).resolve()
-    sizes = {file: Path(file).stat().st_size for file in files}
-    chosen = {name: getattr(args, name) for name in ("column", "id_column", "part_mb")}
-    plan = settings | chosen | {"weights": weights, "files": sizes}
-    plan |= {name: version(name) for name in ("tritern", "torch", "sentence-transformers", "ray")}
-    begin(folder, plan)
     local: dict[str, Any] = {} if args.address else {"include_dashboard": False}
     if not ray.is_initialized():
         ray.init(address=args.address, **local)
@@ -188,20 +210,32 @@ def embed_corpus(files: list[str], settings: dict[str, Any], weights: str, args:
     context = DataContext.get_current()
     context.execution_options.preserve_order = True  # shards follow the corpus
     context.target_max_block_size = BLOCK
-    parts = parts_of(sizes, 1e6 * args.part_mb)
-    for number, part in enumerate(parts):
-        whole = folder / f"part-{number:05}"
-        if whole.exists():
-            print(f"part {number + 1} of {len(parts)} is there")
-            continue
-        under_way = folder / f"_{whole.name}"
-        shutil.rmtree(under_way, ignore_errors=True)
+    plan = settings | {"column": args.column, "id_column": args.id_column, "gpus": gpus > 0}
+    plan |= description(model) | {name: version(name) for name in PACKAGES}
+    begin(folder, plan)
+    sizes = {file: Path(file).stat().st_size for file in files}
+    there = embedded(folder, sizes)
+    if there:
+        print(f"{len(there)} of the files are embedded already")
+    parts = parts_of({file: size for file, size in sizes.items() if file not in there}, 1e6 * args.part_mb)
+    if parts:
+        (folder / DONE).unlink(missing_ok=True)
+    first = len(list(folder.glob("part-*")))
+    for number, part in enumerate(parts, first):
+        under_way = folder / f"_part-{uuid4().hex}"  # of this run alone
         under_way.mkdir()
         embed_part(part, under_way, settings, args, actors, gpus > 0)
-        under_way.rename(whole)
-        print(f"part {number + 1} of {len(parts)} is done", flush=True)
-    (folder / DONE).write_text(json.dumps(plan | {"texts": count(folder)}, indent=1))
-    print(f"{count(folder):,} texts in {args.output}")
+        (under_way / FILES).write_text(json.dumps({file: sizes[file] for file in part}))
+        try:
+            under_way.rename(folder / f"part-{number:05}")
+        except OSError:
+            raise SystemExit(f"another run has written to {folder} meanwhile: let one end first") from None
+        print(f"part {number + 1} of {first + len(parts)} is done", flush=True)
+    for left in folder.glob("_part-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    texts = count(folder)
+    (folder / DONE).write_text(json.dumps(plan | {"texts": texts, "files": files}, indent=1))
+    print(f"{texts:,} texts in {args.output}")
 
 
 def embed_part(
@@ -255,7 +289,9 @@ def index_shards(model: SentenceTransformer, args: argparse.Namespace) -> None:
 
     try:
         batches = rows(Path(args.output))
-        ids, texts, vectors = next(batches)
+        ids, texts, vectors = next(batches, ([], [], None))
+        if vectors is None:
+            raise SystemExit(f"--output {args.output} holds no texts: there is nothing to index")
         # an index is never empty, so the first text is embedded again; kinds are trained on all, at the end
         with SearchIndex.build(args.index, model, texts[:1], ids[:1]) as index:
             index.add(texts[1:], ids[1:], vectors=vectors[1:])
@@ -323,8 +359,6 @@ def find(patterns: list[str], output: str) -> list[str]:
     if wrong := [f for f in files if not f.endswith(SUFFIXES) or not Path(f).is_file()]:
         raise SystemExit(f"texts: {wrong[0]} is none of {', '.join(SUFFIXES)}")
     folder = Path(output)
-    if (folder / DONE).exists():
-        raise SystemExit(f"--output {output} holds shards already: name a new folder, or delete it")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / BEGUN).exists()):
         raise SystemExit(f"--output {output} holds something else: name a new folder")
     return files
@@ -339,18 +373,18 @@ def reason(error: BaseException) -> str:
 def main() -> None:
     args = parse()
     files, done = find(args.texts, args.output) if args.texts else [], Path(args.output) / DONE
+    made: dict[str, Any] = {}
     if files:
         name = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
         settings = {"model": name, "patch": args.patch, "dtype": args.dtype}
     elif done.exists():
-        settings = {key: json.loads(done.read_text())[key] for key in ("model", "patch", "dtype")}
+        made = json.loads(done.read_text())
+        settings = {key: made[key] for key in ("model", "patch", "dtype")}
     else:
         raise SystemExit(
             f"--output {args.output} holds no complete shards (no {DONE}): name texts and --model"
         )
     try:
-        from tritern.checkpoint import digest
-
         model = load(**settings, device="cpu")  # here too, so that errors show before Ray starts
         from ray.exceptions import RayError
     except ModuleNotFoundError as error:
@@ -359,9 +393,14 @@ def main() -> None:
         raise SystemExit(f"--model {settings['model']}: {reason(error)}") from None
     if files:
         try:
-            embed_corpus(files, settings, digest(model.state_dict().items()), args)
+            embed_corpus(files, settings, model, args)
         except (RayError, ConnectionError) as error:
             raise SystemExit(f"error: {reason(error)}") from None
+    elif other := [name for name, value in description(model).items() if value != made[name]]:
+        raise SystemExit(
+            f"{settings['model']} has other {', '.join(other)} than when {args.output} was embedded: its "
+            "queries would not find those vectors. Put the model back, or embed anew"
+        )
     if args.index:
         index_shards(model, args)
 

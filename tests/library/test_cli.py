@@ -108,7 +108,7 @@ def test_a_terminal_without_the_characters(ternary_path, texts_file):
     ("module", "arguments"),
     [("tritern_cli.app", "info /nowhere"), ("semantic_search", "search /nowhere query")],
 )
-def test_products_of_many_shapes_leave_memory_whole(module, arguments):
+def test_memory_stays_whole_with_many_shapes(module, arguments):
     """What oneDNN keeps of each shape stands between the buffers that are freed: no larger one fits there."""
     code = f"""
 import sys

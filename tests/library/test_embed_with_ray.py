@@ -29,7 +29,7 @@ command = [script, "c/*", "--model", model, "--patch", "--output", "shards", "--
 command += ["--actors", "2", "--part-mb", part_mb]
 file = Path("c/c.jsonl")
 rows = file.read_text()
-file.write_text(rows[::-1].replace('"txet"', '"txxt"', 1)[::-1])  # the last one is bad
+file.write_text(rows + "{}")
 for sys.argv in (command, [*command, "--column", "said"], command):
     try:
         runpy.run_path(script, run_name="__main__")
@@ -58,15 +58,17 @@ def test_a_corpus_on_two_actors(tiny_path, tiny, sentences, tmp_path):
     environment |= {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory(prefix="ray-") as short:  # sockets want a short path
         done = subprocess.run(
-            [sys.executable, "-c", RUNS, str(SCRIPT), short, tiny_path, str(first_part / 1e6)],
+            [sys.executable, "-c", RUNS, str(SCRIPT), short, tiny_path, str((first_part + 1) / 1e6)],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "3 files; 2 copies of the model on 2 CPUs" in done.stdout and "Traceback" not in done.stdout
     broken, other, whole = done.stdout.partition("begun with other column: name a new folder")
     assert "part 1 of 2 is done" in broken and "part 2 of 2 is done" not in broken
-    assert f"error: {folder / 'c.jsonl'}, line 15: not a JSON object with 'text'" in broken
-    assert other and "part 1 of 2 is there" in whole and "part 2 of 2 is done" in whole
+    assert f"error: {folder / 'c.jsonl'}, line 16: not a JSON object with 'text'" in broken
+    assert other and "2 of the files are embedded already" in whole and "part 2 of 2 is done" in whole
+    parts = sorted(path.name for path in (tmp_path / "shards").iterdir())
+    assert parts == ["_embedded.json", "_embedding.json", "part-00000", "part-00001"]
 
     found = pq.read_table(tmp_path / "shards")
     lines = [n for n in range(1, 32) if n != 21]
@@ -99,8 +101,12 @@ def test_an_index_of_shards(script, tiny_path, tiny, sentences, tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["x", "--output", "shards", "--index", "idx", "--kind", "ivf-flat"])
     with pytest.raises(SystemExit, match="holds no complete shards"):
         script["main"]()
-    made = {"model": tiny_path, "patch": False, "dtype": None}
-    (tmp_path / "shards" / "_embedded.json").write_text(json.dumps(made))
+    made = {"model": tiny_path, "patch": False, "dtype": None, **script["description"](tiny)}
+    record = tmp_path / "shards" / "_embedded.json"
+    record.write_text(json.dumps(made | {"prompts": {"query": "", "document": "passage: "}}))
+    with pytest.raises(SystemExit, match="has other prompts than when shards was embedded"):
+        script["main"]()
+    record.write_text(json.dumps(made))
     script["main"]()
     assert "1,600 texts in idx (IVF" in capsys.readouterr().out
     with SearchIndex.open("idx", SentenceTransformer(tiny_path, device="cpu")) as index:
@@ -115,6 +121,17 @@ def test_parts_hold_the_files_in_order(script):
     sizes = dict(zip("abcdef", (3, 4, 20, 1, 9, 1)))
     parts = script["parts_of"](sizes, 10)
     assert parts == [["a", "b"], ["c"], ["d", "e"], ["f"]]
+
+
+def test_files_that_are_embedded_must_stay(script, tmp_path):
+    (tmp_path / "part-00000").mkdir()
+    (tmp_path / "part-00000" / "_files.json").write_text('{"a.txt": 3, "b.txt": 4}')
+    sizes = {"a.txt": 3, "b.txt": 4, "c.txt": 5}
+    assert script["embedded"](tmp_path, sizes) == {"a.txt": 3, "b.txt": 4}
+    with pytest.raises(SystemExit, match="a.txt is embedded in .* has another size now"):
+        script["embedded"](tmp_path, sizes | {"a.txt": 2})
+    with pytest.raises(SystemExit, match="b.txt is embedded in .* is not among the texts now"):
+        script["embedded"](tmp_path, {"a.txt": 3})
 
 
 def test_ids_of_a_column(script, tmp_path):

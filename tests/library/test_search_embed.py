@@ -214,18 +214,44 @@ def test_other_threads_keep_torchs_number_of_threads(ternary, mixed, monkeypatch
         torch.randn(200, 200) @ torch.randn(200, 200)
         others.append(torch.get_num_threads())
 
+    def run(target):
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+
     monkeypatch.setattr(ternary, "forward", counting)
     torch.set_num_threads(3)
     try:
         embedding = embed_windows(ternary, [mixed] * 3)
         next(embedding)
-        thread = threading.Thread(target=another)
-        thread.start()
-        thread.join()
-        assert torch.get_num_threads() == 3
+        run(another)
         embedding.close()
-        another()
-        assert shares == {1} and others == [3, 3]
+        run(another)
+        assert shares == {1} and others == [3, 3] and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
     assert np.isfinite(embed(ternary, mixed).numpy()).all()
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_thread_that_cannot_be_started(ternary, mixed, monkeypatch, after):
+    """As where a container allows so many processes and no more."""
+    before, threads, start = threading.active_count(), torch.get_num_threads(), threading.Thread.start
+    started = []
+
+    def limited(thread):
+        if len(started) == after:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        embed(ternary, mixed)
+    monkeypatch.undo()
+    assert threading.active_count() == before and torch.get_num_threads() == threads
+    other = []
+    thread = threading.Thread(target=lambda: other.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert other == [threads]

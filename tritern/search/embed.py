@@ -81,6 +81,10 @@ def embed_windows(
         pipeline.stop()
 
 
+_setting_up = threading.Lock()
+"""Held while the number of torch's threads is another: what one thread sets, later ones start with."""
+
+
 class _Stopped(Exception):
     """The reader of the pipeline is gone."""
 
@@ -95,16 +99,23 @@ class _Pipeline:
         self.tokenized: queue.Queue[Any] = queue.Queue(2 * plan.workers)
         self.results: queue.Queue[Any] = queue.Queue(64)
         self.stopping = threading.Event()
-        self.torch_threads = torch.get_num_threads()
+        self.torch_threads = 1
         self.set_up = threading.Barrier(plan.workers + 1)
         jobs = [self._tokenize, *[self._forward] * plan.workers]
         self.threads = [threading.Thread(target=self._guarded, args=(job,), daemon=True) for job in jobs]
 
     def run(self, advance: Callable[[int], object]) -> Iterator[Tensor]:
-        for thread in self.threads:
-            thread.start()
-        self.set_up.wait()
-        torch.set_num_threads(self.torch_threads)  # what threads start with, which the workers have changed
+        with _setting_up:
+            self.torch_threads = torch.get_num_threads()
+            try:
+                for thread in self.threads:
+                    thread.start()
+                self.set_up.wait()
+            except BaseException:
+                self.stop()
+                raise
+            finally:
+                torch.set_num_threads(self.torch_threads)
         texts: dict[int, Sequence[str]] = {}
         places: dict[int, Tensor] = {}
         missing: dict[int, int] = {}
@@ -134,14 +145,15 @@ class _Pipeline:
 
     def stop(self) -> None:
         self.stopping.set()
-        for thread in self.threads[1:]:
-            thread.join()
-        self.threads[0].join(timeout=1)  # it may wait for texts; with the next it ends
+        self.set_up.abort()  # those that wait where another could not be started
+        for thread in self.threads:
+            if thread.ident is not None:  # the first may wait for texts; with the next it ends
+                thread.join(timeout=1 if thread is self.threads[0] else None)
 
     def _guarded(self, job: Callable[[], None]) -> None:
         try:
             job()
-        except _Stopped:
+        except (_Stopped, threading.BrokenBarrierError):
             pass
         except BaseException as error:  # noqa: BLE001 - raised again where the vectors are waited for
             try:
