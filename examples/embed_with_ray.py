@@ -47,8 +47,8 @@ EXAMPLES = """examples:
 
 The files are embedded in parts of --part-mb, each with a folder of shards that has its name once it is whole.
 The same command goes on after an interruption, and embeds files that were added since. (Ray itself repeats
-the work of a machine that goes away during a run.) If the making of an index is interrupted, delete the index:
-it is made of the shards, without embedding again."""
+the work of a machine that goes away during a run.) If the making of an index is interrupted, delete the
+index: it is made of the shards, without embedding again."""
 
 BEGUN, DONE = "_embedding.json", "_embedded.json"
 """Beside the parts: how they are being made, and how they were. Parquet readers skip names with _ first."""
