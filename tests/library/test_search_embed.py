@@ -64,12 +64,44 @@ def test_left_padding_is_cut_on_the_left(tiny_path, mixed):
 
 
 def test_rounded_lengths_are_padded_little(ternary, mixed):
-    plan = Batching(tokens=512, round_to=8, chunk=64, workers=1)
+    plan = Batching(tokens=512, round_to=8, padding=0, chunk=64, workers=1)
     found = list(batches(ternary, mixed, None, plan))
     assert sorted(int(i) for rows, _ in found for i in rows) == list(range(len(mixed)))
     for _, features in found:
         mask = features["attention_mask"]
         assert mask.shape[1] == mask.sum(1).max() and mask.shape[1] - mask.sum(1).min() < 8
+
+
+def test_shorter_texts_join_a_batch_if_that_pads_them_little(ternary, mixed):
+    plan = Batching(tokens=512, round_to=1, padding=20, chunk=1024, workers=1)
+    found = list(batches(ternary, mixed[:40], None, plan))
+    assert sorted(int(i) for rows, _ in found for i in rows) == list(range(40))
+    lengths = []
+    for _, features in found:
+        mask = features["attention_mask"]
+        lengths.append(mask.sum(1))
+        assert mask.numel() <= 512 and mask.shape[1] == lengths[-1][0]
+        added = [int((mask.shape[1] - n) * (lengths[-1] == n).sum()) for n in lengths[-1].unique()]
+        assert max(added) <= 20
+    assert len(found) < len(torch.cat(lengths).unique()) / 3
+
+
+def test_queries_share_batches_and_keep_their_vectors(ternary, tiny_path, mixed, monkeypatch):
+    """But for the last bits, which padding changes, and what int8 activations make of those."""
+    seen, forward = [], ternary.forward
+
+    def counting(features, **kwargs):
+        seen.append(len(features["input_ids"]))
+        return forward(features, **kwargs)
+
+    monkeypatch.setattr(ternary, "forward", counting)
+    found = embed(ternary, mixed[:12], task="query")
+    assert sum(seen) == 12 and len(seen) <= 4
+    alone = torch.cat([embed(ternary, [text], task="query") for text in mixed[:12]])
+    assert (found * alone).sum(1).min() > 0.995
+    dense = SentenceTransformer(tiny_path, device="cpu")
+    together, apart = (embed(dense, mixed[:12], task=task) for task in ("query", "document"))
+    torch.testing.assert_close(together, apart, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("task", ["query", "document"])

@@ -25,26 +25,32 @@ class Batching:
     Attributes:
         tokens: most tokens in a batch, unless one text has more.
         round_to: texts share a batch if their numbers of tokens are equal once rounded up to a multiple.
-            With 1 nothing is padded, and a text has the same vector whatever it is embedded with.
+        padding: shorter texts join a batch if that pads them with no more tokens altogether: so much is a
+            batch less worth. With 0, and 1 to round to, nothing is padded, and a text has the same vector
+            whatever it is embedded with.
         chunk: texts tokenized at a time, similar in length.
         workers: threads that run the model.
     """
 
     tokens: int
     round_to: int
+    padding: int
     chunk: int
     workers: int
 
 
-def batching(device: torch.device, tokens: int | None = None) -> Batching:
+def batching(device: torch.device, task: str | None, tokens: int | None = None) -> Batching:
     """On a CPU a thread per core, up to 8, with a batch each: small models gain nothing from several cores
     in one layer. On a GPU large batches and one thread, for the GPU takes them one after the other.
+
+    Queries are few and wait for each batch, so they are padded; what is stored is not, on a CPU.
     """
     if tokens is not None and tokens < 1:
         raise TriternError(f"tokens_per_batch must be at least 1; received {tokens}")
     if device.type == "cpu":
-        return Batching(tokens or 1024, round_to=1, chunk=1024, workers=min(8, torch.get_num_threads()))
-    return Batching(tokens or 16384, round_to=8, chunk=8192, workers=1)
+        padding, workers = 32 if task == "query" else 0, min(8, torch.get_num_threads())
+        return Batching(tokens or 1024, round_to=1, padding=padding, chunk=1024, workers=workers)
+    return Batching(tokens or 16384, round_to=8, padding=4096, chunk=8192, workers=1)
 
 
 def check_texts(texts: Sequence[Any], first: int = 0) -> None:
@@ -93,11 +99,24 @@ def batches(
             continue
         lengths = mask.sum(1)
         rounded = (lengths + plan.round_to - 1) // plan.round_to
-        for length in rounded.unique().flip(0):
-            same = (rounded == length).nonzero()[:, 0]
-            for part in same.split(max(1, plan.tokens // int(length * plan.round_to))):
+        for group in _groups(rounded * plan.round_to, plan.padding):
+            for part in group.split(max(1, plan.tokens // int(lengths[group[0]]))):
                 cut = _cut(features, part, int(lengths[part].max()))
                 yield numbers[part], cut if model.device.type == "cpu" else _pinned(cut)
+
+
+def _groups(lengths: Tensor, padding: int) -> Iterator[Tensor]:
+    """Numbers of texts that share batches, longest first: those of a length, and shorter ones after them."""
+    group, longest = [], 0
+    for length in lengths.unique().flip(0).tolist():
+        same = (lengths == length).nonzero()[:, 0]
+        if group and (longest - length) * len(same) > padding:
+            yield torch.cat(group)
+            group = []
+        longest = longest if group else length
+        group.append(same)
+    if group:
+        yield torch.cat(group)
 
 
 def _cut(features: dict[str, Any], rows: Tensor, length: int) -> dict[str, Any]:

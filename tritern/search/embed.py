@@ -50,7 +50,7 @@ def embed(
     if not texts:
         return torch.empty(0, model.get_embedding_dimension() or 0, device=model.device)
     if len(texts) <= INLINE:
-        return checked(_inline(model, texts, task, batching(model.device, tokens_per_batch)), texts)
+        return checked(_inline(model, texts, task, batching(model.device, task, tokens_per_batch)), texts)
     with tqdm(total=len(texts), unit=" texts", disable=not show_progress_bar) as bar:
         windows = embed_windows(
             model, [texts], task=task, tokens_per_batch=tokens_per_batch, advance=bar.update
@@ -74,7 +74,7 @@ def embed_windows(
         advance: called with the number of texts done.
         model, task, tokens_per_batch: as in ``embed``.
     """
-    pipeline = _Pipeline(model.eval(), windows, task, batching(model.device, tokens_per_batch))
+    pipeline = _Pipeline(model.eval(), windows, task, batching(model.device, task, tokens_per_batch))
     try:
         yield from pipeline.run(advance)
     finally:
