@@ -24,10 +24,11 @@ class Batching:
 
     Attributes:
         tokens: most tokens in a batch, unless one text has more.
-        round_to: texts share a batch if their numbers of tokens are equal once rounded up to a multiple.
+        round_to: texts are padded to a multiple of so many tokens, and share batches with others of that
+            length. On CPUs what padding adds to a sum of numbers in groups of 16 is zeros: rounded to 16, or
+            not padded at all, a text has the same vector whatever it is embedded with.
         padding: shorter texts join a batch if that pads them with no more tokens altogether: so much is a
-            batch less worth. With 0, and 1 to round to, nothing is padded, and a text has the same vector
-            whatever it is embedded with.
+            batch less worth.
         chunk: texts tokenized at a time, similar in length.
         workers: threads that run the model.
     """
@@ -43,13 +44,14 @@ def batching(device: torch.device, task: str | None, tokens: int | None = None) 
     """On a CPU a thread per core, up to 8, with a batch each: small models gain nothing from several cores
     in one layer. On a GPU large batches and one thread, for the GPU takes them one after the other.
 
-    Queries are few and wait for each batch, so they are padded; what is stored is not, on a CPU.
+    Queries are few and wait for every batch, so they are padded; for many texts padding costs more.
     """
     if tokens is not None and tokens < 1:
         raise TriternError(f"tokens_per_batch must be at least 1; received {tokens}")
     if device.type == "cpu":
-        padding, workers = 32 if task == "query" else 0, min(8, torch.get_num_threads())
-        return Batching(tokens or 1024, round_to=1, padding=padding, chunk=1024, workers=workers)
+        round_to, padding = (16, 32) if task == "query" else (1, 0)
+        workers = min(8, torch.get_num_threads())
+        return Batching(tokens or 1024, round_to, padding, chunk=1024, workers=workers)
     return Batching(tokens or 16384, round_to=8, padding=4096, chunk=8192, workers=1)
 
 
@@ -85,6 +87,7 @@ def batches(
     names = [name for name in PROMPTS.get(task or "", ()) if name in model.prompts]
     prompt = model.prompts.get(names[0] if names else model.default_prompt_name)
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    tokenizer, longest = (getattr(model, name, None) for name in ("tokenizer", "max_seq_length"))
     for start in range(0, len(order), plan.chunk):
         numbers = torch.tensor(order[start : start + plan.chunk])
         chunk = [texts[i] for i in numbers.tolist()]
@@ -98,10 +101,12 @@ def batches(
                 yield numbers[part], some
             continue
         lengths = mask.sum(1)
-        rounded = (lengths + plan.round_to - 1) // plan.round_to
-        for group in _groups(rounded * plan.round_to, plan.padding):
+        if getattr(tokenizer, "padding_side", "right") == "right":  # on the left it may move positions
+            rounded = (lengths + plan.round_to - 1) // plan.round_to * plan.round_to
+            lengths = rounded.clamp(max=max(int(lengths.max()), longest or 0))
+        for group in _groups(lengths, plan.padding):
             for part in group.split(max(1, plan.tokens // int(lengths[group[0]]))):
-                cut = _cut(features, part, int(lengths[part].max()))
+                cut = _cut(features, part, int(lengths[part[0]]), tokenizer)
                 yield numbers[part], cut if model.device.type == "cpu" else _pinned(cut)
 
 
@@ -119,18 +124,22 @@ def _groups(lengths: Tensor, padding: int) -> Iterator[Tensor]:
         yield torch.cat(group)
 
 
-def _cut(features: dict[str, Any], rows: Tensor, length: int) -> dict[str, Any]:
-    """The features of some texts without the padding that they share."""
+def _cut(features: dict[str, Any], rows: Tensor, length: int, tokenizer: Any) -> dict[str, Any]:
+    """The features of some texts with so many tokens: less of the padding that they share, or more."""
     mask = features["attention_mask"]
     on_the_left = bool((mask[:, 0] == 0).any())
-    columns = slice(mask.shape[1] - length, None) if on_the_left else slice(length)
+    columns = slice(max(0, mask.shape[1] - length), None) if on_the_left else slice(length)
+    missing = max(0, length - mask.shape[1])
 
-    def part(value: Any) -> Any:
+    def part(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != len(mask):
             return value
-        return value[rows][:, columns] if value.shape[1:2] == mask.shape[1:] else value[rows]
+        if value.shape[1:2] != mask.shape[1:]:
+            return value[rows]
+        filling = (getattr(tokenizer, "pad_token_id", None) or 0) if name == "input_ids" else 0
+        return torch.nn.functional.pad(value[rows][:, columns], (0, missing), value=filling)
 
-    return {name: part(value) for name, value in features.items()}
+    return {name: part(name, value) for name, value in features.items()}
 
 
 def _pinned(features: dict[str, Any]) -> dict[str, Any]:
