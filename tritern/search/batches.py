@@ -52,7 +52,7 @@ def batching(device: torch.device, task: str | None, tokens: int | None = None) 
         round_to, padding = (16, 32) if task == "query" else (1, 0)
         workers = min(8, torch.get_num_threads())
         return Batching(tokens or 1024, round_to, padding, chunk=1024, workers=workers)
-    return Batching(tokens or 16384, round_to=8, padding=4096, chunk=8192, workers=1)
+    return Batching(tokens or 16384, round_to=8, padding=1024, chunk=8192, workers=1)
 
 
 def check_texts(texts: Sequence[Any], first: int = 0) -> None:
