@@ -63,6 +63,15 @@ def test_left_padding_is_cut_on_the_left(tiny_path, mixed):
     torch.testing.assert_close(embed(model, mixed), right, atol=2e-6, rtol=0)
 
 
+def test_left_padding_is_no_more_than_the_longest_needs(tiny_path, mixed):
+    model = SentenceTransformer(tiny_path, device="cpu")
+    model.tokenizer.padding_side = "left"
+    plan = Batching(tokens=512, round_to=8, padding=20, chunk=64, workers=1)
+    masks = [features["attention_mask"] for _, features in batches(model, mixed, None, plan)]
+    assert all(mask[:, -1].all() and mask[:, 0].any() for mask in masks)
+    assert sum(len(mask) for mask in masks) == len(mixed) > 4 * len(masks)
+
+
 def test_rounded_lengths_are_padded_little(ternary, mixed):
     plan = Batching(tokens=512, round_to=8, padding=0, chunk=64, workers=1)
     found = list(batches(ternary, mixed, None, plan))

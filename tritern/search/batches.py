@@ -101,12 +101,13 @@ def batches(
                 yield numbers[part], some
             continue
         lengths = mask.sum(1)
+        rounded = (lengths + plan.round_to - 1) // plan.round_to * plan.round_to
+        rounded = rounded.clamp(max=max(int(lengths.max()), longest or 0))
         if getattr(tokenizer, "padding_side", "right") == "right":  # on the left it may move positions
-            rounded = (lengths + plan.round_to - 1) // plan.round_to * plan.round_to
-            lengths = rounded.clamp(max=max(int(lengths.max()), longest or 0))
-        for group in _groups(lengths, plan.padding):
-            for part in group.split(max(1, plan.tokens // int(lengths[group[0]]))):
-                cut = _cut(features, part, int(lengths[part[0]]), tokenizer)
+            lengths = rounded
+        for group in _groups(rounded, plan.padding):
+            for part in group.split(max(1, plan.tokens // int(rounded[group[0]]))):
+                cut = _cut(features, part, int(lengths[part].max()), tokenizer)
                 yield numbers[part], cut if model.device.type == "cpu" else _pinned(cut)
 
 
