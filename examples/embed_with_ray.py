@@ -396,7 +396,7 @@ def main() -> None:
             embed_corpus(files, settings, model, args)
         except (RayError, ConnectionError) as error:
             raise SystemExit(f"error: {reason(error)}") from None
-    elif other := [name for name, value in description(model).items() if value != made[name]]:
+    elif other := [name for name, value in description(model).items() if value != made.get(name)]:
         raise SystemExit(
             f"{settings['model']} has other {', '.join(other)} than when {args.output} was embedded: its "
             "queries would not find those vectors. Put the model back, or embed anew"
