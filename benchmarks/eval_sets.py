@@ -48,19 +48,40 @@ CLUSTERING_SEEDS = 3
 
 
 @dataclass(frozen=True)
+class Items:
+    """How a model did on the items of a set, so that it can be scored on any draw of them.
+
+    Attributes:
+        count: of sentence pairs, queries or labelled texts; 0 where only the total is known.
+        score: the task's measure (1.0 is perfect) on the items of these numbers [n].
+    """
+
+    count: int
+    score: Callable[[np.ndarray], float]
+
+    def total(self) -> float:
+        """The measure on the whole set."""
+        return self.score(np.arange(self.count))
+
+
+@dataclass(frozen=True)
 class EvalSet:
-    """A set: ``score`` takes an Encoder and returns the task's measure (1.0 is perfect)."""
+    """A set: ``measure`` takes an Encoder and returns how its model did."""
 
     name: str
     task: str
     texts: list[str]
-    score: Callable[[Any], float]
+    measure: Callable[[Any], Items]
+
+    def score(self, encoder: Any) -> float:
+        """The task's measure."""
+        return self.measure(encoder).total()
 
 
 class Encoder:
     """The vectors of a model. A text is encoded once; with a cache folder, once for all runs.
 
-    Stands for the model in sentence-transformers' evaluators and in ``tritern.evaluate``.
+    Stands for the model in ``tritern.evaluate``.
 
     Attributes:
         from_cache: number of texts whose vectors an earlier run had left in the cache folder.
@@ -68,7 +89,6 @@ class Encoder:
 
     def __init__(self, model: Any, batch_size: int = 64, cache: Path | None = None) -> None:
         self.model, self.batch_size, self.cache = model, batch_size, cache
-        self.model_card_data = model.model_card_data  # evaluators write into it
         self.from_cache = 0
         self._known: dict[str, dict[str, np.ndarray]] = {"": {}, "query": {}, "document": {}}
         self._model_key = _fingerprint(model) if cache else ""
@@ -143,17 +163,19 @@ def read(file: Path, *fields: str) -> list[tuple[Any, ...]]:
 
 
 def _sts(name: str, folder: Path) -> EvalSet:
-    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+    from scipy.stats import spearmanr
+    from sentence_transformers.util import pairwise_cos_sim
 
     rows = read(folder / "test.jsonl.gz", "sentence1", "sentence2", "score")
-    first, second, gold = (list(column) for column in zip(*rows))
-    evaluator = EmbeddingSimilarityEvaluator(first, second, gold, main_similarity="cosine")
+    first, second = ([row[i] for row in rows] for i in (0, 1))
+    gold = np.array([row[2] for row in rows], dtype=np.float64)
 
-    def score(encoder: Any) -> float:
-        encoder.encode(first + second)  # both columns in one pass; the evaluator then finds them known
-        return float(evaluator(encoder)["spearman_cosine"])
+    def measure(encoder: Any) -> Items:
+        vectors = encoder.encode(first + second)
+        cosines = pairwise_cos_sim(vectors[: len(first)], vectors[len(first) :]).numpy()
+        return Items(len(gold), lambda i: float(spearmanr(cosines[i], gold[i]).statistic))  # pyright: ignore
 
-    return EvalSet(name, "sts", first + second, score)
+    return EvalSet(name, "sts", first + second, measure)
 
 
 def _retrieval(name: str, folder: Path) -> EvalSet:
@@ -176,12 +198,13 @@ def _retrieval(name: str, folder: Path) -> EvalSet:
             )
         grades[row_of[query], column_of[document]] = grade
 
-    def score(encoder: Any) -> float:
+    def measure(encoder: Any) -> Items:
         asked = encoder.encode(list(queries.values()), "query")
-        scores = cos_sim(asked, encoder.encode(list(documents.values()), "document"))
-        return float(ndcg_score(grades, scores.numpy(), k=10))
+        scores = cos_sim(asked, encoder.encode(list(documents.values()), "document")).numpy()
+        each = np.array([ndcg_score(grades[i, None], scores[i, None], k=10) for i in range(len(scores))])
+        return Items(len(each), lambda i: float(each[i].mean()))
 
-    return EvalSet(name, "retrieval", [*queries.values(), *documents.values()], score)
+    return EvalSet(name, "retrieval", [*queries.values(), *documents.values()], measure)
 
 
 def _classification(name: str, folder: Path) -> EvalSet:
@@ -192,11 +215,12 @@ def _classification(name: str, folder: Path) -> EvalSet:
         for split in ("train", "test")
     )
 
-    def score(encoder: Any) -> float:
+    def measure(encoder: Any) -> Items:
         classifier = LogisticRegression(max_iter=1000).fit(encoder.encode(texts), labels)
-        return float(classifier.score(encoder.encode(test_texts), test_labels))
+        right = classifier.predict(encoder.encode(test_texts)) == np.array(test_labels)
+        return Items(len(right), lambda i: float(right[i].mean()))
 
-    return EvalSet(name, "classification", texts + test_texts, score)
+    return EvalSet(name, "classification", texts + test_texts, measure)
 
 
 def _clustering(name: str, folder: Path) -> EvalSet:
@@ -205,16 +229,20 @@ def _clustering(name: str, folder: Path) -> EvalSet:
 
     texts, labels = (list(column) for column in zip(*read(folder / "test.jsonl.gz", "text", "label")))
 
-    def score(encoder: Any) -> float:
+    classes = np.unique(labels, return_inverse=True)[1]
+
+    def measure(encoder: Any) -> Items:
         vectors = encoder.encode(texts)
         found = [
             # 10 runs, of which the best; the stub knows only n_init="auto"
             KMeans(len(set(labels)), n_init=10, random_state=seed).fit_predict(vectors)  # pyright: ignore
             for seed in range(CLUSTERING_SEEDS)
         ]
-        return float(np.mean([v_measure_score(labels, clusters) for clusters in found]))
+        return Items(
+            len(texts), lambda i: float(np.mean([v_measure_score(classes[i], one[i]) for one in found]))
+        )
 
-    return EvalSet(name, "clustering", texts, score)
+    return EvalSet(name, "clustering", texts, measure)
 
 
 _LOADERS = {
@@ -262,8 +290,8 @@ def mteb_tasks(names: Sequence[str], batch_size: int) -> list[EvalSet]:
     except (KeyError, ValueError) as error:
         raise ValueError(f"--mteb takes names of English tasks that mteb knows: {error}") from None
 
-    def measured_by(task: Any) -> Callable[[Any], float]:
-        def score(encoder: Any) -> float:
+    def measured_by(task: Any) -> Callable[[Any], Items]:
+        def measure(encoder: Any) -> Items:
             bar = sys.stderr.isatty()
             result = mteb.evaluate(
                 encoder.model,
@@ -272,9 +300,10 @@ def mteb_tasks(names: Sequence[str], batch_size: int) -> list[EvalSet]:
                 cache=None,  # a patched model still carries its original's name
                 show_progress_bar=bar,
             )
-            return float(result.task_results[0].get_score())
+            total = float(result.task_results[0].get_score())
+            return Items(0, lambda _: total)
 
-        return score
+        return measure
 
     return [EvalSet(t.metadata.name, t.metadata.type.lower(), [], measured_by(t)) for t in tasks]
 

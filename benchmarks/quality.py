@@ -4,10 +4,11 @@
     python benchmarks/quality.py --mteb STSBenchmark SciFact     tasks of the mteb package, from the hub
 
 Rows: the teacher, 'patched, RULE' for each of --rules (no training), with --calibrate 'calibrated, RULE' too,
-and each saved model named by --ternary.
+'rounded, FORMAT' for each of --rounded, and each saved model named by --ternary.
 Columns, all x 100: Spearman's correlation on STS sets, nDCG@10 with graded gains on retrieval sets, accuracy
 of a logistic regression on classification sets, v-measure of k-means on clustering sets; then the mean of
-each task, and the mean of those means (overall). Retention is the percentage of the teacher's figure.
+each task, the mean of those means (overall) and the mean of all sets. Retention is the percentage of the
+teacher's figure, with the 95 % intervals of a bootstrap over pairs, queries and texts.
 Fidelity is agreement with the teacher's vectors, by tritern.evaluate on texts drawn from the sets.
 
 DIR is for measuring only: the scores are of test splits, so choose nothing by them. Its layout is described
@@ -21,7 +22,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,8 @@ import numpy as np
 import report
 from encode import packaged_model
 from eval_sets import Encoder, EvalSet
+from retention import draws, intervals, means, retention
+from rounding import FORMATS, load_gguf, round_weights, weight_bytes
 
 FIDELITY_TEXTS = 2000
 MIN_FIDELITY_TEXTS = 12
@@ -65,6 +68,13 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--rules", nargs="*", default=["mse"], choices=RULES, help="patch by these rules (default: mse)"
+    )
+    parser.add_argument(
+        "--rounded",
+        nargs="+",
+        default=[],
+        choices=FORMATS,
+        help="the teacher with its weights in these formats of llama.cpp (pip install gguf)",
     )
     parser.add_argument(
         "--calibrate",
@@ -147,15 +157,16 @@ def find_sets(options: argparse.Namespace) -> tuple[list[EvalSet], list[str]]:
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the table: a model as saved or, with a rule, patched."""
+    """A row of the table: a model as saved or, with a rule, patched, or with a format, rounded."""
 
     path: str
     rule: str | None = None
     calibrated: bool = False
+    rounded: str | None = None
 
 
-def load_model(arm: Arm, options: argparse.Namespace, texts: Sequence[str] | None) -> Any:
-    """The arm's model; ``texts`` are those to calibrate on."""
+def load_model(arm: Arm, options: argparse.Namespace, texts: Sequence[str] | None) -> tuple[Any, int]:
+    """The arm's model and the bytes of its tensors; ``texts`` are those to calibrate on."""
     from sentence_transformers import SentenceTransformer
 
     import tritern
@@ -163,11 +174,12 @@ def load_model(arm: Arm, options: argparse.Namespace, texts: Sequence[str] | Non
     model, bits = SentenceTransformer(arm.path, device=options.device), options.activation_bits
     if arm.rule:
         settings = {"rule": arm.rule, "activation_bits": bits, "embedding_bits": options.embedding_bits}
-        return tritern.patch(model, calibration_texts=texts if arm.calibrated else None, **settings)
+        tritern.patch(model, calibration_texts=texts if arm.calibrated else None, **settings)
+    size = round_weights(model, arm.rounded) if arm.rounded else weight_bytes(model)
     for module in model.modules():
         if bits and isinstance(module, tritern.TernaryLinear):
             module.activation_bits = bits
-    return model
+    return model, size
 
 
 def read_calibration_texts(options: argparse.Namespace) -> list[str] | None:
@@ -179,20 +191,6 @@ def read_calibration_texts(options: argparse.Namespace) -> list[str] | None:
         return None
     lines = read_texts(options.calibrate, limit=4 * options.calibration_texts)
     return joined(lines, CALIBRATION_JOINED)[: options.calibration_texts]
-
-
-def means(scores: Mapping[str, float], sets: Iterable[EvalSet]) -> dict[str, float]:
-    """Mean of every task's sets, and ``overall``, the mean of those."""
-    by_task: dict[str, list[float]] = {}
-    for one in sets:
-        by_task.setdefault(one.task, []).append(scores[one.name])
-    found = {task: float(np.mean(values)) for task, values in by_task.items()}
-    return found | ({"overall": float(np.mean(list(found.values())))} if found else {})
-
-
-def retention(figures: Mapping[str, float], teacher: Mapping[str, float]) -> dict[str, float]:
-    """Per cent of the teacher's figures; NaN where the teacher's is not above zero."""
-    return {k: 100 * (v / teacher[k]) if teacher[k] > 0 else float("nan") for k, v in figures.items()}
 
 
 def line(label: str, values: Mapping[str, float], columns: Sequence[str]) -> str:
@@ -231,16 +229,19 @@ def update_card(folder: Path, name: str, teacher: Mapping[str, float], row: Mapp
     card, title = folder / "README.md", "## Scores"
     text = card.read_text(encoding="utf-8") if card.exists() else ""
     text = re.sub(rf"{title}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL).rstrip()
-    kept = row["retention"]
-    lines = [f"| {k} | {teacher[k]:.2f} | {v:.2f} | {kept[k]:.1f} % |" for k, v in row["scores"].items()]
+    kept, within = row["retention"], row.get("intervals", {})
+    lines = []
+    for k, value in (row["scores"] | row["means"]).items():
+        low_high = " to ".join(f"{v:.1f}" for v in within.get(k, ()) if np.isfinite(v)) or "-"
+        lines.append(f"| {k} | {teacher[k]:.2f} | {value:.2f} | {kept[k]:.1f} % | {low_high} |")
     text += f"""
 
 {title}
 
-x 100, on test splits, beside {name} (`benchmarks/quality.py`):
+x 100, on test splits, beside {name}, with the 95 % interval of the share kept (`benchmarks/quality.py`):
 
-| | teacher | this model | kept |
-|---|---|---|---|
+| | teacher | this model | kept | interval |
+|---|---|---|---|---|
 """
     card.write_text(text.lstrip() + "\n".join(lines) + "\n", encoding="utf-8")
 
@@ -252,9 +253,11 @@ class Table:
         self, sets: list[EvalSet], texts: list[str], info: dict[str, Any], json: Path | None
     ) -> None:
         self.sets, self.texts, self.info, self.json = sets, texts, info, json
-        self.columns = [s.name for s in sets] + list(means(dict.fromkeys((s.name for s in sets), 0.0), sets))
+        self.tasks = {s.name: s.task for s in sets}
+        self.columns = [*self.tasks, *means(dict.fromkeys(self.tasks, 0.0), self.tasks)]
         self.rows: dict[str, dict[str, Any]] = {}
         self._teacher_vectors = np.empty(0)
+        self._teacher_draws: dict[str, np.ndarray] = {}
 
     def measure(self, label: str, encoder: Encoder, **details: Any) -> None:
         """Fill a row; the first is the teacher's."""
@@ -262,12 +265,20 @@ class Table:
 
         start = time.perf_counter()
         row = self.rows[label] = {**details, "scores": {}}
+        results = {}
         for one in self.sets:
-            row["scores"][one.name] = 100 * one.score(encoder)
+            results[one.name] = one.measure(encoder)
+            row["scores"][one.name] = 100 * results[one.name].total()
             self.save()
-        row["means"] = means(row["scores"], self.sets)
+        row["means"] = means(row["scores"], self.tasks)
         figures, teacher = row["scores"] | row["means"], self.rows["teacher"]
         row["retention"] = retention(figures, teacher["scores"] | teacher["means"])
+        if all(items.count for items in results.values()):
+            found = draws(results)
+            if label == "teacher":
+                self._teacher_draws = found
+            else:
+                row["intervals"] = intervals(found, self._teacher_draws, self.tasks)
         if self.texts and label == "teacher":
             self._teacher_vectors = encoder.encode(self.texts)
         elif self.texts:
@@ -281,16 +292,18 @@ class Table:
     def save(self) -> None:
         """Write the JSON file, where one is wanted."""
         if self.json:
-            tasks = {s.name: s.task for s in self.sets}
-            report.write_json(self.json, {"environment": self.info, "tasks": tasks, "rows": self.rows})
+            report.write_json(self.json, {"environment": self.info, "tasks": self.tasks, "rows": self.rows})
 
     def print_relations(self) -> None:
-        """Retention and fidelity of every row but the teacher's."""
+        """Retention with its intervals, and fidelity, of every row but the teacher's."""
         for key, columns in (("retention", self.columns), ("fidelity", FIDELITY)):
-            others = {k: row[key] for k, row in self.rows.items() if k != "teacher" and row.get(key)}
+            others = {k: row for k, row in self.rows.items() if k != "teacher" and row.get(key)}
             if others:
                 print("\n" + heading(f"{key}, %", columns))
-                print("\n".join(line(label, values, columns) for label, values in others.items()))
+            for label, row in others.items():
+                print(line(label, row[key], columns))
+                for i, end in enumerate(("from", "to") if key == "retention" and "intervals" in row else ()):
+                    print(line(f"  95 %, {end}", {k: v[i] for k, v in row["intervals"].items()}, columns))
 
 
 def main() -> None:
@@ -302,6 +315,7 @@ def main() -> None:
     rows = [("teacher", Arm(teacher))] + [(f"patched, {r}", Arm(teacher, r)) for r in options.rules]
     if options.calibrate:
         rows += [(f"calibrated, {r}", Arm(teacher, r, calibrated=True)) for r in options.rules]
+    rows += [(f"rounded, {f}", Arm(teacher, rounded=f)) for f in options.rounded]
     rows += [(label, Arm(path)) for label, path in options.ternary]
     arms: dict[str, Arm] = {}
     for label, arm in rows:
@@ -313,6 +327,8 @@ def main() -> None:
     try:
         if options.figure:
             report.load_pyplot()
+        if options.rounded:
+            load_gguf()
         sets, texts = find_sets(options)
         calibration_texts = read_calibration_texts(options)
     except (ValueError, ModuleNotFoundError) as error:
@@ -331,11 +347,11 @@ def main() -> None:
         print(heading("score x 100", table.columns))
     for label, arm in arms.items():
         path, start = arm.path, time.perf_counter()
-        model = load_model(arm, options, calibration_texts)
+        model, size = load_model(arm, options, calibration_texts)
         info["device"] = str(model.device.type)
-        details: dict[str, Any] = {}
+        details: dict[str, Any] = {"bytes": size}
         if arm.calibrated:
-            details = {"calibration_texts": len(calibration_texts or [])}
+            details["calibration_texts"] = len(calibration_texts or [])
             details["calibration_seconds"] = time.perf_counter() - start
         if label in dict(options.ternary):
             files = [f.relative_to(path) for f in Path(path).rglob("*") if f.is_file()]
@@ -343,7 +359,8 @@ def main() -> None:
             details["bytes_on_disk"] = sum((Path(path) / f).stat().st_size for f in own)
         table.measure(label, Encoder(model, options.batch_size, options.cache), **details)
         if options.update_cards and label in dict(options.ternary) and sets:
-            update_card(Path(path), name, table.rows["teacher"]["scores"], table.rows[label])
+            best = table.rows["teacher"]["scores"] | table.rows["teacher"]["means"]
+            update_card(Path(path), name, best, table.rows[label])
     table.print_relations()
     if options.figure and sets:
         draw(table.rows, table.columns, name, options.figure)

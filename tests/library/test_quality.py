@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
+from torch import nn
 
 import tritern
 
@@ -20,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import eval_sets  # noqa: E402
 import quality  # noqa: E402
+import retention  # noqa: E402
+import rounding  # noqa: E402
 
 WORDS = "ba de fi go ki lu mon nin per".split()  # which the tiny model knows
 TEXTS = [f"{a} {b} {c}" for a in WORDS[:3] for b in WORDS[3:6] for c in WORDS[6:9]]
@@ -88,11 +91,56 @@ def test_title_and_text_are_one_document(tmp_path):
 
 
 def test_means_weigh_tasks_alike():
-    sets = [eval_sets.EvalSet(n, t, [], lambda _: 0.0) for n, t in (("a", "x"), ("b", "x"), ("c", "y"))]
-    figures = quality.means({"a": 10.0, "b": 30.0, "c": 50.0}, sets)
-    assert figures == {"x": 20.0, "y": 50.0, "overall": 35.0}
-    kept = quality.retention({"a": 10.0, "b": 3.0}, {"a": 40.0, "b": 0.0})
+    figures = retention.means({"a": 10.0, "b": 30.0, "c": 50.0}, {"a": "x", "b": "x", "c": "y"})
+    assert figures == {"x": 20.0, "y": 50.0, "overall": 35.0, "all sets": 30.0}
+    kept = retention.retention({"a": 10.0, "b": 3.0}, {"a": 40.0, "b": 0.0})
     assert kept["a"] == 25.0 and np.isnan(kept["b"])
+
+
+def test_intervals_hold_what_the_draws_say():
+    """One student always does half as well as the teacher, the other differs by chance."""
+    right = np.arange(400) % 2 == 0.0
+    teacher = {"a": eval_sets.Items(400, lambda i: float(right[i].mean() + 0.5))}
+    half = {"a": eval_sets.Items(400, lambda i: float(right[i].mean() / 2 + 0.25))}
+    other = {"a": eval_sets.Items(400, lambda i: float(right[i].mean()))}
+    tasks = {"a": "sts"}
+    drawn = [retention.draws(items) for items in (teacher, half, other)]
+    assert drawn[0]["a"].shape == (retention.DRAWS,) and drawn[0]["a"].std() == pytest.approx(0.025, rel=0.1)
+    same = retention.intervals(drawn[1], drawn[0], tasks)  # the same items are drawn for both
+    assert same.keys() == {"a", "sts", "overall", "all sets"}
+    assert same["a"] == pytest.approx((50, 50)) and same["overall"] == same["a"]
+    low, high = retention.intervals(drawn[2], drawn[0], tasks)["a"]
+    share = lambda p: 100 * p / (p + 0.5)  # noqa: E731
+    assert low == pytest.approx(share(0.5 - 1.96 * 0.025), abs=0.4)
+    assert high == pytest.approx(share(0.5 + 1.96 * 0.025), abs=0.4)
+
+
+def test_intervals_of_means_are_narrower_than_those_of_their_sets():
+    generator = np.random.default_rng(0)
+    sets = {name: generator.random(200) for name in "abcd"}
+    student = {n: eval_sets.Items(200, lambda i, v=v: float(v[i].mean())) for n, v in sets.items()}
+    teacher = {n: eval_sets.Items(200, lambda i: 1.0) for n in sets}
+    found = retention.intervals(retention.draws(student), retention.draws(teacher), dict.fromkeys(sets, "x"))
+    widths = {name: high - low for name, (low, high) in found.items()}
+    assert widths["x"] == pytest.approx(np.mean([widths[n] for n in sets]) / 2, rel=0.1)
+
+
+def test_rounded_models_have_the_bytes_and_values_of_their_format(tiny):
+    gguf = pytest.importorskip("gguf")
+    full = rounding.weight_bytes(tiny)
+    assert full == 2 * sum(p.numel() for p in tiny.parameters()) + sum(b.nbytes for b in tiny.buffers())
+    weight = tiny[0].auto_model.encoder.layer[0].output.dense.weight
+    before = weight.detach().clone()
+    kinds = nn.Linear, nn.Embedding
+    count = sum(m.weight.numel() for m in tiny.modules() if isinstance(m, kinds))
+    size = rounding.round_weights(tiny, "Q4_0")
+    assert size == full - 2 * count + count * 4.5 / 8
+    blocks = before.reshape(-1, 32)
+    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+    steps = weight.reshape(-1, 32) / (largest / -8)  # -8 stands for the largest
+    assert (steps - steps.round()).abs().max() < 0.02 and len(steps.round().unique()) <= 16
+    assert (weight - before).abs().max() <= largest.abs().max() / 8
+    assert gguf.quants
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +189,13 @@ def test_whole_table(run, ternary_path, tmp_path, capsys):
     assert list(rows) == ["teacher", "patched, mse", "patched, absmean", "saved"]
     assert list(result["tasks"]) == ["STS-B", "cranfield", "trec", "stackoverflow20"]
     assert set(rows["teacher"]["retention"].values()) == {100.0}
-    assert len(rows["teacher"]["retention"]) == 4 + 4 + 1
+    assert len(rows["teacher"]["retention"]) == 4 + 4 + 2
+    assert "intervals" not in rows["teacher"]
+    one_query = [rows["saved"]["retention"]["cranfield"]] * 2
+    assert rows["saved"]["intervals"]["cranfield"] == pytest.approx(one_query)
+    assert rows["saved"]["intervals"]["STS-B"] == [None, None]  # draws without any correlation
+    assert rows["saved"]["intervals"].keys() == rows["saved"]["retention"].keys()
+    assert rows["saved"]["bytes"] == rows["patched, mse"]["bytes"] < rows["teacher"]["bytes"]
     same = ("scores", "means", "retention", "fidelity")
     assert [rows["saved"][k] for k in same] == [rows["patched, mse"][k] for k in same]
     assert rows["saved"]["scores"] != rows["patched, absmean"]["scores"] != rows["teacher"]["scores"]
@@ -152,7 +206,7 @@ def test_whole_table(run, ternary_path, tmp_path, capsys):
     assert result["environment"]["sentence_transformers"] and figure.stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "SICK-R (sts/sickr/test.jsonl.gz)" in printed and "medquad" in printed
-    assert "retention, %" in printed and "fidelity, %" in printed
+    assert "95 %, from" in printed and "retention, %" in printed and "fidelity, %" in printed
 
 
 def test_scores_are_written_into_the_model_card(run, ternary_path, tmp_path):
@@ -165,7 +219,9 @@ def test_scores_are_written_into_the_model_card(run, ternary_path, tmp_path):
     card = (folder / "README.md").read_text()
     assert card.startswith("# A model\n\n\n## Training\n\nlong\n\n## Scores\n") and "old" not in card
     score, kept = row["scores"]["STS-B"], row["retention"]["STS-B"]
-    assert card.count("| STS-B |") == 1 and f"| {score:.2f} | {kept:.1f} % |" in card
+    low, high = row["intervals"]["trec"]
+    assert card.count("| STS-B |") == 1 and f"| {score:.2f} | {kept:.1f} % | - |" in card
+    assert f"{row['retention']['trec']:.1f} % | {low:.1f} to {high:.1f} |" in card
     own = [f for f in folder.glob("*") if f.is_file() and f.name != "README.md"]
     assert row["bytes_on_disk"] < 1.5 * sum(f.stat().st_size for f in own) + 10_000
 
@@ -195,6 +251,17 @@ def test_tasks_sets_rules_and_bits_are_obeyed(run, ternary_path):
     eight, sixteen = (run(*options, "--activation-bits", bits)["rows"] for bits in (8, 16))
     assert eight["t"]["scores"] == {}
     assert eight["t"]["fidelity"] != sixteen["t"]["fidelity"] == sixteen["patched, mse"]["fidelity"]
+
+
+def test_rounded_rows(run, monkeypatch):
+    rows = run("--rules", "--rounded", "Q8_0", "Q4_0", "--tasks", "fidelity")["rows"]
+    assert list(rows) == ["teacher", "rounded, Q8_0", "rounded, Q4_0"]
+    assert rows["teacher"]["bytes"] > rows["rounded, Q8_0"]["bytes"] > rows["rounded, Q4_0"]["bytes"]
+    closeness = [rows[f"rounded, {name}"]["fidelity"]["cosine"] for name in ("Q8_0", "Q4_0")]
+    assert 99.9 < closeness[0] < 100 and 90 < closeness[1] < closeness[0]
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(SystemExit, match="--rounded needs the gguf package .*pip install gguf"):
+        run("--rounded", "Q8_0")
 
 
 def test_calibrated_rows(run, tmp_path):
@@ -266,7 +333,9 @@ def test_mteb(run, monkeypatch):
     monkeypatch.setattr(quality, "version", lambda _: "2.0")
     monkeypatch.setitem(sys.modules, "mteb", SimpleNamespace(evaluate=evaluate, get_task=get_task))
     rows = run(source=source)["rows"]
-    assert rows["patched, mse"]["retention"] == pytest.approx({"STSBenchmark": 75, "sts": 75, "overall": 75})
+    names = ("STSBenchmark", "sts", "overall", "all sets")
+    assert rows["patched, mse"]["retention"] == pytest.approx(dict.fromkeys(names, 75))
+    assert "intervals" not in rows["patched, mse"]
     assert calls == [(None, 64)] * 2
     with pytest.raises(SystemExit, match="mteb knows: 'Nothing not found'"):
         run(source=("--mteb", "Nothing"))
