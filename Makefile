@@ -1,4 +1,4 @@
-# make demo   set up, then make a real model ternary and search real text with it
+# make demo   set up, then search real text with a real ternary model
 # make test   set up, then run the tests
 # make lint   style, types
 # Both set up .venv once: the CPU or CUDA build of torch first, then everything else at pinned versions.

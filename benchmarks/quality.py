@@ -8,7 +8,8 @@ Rows: the teacher, 'patched, RULE' for each of --rules (no training), with --cal
 Columns, all x 100: Spearman's correlation on STS sets, nDCG@10 with graded gains on retrieval sets, accuracy
 of a logistic regression on classification sets, v-measure of k-means on clustering sets; then the mean of
 each task, the mean of those means (overall) and the mean of all sets. Retention is the percentage of the
-teacher's figure, with the 95 % intervals of a bootstrap over pairs, queries and texts.
+teacher's figure, with the 95 % intervals of a bootstrap over pairs, queries and texts: what other items of
+the same sets might give, not what another training run might.
 Fidelity is agreement with the teacher's vectors, by tritern.evaluate on texts drawn from the sets.
 
 DIR is for measuring only: the scores are of test splits, so choose nothing by them. Its layout is described
@@ -64,7 +65,7 @@ def arguments() -> argparse.ArgumentParser:
         default=[],
         type=_labelled,
         metavar="LABEL=PATH",
-        help="saved ternary models",
+        help="saved ternary models; PATH may be minilm-l6-ternary, which comes with tritern",
     )
     parser.add_argument(
         "--rules", nargs="*", default=["mse"], choices=RULES, help="patch by these rules (default: mse)"
@@ -119,7 +120,10 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def _labelled(text: str) -> tuple[str, str]:
+    from tritern.pretrained import resolve
+
     label, _, path = text.partition("=")
+    path = resolve(path)
     if not (label and path and Path(path).is_dir()):
         raise argparse.ArgumentTypeError(f"must be LABEL=PATH with a saved model's folder; received {text!r}")
     return label, path
@@ -238,7 +242,8 @@ def update_card(folder: Path, name: str, teacher: Mapping[str, float], row: Mapp
 
 {title}
 
-x 100, on test splits, beside {name}, with the 95 % interval of the share kept (`benchmarks/quality.py`):
+x 100, on test splits, beside {name}; the share kept, and its 95 % interval by a bootstrap over the items of
+each set (`benchmarks/quality.py`):
 
 | | teacher | this model | kept | interval |
 |---|---|---|---|---|

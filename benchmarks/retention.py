@@ -33,8 +33,7 @@ def means(scores: Mapping[str, Figure], tasks: Mapping[str, str]) -> dict[str, F
 
 
 def _mean(values: list[Figure]) -> Figure:
-    mean = np.mean(values, axis=0)
-    return mean if mean.ndim else float(mean)  # pyright: ignore[reportReturnType]
+    return sum(values[1:], start=values[0]) / len(values)  # pyright: ignore[reportReturnType]
 
 
 def retention(figures: Mapping[str, float], teacher: Mapping[str, float]) -> dict[str, float]:

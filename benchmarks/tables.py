@@ -1,7 +1,7 @@
-"""README's tables of GPU measurements, and their roofline, from the JSON files in ``benchmarks/results``.
+"""README's tables of quality and of GPU measurements, and a roofline, from ``benchmarks/results``.
 
 python benchmarks/tables.py                     print them
-python benchmarks/tables.py --readme README.md  write them between the marks <!-- h200 --> and <!-- /h200 -->
+python benchmarks/tables.py --readme README.md  write them into it, between their marks
 python benchmarks/tables.py --plot benchmarks/results/h200-gemm.png
 """
 
@@ -16,7 +16,6 @@ import report
 from cases import Errors, Roofs, Row, Times, Tolerance
 
 RESULTS = Path(__file__).parent / "results"
-MARKS = "<!-- h200 -->\n", "<!-- /h200 -->\n"
 SHOWN = (
     "tritern int8",
     "tritern int8 gemm",
@@ -183,6 +182,30 @@ def block() -> str:
     return "\n\n".join([facts, targets(a, b, encode), SPEEDS, shapes(a, b), MODELS, models(encode)]) + "\n"
 
 
+def quality() -> str:
+    """What the shipped model keeps, beside the teacher's weights rounded to other formats."""
+    file = load("cpu-minilm-l6-ternary.json")
+    columns = ["sts", "retrieval", "classification", "clustering", "all sets"]
+    sets = [list(file["tasks"].values()).count(task) for task in columns[:-1]]
+    titles = [f"{name} ({n})" for name, n in zip(columns, [*sets, len(file["tasks"])])]
+    lines = [
+        "| | MB | " + " | ".join(titles) + " | cosine |",
+        "|" + " --- |" * (len(columns) + 3),
+    ]
+    for label, row in file["rows"].items():
+        cells = []
+        for name in columns:
+            cell = f"{row['means'][name]:.2f}"
+            low, high = row.get("intervals", {}).get(name, (None, None))
+            if low is not None:
+                cell += f", {row['retention'][name]:.1f} % ({low:.1f} to {high:.1f})"
+            cells.append(cell)
+        cosine = f"{row['fidelity']['cosine'] / 100:.3f}" if "fidelity" in row else "1"
+        name = f"**{label}**" if label == "minilm-l6-ternary" else label
+        lines.append(f"| {name} | {row['bytes'] / 1e6:.1f} | " + " | ".join(cells) + f" | {cosine} |")
+    return "\n".join(lines) + "\n"
+
+
 SPEEDS = (
     "Speed over the faster of cuBLAS in bf16 and fp16, weights cold (in brackets: hot in the L2 cache). "
     'Above 1 is faster;\n"tritern int8" quantizes the activations, "tritern int8 gemm" gets them quantized, '
@@ -203,13 +226,13 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help="write the tables into this file, between the marks")
     parser.add_argument("--plot", type=Path, help="write the roofline to this PNG; needs matplotlib")
     options = parser.parse_args()
-    text = block()
-    if options.readme:
-        before, rest = options.readme.read_text().split(MARKS[0], 1)
-        after = rest.split(MARKS[1], 1)[1]
-        options.readme.write_text(before + MARKS[0] + text + MARKS[1] + after)
-    else:
-        print(text)
+    for mark, text in (("quality", quality()), ("h200", block())):
+        if not options.readme:
+            print(text)
+            continue
+        before, rest = options.readme.read_text().split(f"<!-- {mark} -->\n", 1)
+        after = rest.split(f"<!-- /{mark} -->\n", 1)[1]
+        options.readme.write_text(f"{before}<!-- {mark} -->\n{text}<!-- /{mark} -->\n{after}")
     if options.plot:
         race = load("h200-gemm.json")
         title = f"{race['gpu']}, {race['date'][:10]}"

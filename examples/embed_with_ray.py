@@ -119,9 +119,10 @@ def load(model: str, patch: bool, dtype: str | None, device: str | None = None) 
     from sentence_transformers import SentenceTransformer
 
     import tritern
+    from tritern.pretrained import resolve
 
     settings = {"dtype": getattr(torch, dtype)} if dtype else {}
-    loaded = SentenceTransformer(model, device=device, model_kwargs=settings)
+    loaded = SentenceTransformer(resolve(model), device=device, model_kwargs=settings)
     return tritern.patch(loaded) if patch else loaded
 
 

@@ -1,6 +1,6 @@
 """Search a folder of text, Markdown or reStructuredText files by meaning: in the terminal or in a browser.
 
-``index`` makes a model ternary, embeds the folder's passages and keeps both on disk; called again, it embeds
+``index`` embeds the folder's passages with a ternary model and keeps both on disk; called again, it embeds
 what is new or changed, and goes on where it was interrupted. ``search`` answers in the terminal; ``serve``
 opens a page on this machine, with ``--compare`` the full-precision model's answers beside the ternary one's.
 Needs ``pip install 'tritern[search]'``, and 'tritern[web]' for ``serve``.
@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # imported once the arguments are known to be good: it takes 
 
     from tritern.search import SearchIndex
 
+DEFAULT = "minilm-l6-ternary"
 CALIBRATION, LEAST_CALIBRATION = 128, 32
 """Passages that the ternary weights are fitted to, at most; under the least they are only rounded."""
 SHOWN = 300
@@ -40,11 +41,11 @@ EXAMPLES = """examples:
 
 
 def load(name: str, device: str | None) -> SentenceTransformer:
-    """A model by its hub name or folder; ``packaged``: all-MiniLM-L6-v2, which needs no network."""
+    """A model by its name or folder; ``packaged``: all-MiniLM-L6-v2, which needs no network."""
     from sentence_transformers import SentenceTransformer
     from transformers.utils.logging import disable_progress_bar
 
-    import tritern  # noqa: F401 - so that ternary models load
+    from tritern.pretrained import resolve
 
     disable_progress_bar()  # those of weights being read and written
     if name == "packaged":
@@ -52,7 +53,7 @@ def load(name: str, device: str | None) -> SentenceTransformer:
 
         name = str(get_model_path())
     try:
-        return SentenceTransformer(name, device=device)
+        return SentenceTransformer(resolve(name), device=device)
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         raise SystemExit(f"model {name} on {device or 'the default device'}: {first_line(error)}") from None
 
@@ -95,7 +96,7 @@ def begin(folder: Path, model: str | None) -> None:
             raise SystemExit(f"--to {folder} holds something else; name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
-        part.write_text(json.dumps({"model": model or "packaged"}))
+        part.write_text(json.dumps({"model": model or DEFAULT}))
         os.replace(part, file)
     with settings_of(folder) as settings:
         if model and model != settings["model"]:
@@ -205,7 +206,9 @@ def serve(args: argparse.Namespace) -> None:
     with settings_of(args.index) as settings:
         model = load(str(args.index / "model"), args.device)
         with SearchIndex.open(args.index / "index", model) as own:
-            sides = [search_page.Side(model, own, f"{short(settings['model'])}, ternary")]
+            name = short(settings["model"])
+            name += "" if name.endswith("ternary") else ", ternary"
+            sides = [search_page.Side(model, own, name)]
             if not args.compare:
                 return search_page.serve(sides, listening, args.host)
             original = load(args.compare, args.device)
@@ -250,7 +253,7 @@ def parse() -> argparse.Namespace:
     add(
         "--model",
         metavar="NAME",
-        help="hub name or folder, ternary or not (default: packaged: all-MiniLM-L6-v2)",
+        help=f"hub name or folder; made ternary where it is not (default: {DEFAULT}, which needs no network)",
     )
     add(
         "--kind",
@@ -260,7 +263,7 @@ def parse() -> argparse.Namespace:
         "--no-calibration",
         dest="calibrate",
         action="store_false",
-        help="do not fit the weights to the passages",
+        help="where a model is made ternary: do not fit its weights to the passages",
     )
     add("--strict", action="store_true", help="stop at a file that is not text, instead of leaving it out")
     add = verb(search, "answer questions in the terminal")

@@ -17,6 +17,7 @@ from .fused import fuse
 from .gguf import export_gguf
 from .linear import TernaryLinear
 from .patch import patch
+from .pretrained import load
 from .summary import Summary, summary
 from .warmup import warmup
 
@@ -44,6 +45,7 @@ __all__ = [
     "export_gguf",
     "from_bitnet",
     "fuse",
+    "load",
     "lora",
     "patch",
     "summary",

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .embedding import multiplier
+from .linear import TernaryLinear
 
 _SMALL_AND_SENSITIVE = {
     "pooler": "pooler",
@@ -112,7 +113,7 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, nn.ModuleList) and not any(name.startswith(p) for p in prefixes):
             children = {f"{name}.{n}" if name else n: c for n, c in module.named_children()}
             if children and all(
-                any(isinstance(m, nn.Linear) for m in c.modules()) for c in children.values()
+                any(isinstance(m, (nn.Linear, TernaryLinear)) for m in c.modules()) for c in children.values()
             ):
                 prefixes.append(f"{name}." if name else "")
                 found |= children

@@ -47,7 +47,9 @@ def model_name(name: str | None) -> str | None:
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", callback=model_name, help="Folder or hub name of a sentence-transformer."
+        metavar="MODEL",
+        callback=model_name,
+        help="Folder or hub name of a sentence-transformer, or minilm-l6-ternary, which comes with tritern.",
     ),
 ]
 AsJson = Annotated[
@@ -87,18 +89,19 @@ def load(
     from transformers.utils.logging import disable_progress_bar
 
     from tritern import CheckpointError
+    from tritern.pretrained import resolve
 
     if not sys.stderr.isatty():
         disable_progress_bar()
     settings = {"dtype": getattr(torch, dtype)} if dtype else {}
     try:
         return SentenceTransformer(
-            name, device=device, trust_remote_code=trust_remote_code, model_kwargs=settings
+            resolve(name), device=device, trust_remote_code=trust_remote_code, model_kwargs=settings
         )
     except CheckpointError:
         raise
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
-        where = "" if Path(name).is_dir() else " (no folder here, so taken for a name on the hub)"
+        where = "" if Path(resolve(name)).is_dir() else " (no folder here, so taken for a name on the hub)"
         on = f" on {device}" if device else ""
         raise Refused(f"cannot load model {name}{where}{on}: {error}") from error
 

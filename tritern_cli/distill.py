@@ -23,6 +23,7 @@ EXAMPLES = """**Examples**
     tritern distill all-MiniLM-L6-v2 corpus.txt minilm-distilled
     tritern distill intfloat/e5-small-v2 abstracts.parquet e5-ternary --column abstract --bf16
     tritern distill BAAI/bge-small-en-v1.5 corpus.txt bge-distilled --max_steps 1000 --learning_rate 3e-4
+    tritern distill minilm-l6-ternary corpus.txt minilm-adapted --teacher all-MiniLM-L6-v2
     torchrun --no-python --nproc-per-node 4 tritern distill intfloat/e5-base-v2 corpus.txt e5-base --bf16
 
 After OUTPUT, every field of tritern.distillation.TernaryDistillationArguments is an option too, which are
@@ -63,14 +64,16 @@ def distill(
         typer.Option(
             metavar="MODEL",
             callback=common.model_name,
-            help="Another model with the same tokenizer; default: the model itself.",
+            help="Another model with the same tokenizer; default: the model itself. For a ternary MODEL, "
+            "which is trained on, its original.",
         ),
     ] = None,
     rule: Rule = None,
     activation_bits: ActivationBits = None,
     embedding_bits: Annotated[
-        Literal[8, 16], typer.Option(help="8: word embeddings in int8; 16: as they are.")
-    ] = 8,
+        Literal[8, 16] | None,
+        typer.Option(help="8, the default: word embeddings in int8; 16: as they are."),
+    ] = None,
     skip: Skip = None,
     holdout: Annotated[
         int, typer.Option(min=0, help="Texts kept out of training, to measure closeness on.")
@@ -109,9 +112,10 @@ def distill(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("httpx", "sentence_transformers", "datasets"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    ternary: dict[str, Any] = dict(
+    given: dict[str, Any] = dict(
         rule=rule, activation_bits=activation_bits, embedding_bits=embedding_bits, skip=skip
     )
+    given = {name: value for name, value in given.items() if value}  # none: distill knows what to do
     student = tritern.distill(
         common.load(model, trust_remote_code=trust_remote_code),
         common.read("-", limit=limit) if texts == "-" else texts,
@@ -119,7 +123,7 @@ def distill(
         column=None if texts == "-" else column,
         limit=None if texts == "-" else limit,
         teacher=common.load(teacher, trust_remote_code=trust_remote_code) if teacher else None,
-        config=tritern.TernaryConfig(**{name: value for name, value in ternary.items() if value}),
+        config=tritern.TernaryConfig(**{"embedding_bits": 8, **given}) if given else None,
         prefixes=prefix or usual_prefixes(model),
         holdout=holdout,
         joined_ratio=joined_ratio,

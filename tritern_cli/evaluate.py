@@ -65,8 +65,11 @@ def _base_model(model: str) -> str:
     """The base model that the model card names."""
     from huggingface_hub import ModelCard
 
+    from tritern.pretrained import resolve
+
     try:
-        card = Path(model) / "README.md" if Path(model).is_dir() else model
+        folder = Path(resolve(model))
+        card = folder / "README.md" if folder.is_dir() else model
         base = ModelCard.load(card).data.to_dict().get("base_model")
     except Exception:  # no card, no network, no YAML: it names nothing
         base = None

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 import tritern
 from tritern import CheckpointError, TernaryLinear, TriternError
 from tritern.distillation import FidelityEvaluator, TernaryDistillationArguments, TernaryDistiller
+from tritern.distillation.arguments import suggested_learning_rate
 from tritern.distillation.trainer import STATE_FILE
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,77 @@ def test_raw_text_in_a_closer_ternary_model_out(tiny, tiny_path, sentences, tmp_
     assert f"{after['cosine']:.4f}" in card and "| max_steps | 60 |" in card and "12 linear layers" in card
     assert f"{record['bits_per_weight']:.2f} bits per weight" in card and "| holdout | 64 |" in card
     assert not any(isinstance(m, nn.Dropout) and m.p for m in model.modules())
+
+
+FORMS = TernaryLinear, tritern.Int8Embedding
+FURTHER = {k: v for k, v in SMALL.items() if k != "learning_rate"} | {"save_strategy": "no"}
+
+
+def codes(model):
+    return {n: (m.weight, m.weight_scale) for n, m in model.named_modules() if isinstance(m, FORMS)}
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_ternary_model_opened_for_training_is_what_it_was(tiny_path, sentences, tmp_path, half):
+    """What was skipped stays out, whatever the rule and the bits; codes and scales are the same."""
+    teacher = SentenceTransformer(tiny_path, device="cpu")
+    skip = "*.layer.0.output.dense", "*.word_embeddings"
+    config = tritern.TernaryConfig("twn", activation_bits=16, skip=skip)
+    model = tritern.patch(SentenceTransformer(tiny_path, device="cpu"), config)
+    model = model.half() if half else model
+    before = codes(model)
+    assert len(before) == 11
+    settings = {**FURTHER, "max_steps": 1, "learning_rate": 1e-12}
+    tritern.distill(model, sentences, tmp_path, teacher=teacher, holdout=64, **settings)
+    record = json.loads((tmp_path / "distillation.json").read_text())
+    assert record["fidelity"].keys() == {"ternary, as given", "ternary, distilled"}
+    assert record["config"]["activation_bits"] == record["config"]["embedding_bits"] == 16
+    after = codes(model)
+    assert after.keys() == before.keys()
+    for name, (weight, scale) in before.items():
+        assert torch.equal(after[name][0], weight)
+        assert torch.allclose(after[name][1], scale, rtol=1e-6)
+
+
+def test_a_ternary_model_is_trained_on_from_where_it_is(tiny_path, sentences, tmp_path):
+    teacher = SentenceTransformer(tiny_path, device="cpu")
+    patched = tritern.patch(SentenceTransformer(tiny_path, device="cpu"), embedding_bits=8)
+    patched.save_pretrained(tmp_path / "t")
+    start = tritern.load(tmp_path / "t", device="cpu")
+    settings = {**FURTHER, "max_steps": 60, "save_strategy": "steps", "save_steps": 30, "logging_steps": 1}
+    model = tritern.distill(
+        str(tmp_path / "t"), sentences, tmp_path / "on", teacher=teacher, holdout=64, **settings
+    )
+    record = json.loads((tmp_path / "on" / "distillation.json").read_text())
+    given, distilled = (f["cosine"] for f in record["fidelity"].values())
+    assert given == pytest.approx(tritern.evaluate(start, teacher, sentences[:64]).cosine, abs=1e-4)
+    assert distilled > given + 0.02
+    assert record["settings"]["blend_ratio"] == 0 and record["config"]["embedding_bits"] == 8
+    assert record["settings"]["learning_rate"] == pytest.approx(
+        0.4 * suggested_learning_rate(sum(p.numel() for p in teacher.parameters())), rel=0.01
+    )
+    was, now = codes(start), codes(model)
+    flipped = {n: (now[n][0] != was[n][0]).float().mean() for n in was if was[n][0].dtype == torch.uint8}
+    assert len(flipped) == 12 and all(0 < share < 0.9 for share in flipped.values())
+    card = (tmp_path / "on" / "README.md").read_text()
+    assert "# Ternary version of model" in card and "going on from t." in card
+    (tmp_path / "on" / "checkpoint-60").rename(tmp_path / "last")
+    tritern.distill(
+        str(tmp_path / "t"), sentences, tmp_path / "on", teacher=teacher, holdout=64, resume=True, **settings
+    )
+    assert losses(tmp_path / "on") == [entry["loss"] for entry in record["log"] if "loss" in entry]
+
+
+def test_a_ternary_model_is_trained_on_by_vectors(tiny_path, sentences, tmp_path):
+    teacher = SentenceTransformer(tiny_path, device="cpu")
+    model = tritern.patch(SentenceTransformer(tiny_path, device="cpu"), embedding_bits=8)
+    settings = {**FURTHER, "max_steps": 60, "teacher": teacher.encode(sentences), "holdout": 64}
+    with pytest.raises(TriternError, match="hidden_weight must be 0"):
+        tritern.distill(model, sentences, tmp_path, **settings)
+    assert len(codes(model)) == 13  # refused before anything was changed
+    tritern.distill(model, sentences, tmp_path, hidden_weight=0.0, **settings)
+    given, distilled = json.loads((tmp_path / "distillation.json").read_text())["fidelity"].values()
+    assert distilled["cosine"] > given["cosine"] + 0.02
 
 
 def test_an_interrupted_run_resumed_equals_one_that_was_not(tiny_path, sentences, tmp_path):

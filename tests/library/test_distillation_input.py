@@ -198,8 +198,22 @@ def test_students_and_teachers_that_do_not_fit(tiny, tiny_path, minilm, sentence
             SentenceTransformer(tiny_path, device="cpu"), sentences, tmp_path, teacher=shallow, holdout=0,
             **SMALL,
         )  # fmt: skip
-    with pytest.raises(TriternError, match="the student is already packed"):
-        tritern.distill(tritern.patch(tiny), sentences, tmp_path / "b", **SMALL)
+
+
+def test_what_a_ternary_student_cannot_have(tiny, tiny_path, sentences, tmp_path):
+    teacher, other = (SentenceTransformer(tiny_path, device="cpu") for _ in range(2))
+    model = tritern.patch(tiny)
+    other.tokenizer.add_tokens(["qqq"])
+    for settings, message in (
+        ({}, "trained on with its original as the teacher: pass teacher="),
+        ({"teacher": teacher, "blend_ratio": 0.3}, "stays ternary as it is: .*received None and 0.3"),
+        ({"teacher": teacher, "config": tritern.TernaryConfig("twn")}, "config must be None .*rule='twn'"),
+        ({"teacher": other}, "must have the same tokenizer"),
+        ({"teacher": teacher, "holdout": 395}, "needs at least 411 different texts"),
+    ):
+        with pytest.raises(TriternError, match=message):
+            tritern.distill(model, sentences, tmp_path, **{**SMALL, **settings})
+        assert sum(isinstance(m, tritern.TernaryLinear) for m in model.modules()) == 12  # as it was
 
 
 def test_texts_longer_than_the_maximum_are_cut(tiny_path, sentences, tmp_path):

@@ -1,5 +1,6 @@
 import ast
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -138,11 +139,13 @@ def test_file_passages(passages, tmp_path):
 
 
 def test_sibling_recall_counts_other_passages_only(demo):
+    import comparison
+
     x = np.eye(4, dtype=np.float32)
     near, far = [x[0], 0.8 * x[0] + 0.6 * x[1]], [x[2], x[3]]
     vectors = np.stack([*near, *far, *[x[2]] * 12, *[x[3]] * 12])  # twelve twins each hide the far two
     origins = ["a", "a", "b", "b", *(f"single {i}" for i in range(24))]
-    assert demo.sibling_recall(origins, vectors) == 0.5
+    assert comparison.sibling_recall(origins, vectors) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -152,6 +155,7 @@ def test_sibling_recall_counts_other_passages_only(demo):
         (["--device", "tpu"], "--device must be cpu, cuda or cuda:N; received tpu"),
         (["--steps", "0"], "--steps must be at least 1; received 0"),
         (["--rule", "best"], "invalid choice: 'best'"),
+        (["--rule", "twn"], "go with --model; minilm-l6-ternary is ternary already"),
         (["--activation-bits", "4"], "invalid choice: 4"),
         (["--output", str(PATH)], "quickstart.py cannot be made: File exists"),
         (["--output", str(PATH.parent)], "is not empty; name a new folder"),
@@ -166,7 +170,7 @@ def test_wrong_arguments(demo, monkeypatch, capsys, arguments, message):
 
 @pytest.mark.parametrize(("missing", "extra"), [("faiss", "search"), ("rich", "demo"), ("psutil", "demo")])
 def test_missing_packages_are_named(demo, monkeypatch, missing, extra):
-    for name in [n for n in sys.modules if n == missing or n.startswith(missing + ".")]:
+    for name in [n for n in sys.modules if n in (missing, "comparison") or n.startswith(missing + ".")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit, match=rf"{missing}.* is missing: pip install 'tritern\[{extra}\]'"):
@@ -192,3 +196,17 @@ def test_the_whole_demo_on_few_texts_of_ones_own(demo, monkeypatch, tiny_path, t
     monkeypatch.setattr(sys, "argv", ["quickstart.py", *map(str, command[:-1]), str(tmp_path / "b")])
     with pytest.raises(SystemExit, match="distillation: distillation needs at least 32 different texts"):
         demo.main()
+
+
+def test_the_demo_without_arguments_but_small(demo, monkeypatch, tmp_path, capsys):
+    command = ["--limit", 100, "--steps", 1, "--device", "cpu", "--output", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *map(str, command)])
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    demo.main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "tritern.load('minilm-l6-ternary')" in shown and "1 steps of 64 of these passages" in shown
+    assert shown.index("sentences a second") < shown.index("the same vectors, bit for bit")
+    found = [float(c) for c in re.findall(r"cosine (\d\.\d+) \(", shown)]
+    assert len(found) == 3 and found[0] == found[1] > 0.85  # of the model loaded, again before and after
+    assert found[2] == pytest.approx(found[0], abs=0.01)  # one step, of the warm-up

@@ -19,8 +19,11 @@ import pytest
 
 pytest.importorskip("faiss")
 
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 
+from tritern.pretrained import resolve  # noqa: E402
 from tritern.search import SearchIndex  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -234,6 +237,17 @@ def test_weights_are_fitted_to_the_passages(run, tmp_path, tiny_path, sentences)
     assert "fitted to" not in run(*command, "--to", tmp_path / "rounded", "--no-calibration").err
     weights = [next((tmp_path / n / "model").glob("*.safetensors")) for n in ("fitted", "rounded")]
     assert weights[0].read_bytes() != weights[1].read_bytes()
+
+
+def test_without_a_model_it_is_the_one_that_comes_with_the_package(run, texts, tmp_path):
+    run("index", texts, "--to", tmp_path / "index", "--device", "cpu")
+    assert json.loads((tmp_path / "index" / "settings.json").read_text()) == {"model": "minilm-l6-ternary"}
+    files = [
+        f / "model.safetensors" for f in (tmp_path / "index" / "model", Path(resolve("minilm-l6-ternary")))
+    ]
+    kept, shipped = (load_file(file) for file in files)
+    assert kept.keys() == shipped.keys()
+    assert all(torch.equal(kept[n], shipped[n].to(kept[n].dtype)) for n in kept)
 
 
 def test_wrong_folders_and_models(run, texts, ternary_path, tmp_path):

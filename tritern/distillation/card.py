@@ -28,6 +28,7 @@ def model_card(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in record["versions"].items())
     activations = "int8 per token" if config["activation_bits"] == 8 else "as they are"
     tables = "int8 per row" if config["embedding_bits"] == 8 else "as they were"
+    on = f", going on from {record['trained_on_from']}" if "trained_on_from" in record else ""
     named = f"\nbase_model: {record['base_model']}" if record["base_model"] else ""
     return f"""---
 library_name: sentence-transformers{named}
@@ -39,7 +40,7 @@ tags: [sentence-transformers, tritern, ternary, distillation]
 {record["layers"]} linear layers hold weights in {{-1, 0, +1}}, two bits each, and one scale per output row:
 {record["bits_per_weight"]:.2f} bits per weight;
 activations are {activations}, word embeddings {tables}.
-Distilled from {record["teacher"]} with `tritern.distill`.
+Distilled from {record["teacher"]} with `tritern.distill`{on}.
 
 ```python
 import tritern  # registers the format

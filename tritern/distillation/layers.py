@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,11 @@ from tritern_kernels.reference import Rule, quantize_activations
 from tritern_kernels.training import Codes, blended_weight, ternarize_given, ternary_linear, transpose
 
 from .. import hf
+from ..choice import choose, choose_tables
 from ..config import TernaryConfig
 from ..embedding import Int8Embedding, multiplied, multiplier
 from ..errors import TriternError
+from ..export import dequantize
 from ..linear import TernaryLinear
 from ..patch import plan, put
 
@@ -47,6 +49,7 @@ class TrainableTernaryLinear(nn.Module):
         activation_bits: 8 or 16.
         learn_scale: learn the scales by gradient; otherwise ``rule`` gives them at every step.
         clip: weights beyond clip * scale get no gradient.
+        scale: [out_features] to start from instead.
         backward_dtype: of the backward products, and of the product while blended, where x is float32; None:
             float32.
     """
@@ -62,6 +65,7 @@ class TrainableTernaryLinear(nn.Module):
         learn_scale: bool = True,
         clip: float = 1.0,
         backward_dtype: torch.dtype | None = None,
+        scale: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -75,7 +79,7 @@ class TrainableTernaryLinear(nn.Module):
         self.blend, self.frozen = 1.0, False
         self.weight, self.bias = linear.weight, linear.bias
         start = ternarize_weight(linear.weight, rule)
-        scale = start.scale.clamp(min=SMALLEST_SCALE)
+        scale = (start.scale if scale is None else scale).clamp(min=SMALLEST_SCALE)
         self.weight_scale = nn.Parameter(scale, requires_grad=learn_scale)
         self.register_buffer("packed", start.packed)
         self._transposed: Tensor | None = None
@@ -196,13 +200,19 @@ class TrainableInt8Embedding(nn.Embedding):
 
 
 def make_trainable(
-    model: nn.Module, config: TernaryConfig, *, through_tables: bool = True, **options: Any
+    model: nn.Module,
+    config: TernaryConfig,
+    *,
+    scales: Mapping[str, Tensor] | None = None,
+    through_tables: bool = True,
+    **options: Any,
 ) -> list[str]:
     """Replace, in place, what ``patch`` would convert by trainable forms.
 
     Args:
         model: in full precision.
         config: as for ``patch``.
+        scales: by name of the layer, to start from.
         through_tables: round embedding tables in training too, and not only at its end.
         **options: the remaining arguments of ``TrainableTernaryLinear``.
 
@@ -217,6 +227,7 @@ def make_trainable(
     for choice in linears:
         old = choice.module
         assert isinstance(old, nn.Linear)
+        options["scale"] = (scales or {}).get(choice.name)
         new = TrainableTernaryLinear(old, rule=config.rule, activation_bits=config.activation_bits, **options)
         new.weight_scale = first.setdefault(id(old.weight), new).weight_scale  # shared as the weight is
         put(model, choice.names, new)
@@ -225,6 +236,44 @@ def make_trainable(
         if through_tables:
             put(model, choice.names, TrainableInt8Embedding.around(choice.module))
     return [name for c in linears + tables for name in c.names]
+
+
+def reopen(model: nn.Module, latent: float) -> tuple[TernaryConfig, dict[str, Tensor]]:
+    """Give a ternary float32 model plain layers with its codes, in place, to be trained on.
+
+    Args:
+        model: the model.
+        latent: weights are left at this multiple of their scales. Below 1 they are clear of the clip, which
+            at 1 would cut them off as soon as a scale falls, and still ternary by the same codes above 1/2.
+
+    Returns:
+        The settings by which just what was ternary becomes ternary again, and the scales [out_features] by
+        the layers' names.
+
+    Raises:
+        TriternError: as ``dequantize``; layers with different ``activation_bits``, or that ``patch`` would
+            not convert.
+    """
+    named = dict(model.named_modules(remove_duplicate=False))
+    layers = {name: m for name, m in named.items() if isinstance(m, TernaryLinear)}
+    names = {*layers, *(name for name, m in named.items() if isinstance(m, Int8Embedding))}
+    bits = {m.activation_bits for m in layers.values()}
+    if len(bits) > 1:
+        raise TriternError(f"activation_bits must be the same in all ternary layers; they are {sorted(bits)}")
+    scales = {name: layer.weight_scale.detach().clone() for name, layer in layers.items()}
+    dequantize(model)
+    plain = [model.get_submodule(name) for name in layers]
+    for weight in {id(m.weight): m.weight for m in plain if isinstance(m, nn.Linear)}.values():
+        weight.data.mul_(latent)
+    tables = len(names) > len(layers)
+    found = [c for c in (*choose(model), *(choose_tables(model) if tables else ())) if not c.reason]
+    if missing := names.difference(*(c.names for c in found)):
+        raise TriternError(f"{sorted(missing)[0]} is ternary, and tritern.patch would not make it so again")
+    return TernaryConfig(
+        activation_bits=bits.pop() if bits else 8,
+        embedding_bits=8 if tables else 16,
+        skip=tuple(c.name for c in found if names.isdisjoint(c.names)),
+    ), scales
 
 
 def pack_trained(model: nn.Module, config: TernaryConfig, names: Iterable[str]) -> None:

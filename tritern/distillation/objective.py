@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..choice import blocks_of
 from ..errors import TriternError
+from ..linear import TernaryLinear
 from .layers import TrainableTernaryLinear
 from .losses import LOSSES, Outputs, terms
 
@@ -57,7 +58,8 @@ class Taps:
 
 def _projections(block: nn.Module) -> Sequence[nn.Module]:
     """Query, key and value layers of a block, or the one layer that computes all three, or nothing."""
-    linears = [(n.rpartition(".")[2], m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]
+    kinds = nn.Linear, TernaryLinear
+    linears = [(n.rpartition(".")[2], m) for n, m in block.named_modules() if isinstance(m, kinds)]
     fused = [m for n, m in linears if n in _FUSED]
     if len(fused) == 1:
         return fused

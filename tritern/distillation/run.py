@@ -25,6 +25,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..config import TernaryConfig
 from ..errors import TriternError
 from ..evaluate import Fidelity, evaluate
+from ..pretrained import resolve
+from ..saving import is_ternary
 from ..summary import summary
 from .arguments import TernaryDistillationArguments
 from .card import model_card
@@ -87,14 +89,18 @@ def distill(
     The model is changed in place and returned, packed; ``output_dir`` receives it with a model card and
     ``distillation.json``, the record of the run.
 
+    A model that is ternary already is trained on from where it is, to fit other texts: with its original as
+    the teacher, no blend from full precision and two fifths of the learning rate, if not set.
+
     Args:
-        model: a full-precision sentence-transformer, or its name or path.
+        model: a sentence-transformer, or its name or path.
         texts: strings, or a source for ``read_texts``. No labels are needed; take text like that to be
             embedded later. Repeated and very short ones are left out.
         output_dir: folder for the model and the checkpoints of the run.
         teacher: model with the same tokenizer, or the vectors of ``texts`` [len(texts), width]; by default
             the model itself, before training.
-        config: what becomes ternary and how; by default ``TernaryConfig(embedding_bits=8)``.
+        config: what becomes ternary and how; by default ``TernaryConfig(embedding_bits=8)``. A ternary model
+            stays as it is.
         column, limit: of ``read_texts``, where ``texts`` is a source.
         prefixes: put before the texts in turn; by default the model's own prompts, an empty one among them,
             and with teacher vectors none: pass those that the texts had when the vectors were made. Pass ()
@@ -117,8 +123,11 @@ def distill(
     """
     start = time.perf_counter()
     output_dir = Path(output_dir)
-    model = SentenceTransformer(model) if isinstance(model, str) else model
-    config = config or TernaryConfig(embedding_bits=8)
+    model = SentenceTransformer(resolve(model)) if isinstance(model, str) else model
+    if further := is_ternary(model):
+        settings = {"blend_ratio": 0.0, **settings}
+    else:
+        config = config or TernaryConfig(embedding_bits=8)
     args = _arguments(output_dir, settings, evaluator)
     checkpoint = _checkpoint(output_dir, resume)
     source = str(texts) if isinstance(texts, (str, Path)) else "texts given to the call"
@@ -164,11 +173,14 @@ def distill(
             fidelity[stage] = closeness.latest
             logger.info("%s: %s", stage, closeness.latest)
 
-    judge("ternary, not trained")
+    judge("ternary, as given" if further else "ternary, not trained")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.pack()
     judge("ternary, distilled")
     record = _record(trainer, teacher, fidelity, time.perf_counter() - start)
+    if further and isinstance(teacher, SentenceTransformer):  # a version of it, by way of another
+        record["trained_on_from"], record["model"] = record["model"], _name(teacher)
+        record["base_model"] = teacher.model_card_data.base_model or record["base_model"]
     record["data"] |= {"source": source, "column": column, "limit": limit, "holdout": holdout}
     record["data"] |= {"prefixes": prefixes, "joined_ratio": joined_ratio}
     record["resumed_from"] = Path(checkpoint).name if checkpoint else None

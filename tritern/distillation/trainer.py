@@ -23,13 +23,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import TernaryConfig
 from ..errors import CheckpointError, TriternError
-from ..linear import TernaryLinear
+from ..saving import is_ternary
 from .arguments import TernaryDistillationArguments, suggested_learning_rate
 from .data import LengthBatches, token_counts
-from .layers import TrainableTernaryLinear, make_trainable, pack_trained, packed_form
+from .layers import TrainableTernaryLinear, make_trainable, pack_trained, packed_form, reopen
 from .objective import DistillationLoss
 
 logger = logging.getLogger(__name__)
+
+FURTHER_RATE = 0.4
+"""Of the usual learning rate, where a ternary student is trained on."""
+
+LATENT = 0.75
+"""Where the weights of a ternary student start between codes, in scales."""
 
 STATE_FILE = "training_state.safetensors"
 """Latent weights and scales of a checkpoint, beside its packed model."""
@@ -56,17 +62,18 @@ class TernaryDistiller(SentenceTransformerTrainer):
     scored, and the latent weights, from which ``train(resume_from_checkpoint=...)`` goes on exactly.
 
     Args:
-        model: the student, in full precision; its linear layers become trainable ternary ones at once.
+        model: the student; its linear layers become trainable ternary ones at once. One that is ternary
+            already is trained on from where it is, with its original as the ``teacher``.
         args: settings.
         train_dataset: one text column; with ``teacher="labels"`` also ``label``, the teacher's vectors.
         teacher: a model with the same tokenizer; None: a frozen copy of ``model``; ``"labels"``: the vectors
             in the data set's ``label`` column.
-        config: what becomes ternary and how.
+        config: what becomes ternary and how; None for a ternary student, which stays as it is.
         **kwargs: of ``SentenceTransformerTrainer``, except ``loss``.
 
     Raises:
-        TriternError: a model that is already ternary, a teacher that does not fit, weights that ``patch``
-            refuses.
+        TriternError: a ternary model without another teacher, a teacher that does not fit, weights that
+            ``patch`` refuses.
     """
 
     training_args_class = TernaryDistillationArguments
@@ -81,13 +88,18 @@ class TernaryDistiller(SentenceTransformerTrainer):
         config: TernaryConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        self.ternary_config = config or TernaryConfig()
         if any(isinstance(m, TrainableTernaryLinear) for m in model.modules()):
             raise TriternError("the student is left from a run that ended early: load it again to start anew")
-        if any(isinstance(m, TernaryLinear) for m in model.modules()):
+        further = is_ternary(model)
+        if further and (teacher is None or teacher is model):
             raise TriternError(
-                "the student is already packed and its codes cannot be trained: start from the "
-                "full-precision model, or resume a run from its checkpoint folder"
+                "a ternary student is trained on with its original as the teacher: pass teacher=, that model "
+                "or its vectors of the texts"
+            )
+        if further and (config is not None or args.blend_ratio):
+            raise TriternError(
+                "a ternary student stays ternary as it is: config must be None and blend_ratio 0; received "
+                f"{config} and {args.blend_ratio}"
             )
         if isinstance(teacher, str) and teacher != "labels":
             raise TriternError(f"teacher must be a model, None or 'labels'; received {teacher!r}")
@@ -104,9 +116,13 @@ class TernaryDistiller(SentenceTransformerTrainer):
         self._teacher = frozen
         # before the layers are replaced, which take their hooks along: a refusal leaves the model as it was
         self.objective = DistillationLoss(model, frozen, args)
+        self.ternary_config, scales = config or TernaryConfig(), {}
+        if further:
+            self.ternary_config, scales = reopen(model, LATENT if args.learn_scale else 1.0)
         self.converted = make_trainable(
             model,
             self.ternary_config,
+            scales=scales,
             learn_scale=args.learn_scale,
             clip=args.clip,
             backward_dtype=args.backward_dtype(),
@@ -117,6 +133,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
                 module.requires_grad_(False)
         if args.learning_rate is None:
             args.learning_rate = suggested_learning_rate(sum(p.numel() for p in model.parameters()))
+            args.learning_rate *= FURTHER_RATE if further else 1
         without_dropout(model)
         self._length = min((n for n in (args.max_length, model.max_seq_length) if n), default=None)
         if "data_collator" not in kwargs:
@@ -245,7 +262,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
         if not file.exists():
             raise CheckpointError(
                 f"{checkpoint_path} has no {STATE_FILE}: it is not a checkpoint of a distillation run "
-                "(packed models cannot be trained further)"
+                "(a ternary model is trained on by tritern.distill with teacher=)"
             )
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata()

@@ -1,0 +1,242 @@
+"""Make the model that comes with the package, from the training text to the checkpoint.
+
+    python benchmarks/release.py texts DIR sentences.txt       text of the sources with an open licence
+    python examples/distill_e5.py --model packaged --texts sentences.txt --limit 560000 --output RUN \\
+        --steps 7000 --holdout 2000 --eval_strategy steps --eval_steps 500 --save_steps 1750
+    python benchmarks/release.py pack RUN --record record.json --figure curve.png
+    python benchmarks/quality.py --data DIR --ternary minilm-l6-ternary=minilm-l6-ternary --update-cards
+
+DIR/train/sentences.txt.zst holds one text a line and DIR/train/sources.txt.gz the letter of its source, one
+of SOURCES. ``pack`` takes the run's last model and writes it with a card naming what it was trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import report
+
+NAME = "minilm-l6-ternary"
+MODELS = Path(__file__).parents[1] / "tritern" / "models"
+MOST_BYTES = 16_500_000
+
+
+class Source(NamedTuple):
+    """Where training text comes from; without an open licence it is left out."""
+
+    name: str
+    repository: str
+    licence: str | None
+
+
+SOURCES = {
+    "W": Source("Open English WordNet", "globalwordnet/english-wordnet", "CC BY 4.0, WordNet licence"),
+    "F": Source("Flickr30k captions", "multi30k/dataset", None),
+    "N": Source("novels up to 1924", "computationalstylistics/100_english_novels", "public domain"),
+    "P": Source(
+        "Wikipedia articles of the IBM Debater claim stance set",
+        "cchang-vassar/Semantic-Relations-in-Vector-Embeddings",
+        "CC BY-SA 3.0",
+    ),
+    "D": Source(
+        "Schema-Guided Dialogue", "google-research-datasets/dstc8-schema-guided-dialogue", "CC BY-SA 4.0"
+    ),
+    "M": Source("MedQuAD, without the topics it is measured on", "abachaa/MedQuAD", "CC BY 4.0"),
+    "B": Source(
+        "biomedical abstracts and articles",
+        "cambridgeltl/MTL-Bioinformatics-2016",
+        "CC BY 4.0, CC BY 3.0, CC BY-SA 3.0, US public domain",
+    ),
+    "Y": Source("Python Enhancement Proposals", "python/peps", "public domain, CC0"),
+    "T": Source("OpenTriviaQA", "uberspot/OpenTriviaQA", "CC BY-SA 4.0"),
+    "X": Source("WikiSplit", "google-research-datasets/wiki-split", "CC BY-SA 4.0"),
+    "R": Source("SciTLDR", "allenai/scitldr", "Apache 2.0"),
+    "S": Source(
+        "SNLI, dev and test; premises are captions of Flickr30k", "robertoviegas/SimCSE", "CC BY-SA 4.0"
+    ),
+    "Q": Source("Query-wellformedness", "google-research-datasets/query-wellformedness", "CC BY-SA 4.0"),
+    "C": Source("CIA World Factbook", "factbook/factbook.json", "public domain"),
+}
+"""By the letter in sources.txt.gz."""
+
+CARD = """---
+library_name: sentence-transformers
+license: apache-2.0
+language: en
+base_model: sentence-transformers/all-MiniLM-L6-v2
+tags: [sentence-transformers, sentence-similarity, tritern, ternary, distillation]
+---
+
+# {name}
+
+all-MiniLM-L6-v2 with weights in {{-1, 0, +1}}: {layers} linear layers of two bits a weight with int8
+activations, word embeddings in int8, the rest in 16 bits; {megabytes:.1f} MB on disk. It maps English
+sentences and short paragraphs, up to 256 tokens, to 384 dimensions.
+
+```python
+import tritern
+
+model = tritern.load("{name}")     # comes with the package
+vectors = model.encode(["Ternary weights, the same API."])
+```
+
+Its vectors are close to those of the original and not the same: index and query with one model. It was
+distilled from the original's vectors alone, on English text.
+
+## Trained on
+
+Text without labels, of sources with an open licence:
+
+| source | taken from | licence |
+|---|---|---|
+{sources}
+
+None of it is text of the sets below (lines equal to one of theirs, or sharing 13 words, had been removed).
+
+{sections}
+"""
+
+
+def write_texts(data: Path, out: Path) -> dict[str, int]:
+    """Write the texts of sources with a licence, one a line; the number of lines by source.
+
+    Raises:
+        ValueError: files that do not belong together, or a source that is not known.
+    """
+    import zstandard
+
+    count, partial = dict.fromkeys(SOURCES, 0), out.with_name(out.name + ".partial")
+    with (
+        gzip.open(data / "train" / "sources.txt.gz", "rt") as letters,
+        (data / "train" / "sentences.txt.zst").open("rb") as compressed,
+        partial.open("w", encoding="utf-8", newline="\n") as file,
+    ):
+        stream = zstandard.ZstdDecompressor().stream_reader(compressed)
+        texts = io.TextIOWrapper(stream, encoding="utf-8", newline="\n")
+        for letter, text in zip(letters, texts, strict=True):
+            if (letter := letter.strip()) not in SOURCES:
+                raise ValueError(f"{data}: a text of source {letter!r}; known are {', '.join(SOURCES)}")
+            if SOURCES[letter].licence:
+                file.write(text)
+                count[letter] += 1
+    partial.replace(out)
+    return count
+
+
+def card(record: dict[str, Any], layers: int, size: int) -> str:
+    """Markdown for the README.md of the shipped model."""
+    from tritern.distillation.card import model_card
+
+    rows = [
+        f"| {s.name} | [{s.repository}](https://github.com/{s.repository}) | {s.licence} |"
+        for s in SOURCES.values()
+        if s.licence
+    ]
+    sections = [f"## {part}" for part in model_card(record).split("\n## ")[1:]]
+    return CARD.format(
+        name=NAME,
+        layers=layers,
+        megabytes=size / 1e6,
+        sources="\n".join(rows),
+        sections="\n".join(sections).rstrip(),
+    )
+
+
+def pack(run: Path, folder: Path) -> dict[str, Any]:
+    """Write a run's model into a folder as it is shipped, and give the record of the run.
+
+    Raises:
+        ValueError: it would be too large.
+    """
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    import tritern
+    from tritern.checkpoint import sealed
+    from tritern.distillation.run import RECORD_FILE
+
+    record = json.loads((run / RECORD_FILE).read_text(encoding="utf-8"))
+    record["data"]["source"] = Path(record["data"]["source"]).name
+    settings = record["settings"]
+    batches = settings.get("gradient_accumulation_steps", 1)
+    record["texts_per_step"] = settings.get("per_device_train_batch_size", 8) * batches
+    model = SentenceTransformer(str(run), device="cpu", model_kwargs={"dtype": torch.float16})
+    with tempfile.TemporaryDirectory() as scratch:
+        saved, whole = Path(scratch) / "saved", Path(scratch) / NAME
+        model.save_pretrained(str(saved))
+        config = saved / "config.json"  # on a CPU one computes in float32
+        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+        with sealed(whole):
+            shutil.copytree(saved, whole)
+        size = sum(f.stat().st_size for f in whole.rglob("*") if f.is_file())
+        if size > MOST_BYTES:
+            raise ValueError(f"the model takes {size:,} bytes; at most {MOST_BYTES:,} are shipped")
+        layers = len(tritern.summary(model).layers)
+        (whole / "README.md").write_text(card(record, layers, size), encoding="utf-8")
+        for file in whole.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        whole.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole, folder)
+    return record
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """The learning curve: closeness on the held-out texts, and the loss."""
+    pyplot = report.load_pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for key, label in (("eval_fidelity_cosine", "cosine"), ("eval_fidelity_overlap", "top-10 overlap")):
+        points = [(entry["step"], entry[key]) for entry in record["log"] if key in entry]
+        axes.plot(*zip(*points), marker="o", markersize=3, label=f"{label} to the teacher, held-out texts")
+    losses = [(entry["step"], entry["loss"]) for entry in record["log"] if "loss" in entry]
+    axes.plot(*zip(*losses), color="gray", alpha=0.4, linewidth=0.7, label="loss")
+    blended = record["settings"]["blend_ratio"] * record["steps"]
+    axes.axvline(blended, color="black", linewidth=0.8, linestyle=":", label="from here on wholly ternary")
+    axes.set_xlabel(f"steps of {record['texts_per_step']} texts")
+    axes.set_ylim(0, 1)
+    axes.set_title(f"{NAME}: distillation")
+    axes.grid(True, alpha=0.3)
+    axes.legend(fontsize=8, loc="center right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    texts = verbs.add_parser("texts", help="write the training text")
+    texts.add_argument("data", type=Path, metavar="DIR")
+    texts.add_argument("to", type=Path, metavar="FILE")
+    packing = verbs.add_parser("pack", help="write the shipped model")
+    packing.add_argument("run", type=Path, metavar="RUN", help="folder of the distilled model")
+    packing.add_argument("--to", type=Path, default=MODELS / NAME, help="default: into the package")
+    packing.add_argument("--record", type=Path, metavar="FILE.json", help="also write the record of the run")
+    packing.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw its learning curve")
+    options = parser.parse_args()
+    try:
+        if options.verb == "texts":
+            for letter, lines in write_texts(options.data, options.to).items():
+                print(f"{lines:8,} {SOURCES[letter].name}" + ("" if lines else ": left out, no licence"))
+        else:
+            record = pack(options.run, options.to)
+            if options.record:
+                report.write_json(options.record, record)
+            if options.figure:
+                draw(record, options.figure)
+            print(f"{options.to}: the model of {record['steps']:,} steps")
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""``tritern.load``: ternary models, those that come with the package among them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckpointError, TriternError
+from .saving import is_ternary
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_FOLDER = Path(__file__).parent / "models"
+
+
+def shipped() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(file.parent.name for file in _FOLDER.glob("*/modules.json"))
+
+
+def resolve(name: str | Path) -> str:
+    """What ``SentenceTransformer`` can load: the folder of a shipped model, anything else as it is.
+
+    A model in a folder of that name in the working directory comes first, as everywhere in
+    sentence-transformers.
+    """
+    name = str(name)
+    here = (Path(name) / "modules.json").is_file()
+    return str(_FOLDER / name) if name in shipped() and not here else name
+
+
+def load(name: str | Path, *, device: str | None = None, **settings: Any) -> SentenceTransformer:
+    """A ternary sentence-transformer, ready to encode.
+
+    Args:
+        name: ``"minilm-l6-ternary"``, which comes with the package and needs no network, or the folder or
+            hub name of a saved ternary model.
+        device: as of ``SentenceTransformer``.
+        **settings: further arguments of ``SentenceTransformer``, such as ``cache_folder``.
+
+    Raises:
+        CheckpointError: a file is not what was saved. TriternError: no such model, or one that is not
+            ternary.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    path = resolve(name)
+    try:
+        model = SentenceTransformer(path, device=device, **settings)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        raise TriternError(
+            f"cannot load {str(name)!r}: it must be the folder or hub name of a saved ternary model, or the "
+            f"name of one that comes with tritern ({', '.join(shipped())}): {error}"
+        ) from error
+    if not is_ternary(model):
+        raise TriternError(
+            f"{name} is no ternary model; tritern.patch(SentenceTransformer({str(name)!r})) makes it one"
+        )
+    return model
