@@ -189,22 +189,29 @@ def pack(run: Path, folder: Path) -> dict[str, Any]:
     return record
 
 
+CURVES = (
+    ("eval_fidelity_cosine", "cosine to the original's vectors, held-out texts"),
+    ("eval_fidelity_overlap", "nearest 10 of them shared with the original"),
+)
+
+
 def draw(record: dict[str, Any], path: Path) -> None:
     """The learning curve: closeness on the held-out texts, and the loss."""
-    pyplot = report.load_pyplot()
+    pyplot, settings = report.load_pyplot(), record["settings"]
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for key, label in (("eval_fidelity_cosine", "cosine"), ("eval_fidelity_overlap", "top-10 overlap")):
+    for key, label in CURVES:
         points = [(entry["step"], entry[key]) for entry in record["log"] if key in entry]
-        axes.plot(*zip(*points), marker="o", markersize=3, label=f"{label} to the teacher, held-out texts")
+        axes.plot(*zip(*points), marker="o", markersize=3, label=label)
     losses = [(entry["step"], entry["loss"]) for entry in record["log"] if "loss" in entry]
-    axes.plot(*zip(*losses), color="gray", alpha=0.4, linewidth=0.7, label="loss")
-    blended = record["settings"]["blend_ratio"] * record["steps"]
+    faded = f"loss; per-token terms x {settings['layer_fade']:g} from {settings['layer_fade_start']:.0%} on"
+    axes.plot(*zip(*losses), color="gray", alpha=0.4, linewidth=0.7, label=faded)
+    blended = settings["blend_ratio"] * record["steps"]
     axes.axvline(blended, color="black", linewidth=0.8, linestyle=":", label="from here on wholly ternary")
     axes.set_xlabel(f"steps of {record['texts_per_step']} texts")
     axes.set_ylim(0, 1)
     axes.set_title(f"{NAME}: distillation")
     axes.grid(True, alpha=0.3)
-    axes.legend(fontsize=8, loc="center right")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
