@@ -302,6 +302,7 @@ def test_missing_packages_are_named(run, texts, tmp_path, monkeypatch, missing, 
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     command = ("serve", tmp_path) if extra == "web" else ("index", texts, "--to", tmp_path / "to")
+    command += ("--model", "packaged") if extra == "demo" else ()
     with pytest.raises(SystemExit, match=rf"{missing} is missing: pip install 'tritern\[{extra}\]'"):
         run(*command)
 
