@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from tritern_kernels.tuning import MOST_TOKENS, bucket
 
 from .errors import TriternError
-from .fused import fused_blocks, kind_of
+from .fused import fused_blocks, kind_of, run_on_zeros
 from .linear import TernaryLinear
 from .passes import evaluating
 
@@ -56,10 +56,8 @@ def warmup(
         for layer in tqdm(kinds.values(), desc="Compiling", unit="layer", disable=not progress):
             for tokens in buckets:
                 layer(torch.zeros(tokens, layer.in_features, dtype=dtype, device=layer.weight.device))
-        for (sizes, device), block in tqdm(
-            blocks.items(), desc="Compiling", unit="block", disable=not progress
-        ):
+        for block in tqdm(blocks.values(), desc="Compiling", unit="block", disable=not progress):
             with evaluating(block):
                 for tokens in buckets:
-                    block(torch.zeros(tokens // 16, 16, sizes.hidden, dtype=dtype, device=device))
+                    run_on_zeros(block, tokens // 16, 16, dtype)
     return len(kinds) + len(blocks)

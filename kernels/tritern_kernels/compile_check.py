@@ -23,11 +23,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import triton
 
-from . import activations, dispatch, gemm, gemm_few, ternarize, tuning
+from . import activations, dispatch, gemm, gemm_few, norms, ternarize, tuning
 from .launch import INTERPRETED
 from .reference import RULES
 
@@ -88,14 +88,22 @@ def jobs(capability: int) -> Iterator[Job]:
                     yield from _gemm_jobs(mode, c, K, capability, gelu)
     for K in (384, 768, 4096, 16384):
         blocks = activations.quantize_blocks(K)
-        for gelu in (False, True):
-            name = f"quantize {'gelu ' * gelu}bf16 K={K}"
-            yield _job(
-                name, activations.quantize_kernel, (*blocks, 128, gelu, True), capability, {"q_ptr": "*i8"}
-            )
-        if K <= dispatch.LONGEST_ROW:
-            name, kernel = f"add norm quantize bf16 K={K}", activations.add_norm_quantize_kernel
-            yield _job(name, kernel, (*blocks, True), capability, {"q_ptr": "*i8"})
+        types = {"q_ptr": "*i8"}
+        for activation in get_args(activations.Activation):
+            name, kernel = f"quantize {activation} bf16 K={K}".replace("  ", " "), activations.quantize_kernel
+            yield _job(name, kernel, (*blocks, 128, activation, True), capability, types)
+        for kind, rms, add in (
+            ("add LayerNorm", False, True),
+            ("RMSNorm", True, False),
+            ("add RMSNorm", True, True),
+        ):
+            if K <= dispatch.LONGEST_ROW:
+                name, kernel = f"{kind} quantize bf16 K={K}", norms.norm_quantize_kernel
+                yield _job(name, kernel, (*blocks, rms, add, True), capability, types)
+    for head_dim in (64, 128, 256):
+        types = {n: "*bf16" for n in ("cos_ptr", "sin_ptr", "q_weight_ptr", "k_weight_ptr")}
+        constants = norms.rotate_blocks(head_dim), head_dim // 2, True
+        yield _job(f"RMSNorm rotate bf16 {head_dim}", norms.norm_rotate_kernel, constants, capability, types)
     yield _job("expand bf16", ternarize.expand_kernel, (16,), capability, {"out_ptr": "*bf16"}, last=())
     for rule in (*RULES, "given"):
         kernel = ternarize.ternarize_kernel
@@ -149,7 +157,8 @@ _KERNELS = {
     for kernel in (
         gemm.gemm_int8_kernel, gemm.gemm_16bit_kernel, gemm_few.gemm_int8_few_kernel,
         gemm_few.gemm_16bit_few_kernel, gemm_few.gemm_quantizing_kernel, activations.quantize_kernel,
-        activations.add_norm_quantize_kernel, ternarize.expand_kernel, ternarize.ternarize_kernel,
+        norms.norm_quantize_kernel, norms.norm_rotate_kernel,
+        ternarize.expand_kernel, ternarize.ternarize_kernel,
     )
 }  # fmt: skip
 
@@ -221,7 +230,7 @@ def _problem(
         return f"needs {shared} bytes of shared memory"
     if registers * 32 * job.options["num_warps"] > 65536:
         return f"{registers} registers do not fit a multiprocessor"
-    if job.kernel == "quantize_kernel" and not job.constants["GELU"] and "FFMA" in counts:
+    if job.kernel == "quantize_kernel" and not job.constants["ACTIVATION"] and "FFMA" in counts:
         return "the product is fused into the rounding: codes differ from the reference's"
     if not job.kernel.startswith("gemm"):
         return ""

@@ -200,7 +200,7 @@ def _planned(
     return _unplanned(rows, packed, scale, bias, rows.dtype, activation_bits, gelu) if y is None else y
 
 
-class BlockSizes(NamedTuple):
+class BertSizes(NamedTuple):
     """Of a BERT block: hidden and intermediate features, which of its four products (query with key and
     value, output, intermediate, last) have a bias, and the eps of its two norms.
     """
@@ -211,18 +211,35 @@ class BlockSizes(NamedTuple):
     epsilons: tuple[float, float]
 
 
-def block_plan(sizes: BlockSizes, M: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """The ``block.BlockPlan`` for M tokens of a block of these sizes."""
-    key = (sizes, bucket(M), dtype, device)
+class DecoderSizes(NamedTuple):
+    """Of a decoder's block: hidden and intermediate features, heads of queries and of keys (and values),
+    their width, whether queries and keys are normalized, which of its four products (query with key and
+    value, output, gate with up, down) have a bias, and the eps of its norms: before attention, before the
+    feed-forward part, of heads.
+    """
+
+    hidden: int
+    inner: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    normalized_heads: bool
+    biases: tuple[bool, ...]
+    epsilons: tuple[float, float, float]
+
+
+def block_plan(sizes: BertSizes | DecoderSizes, M: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """The ``block.BertPlan`` or ``block.DecoderPlan`` for M tokens of a block of these sizes."""
+    key = (type(sizes), sizes, bucket(M), dtype, device)
     plan = _plans.get(key)
     if plan is None:
-        from .block import BlockPlan
+        from .block import BertPlan, DecoderPlan
 
         def configure(M: int, N: int, K: int) -> KernelConfig:
             return _config(8, M, N, K, False, device)
 
-        plan = BlockPlan(sizes, bucket(M), dtype, device, configure)
-        _plans[key] = plan
+        kind: Any = BertPlan if isinstance(sizes, BertSizes) else DecoderPlan
+        plan = _plans[key] = kind(sizes, bucket(M), dtype, device, configure)
     return plan
 
 

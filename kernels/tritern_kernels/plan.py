@@ -45,7 +45,7 @@ class Plan:
         else:
             self.tickets = tickets_of(config, most, N)
             self.tile_bytes = 4 * config.split_k * config.block_m * config.block_n if self.tickets else 0
-            self.quantize, self.rows = quantizer(K, stride_x, self.tickets, False, device)
+            self.quantize, self.rows = quantizer(K, stride_x, self.tickets, "", device)
             self.multiply = product(config, N, K, has_bias, gelu, device)
 
     def __call__(self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -103,11 +103,13 @@ def tickets_of(config: KernelConfig, most: int, N: int) -> int:
     return -(-config.tiles(most, N) // 128) * 128 if config.split_k > 1 else 0
 
 
-def quantizer(K: int, stride_x: int, tickets: int, gelu: bool, device: torch.device) -> tuple[Launch, int]:
+def quantizer(
+    K: int, stride_x: int, tickets: int, activation: activations.Activation, device: torch.device
+) -> tuple[Launch, int]:
     """Launches ``activations.quantize_kernel``; and the rows a program takes."""
     block_m, block_k, pieces = activations.quantize_blocks(K)
     sizes = (K, padded_k(K), stride_x, padded_k(K))
-    constants = (block_m, block_k, pieces, tickets, gelu, ASM)
+    constants = (block_m, block_k, pieces, tickets, activation, ASM)
     return Launch(activations.quantize_kernel, sizes, constants, device), block_m
 
 

@@ -11,26 +11,52 @@ import sys
 import torch
 
 from tritern_kernels import linear, tuning
-from tritern_kernels.dispatch import BlockSizes, _device, block_plan
+from tritern_kernels.dispatch import BertSizes, DecoderSizes, _device, block_plan
 from tritern_kernels.ternarize import expand, ternarize
 from tritern_kernels.training import transpose
 
 
-def block(M: int, hidden: int, inner: int) -> None:
-    shapes = (3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)
+def products(shapes: tuple[tuple[int, int], ...]) -> list[tuple[torch.Tensor, ...]]:
     made = [ternarize(torch.randn(N, K, device="cuda"), "mse") for N, K in shapes]
-    products = [(w.packed, w.scale, torch.randn(w.shape[0], device="cuda").half()) for w in made]
-    norms = [tuple(torch.rand(hidden, device="cuda").half() for _ in range(2)) for _ in range(2)]
+    return [(w.packed, w.scale, torch.randn(w.shape[0], device="cuda").half()) for w in made]
+
+
+def parameters(*widths: int) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.rand(width, device="cuda").half() for width in widths)
+
+
+def bert(M: int, hidden: int, inner: int) -> None:
+    shapes = (3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)
+    weights = (*products(shapes), parameters(hidden, hidden), parameters(hidden, hidden))
     x = torch.randn(M, hidden, device="cuda").half()
-    sizes = BlockSizes(hidden, inner, (True,) * 4, (1e-12, 1e-12))
+    sizes = BertSizes(hidden, inner, (True,) * 4, (1e-12, 1e-12))
     plan, known, results = block_plan(sizes, M, x.dtype, x.device), None, []
     for _ in range(3):  # compiled, planned, and with int8 activations from the block before
-        qkv, buffer = plan.before(x, known, (*products, *norms))
-        z, known = plan.after(qkv[:, :hidden].contiguous(), x, buffer, (*products, *norms))
+        qkv, buffer = plan.before(x, known, weights)
+        z, known = plan.after(qkv[:, :hidden].contiguous(), x, buffer, weights)
         known = known if results else None
         results.append(z)
     if not torch.equal(results[0], results[1]) or not results[0].isfinite().all():
         sys.exit(f"wrong result of a block: {M} tokens, {hidden} and {inner} features")
+
+
+def decoder(M: int, hidden: int, inner: int, heads: int, key_heads: int, head_dim: int) -> None:
+    context, width = heads * head_dim, (heads + 2 * key_heads) * head_dim
+    shapes = (width, hidden), (hidden, context), (2 * inner, hidden), (hidden, inner)
+    norms = parameters(hidden), parameters(hidden), parameters(head_dim, head_dim)
+    weights = (*products(shapes), *norms)
+    x, turn = torch.randn(M, hidden, device="cuda").half(), parameters(head_dim)[0].expand(M, -1).contiguous()
+    sizes = DecoderSizes(hidden, inner, heads, key_heads, head_dim, True, (True,) * 4, (1e-6,) * 3)
+    plan, known, results = block_plan(sizes, M, x.dtype, x.device), None, []
+    for last in (False, False, False, True):  # compiled, planned, with int8 activations, without a next block
+        qkv, buffer = plan.before(x, known, turn, turn, weights)
+        z, known = plan.after(
+            qkv[:, :context].contiguous(), x, buffer, weights, None if last else norms[0][0]
+        )
+        known = known if results else None
+        results.append(z)
+    if not torch.equal(results[0], results[1]) or not results[3].isfinite().all():
+        sys.exit(f"wrong result of a block: {M} tokens, {hidden} and {inner} features, {heads} heads")
 
 
 def main() -> None:
@@ -45,7 +71,8 @@ def main() -> None:
         expand(weight.packed, weight.scale, K, torch.bfloat16)
         transpose(weight.packed, K)
     for M, hidden, inner in ((1, 130, 70), (33, 384, 1536), (700, 130, 300)):
-        block(M, hidden, inner)
+        bert(M, hidden, inner)
+        decoder(M, hidden, inner, 3, 1, 16)
     torch.cuda.synchronize()
     sys.stdout.write("all kernels ran\n")
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tritern_kernels import activations, gemm, pack, padded_k, reference, tuning
+from tritern_kernels import activations, gemm, norms, pack, padded_k, reference, tuning
 from tritern_kernels.formats import from_packed_order, to_packed_order
 from tritern_kernels.ternarize import expand, ternarize
 from tritern_kernels.tune import describe
@@ -133,7 +133,7 @@ def test_quantize(M, K, dtype, device):
 @pytest.mark.parametrize("K", [63, 384, 8192 + 130])
 def test_quantize_behind_gelu(K, dtype, device):
     x = torch.randn(5, K).to(dtype)
-    q, scale = activations.quantize(x.to(device), gelu=True)
+    q, scale = activations.quantize(x.to(device), activation="gelu")
     exact = torch.nn.functional.gelu(x.double())
     got = from_packed_order(q.cpu()).double()[:, :K] * scale.cpu().double()[:, None]
     step = exact.abs().amax(1, keepdim=True) / 127
@@ -141,13 +141,24 @@ def test_quantize_behind_gelu(K, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *FLOATS])
+@pytest.mark.parametrize("K", [63, 384, 8192 + 130])
+def test_quantize_behind_swiglu(K, dtype, device):
+    x = torch.randn(5, 2 * K).to(dtype)
+    q, scale = activations.quantize(x.to(device), activation="swiglu")
+    gate, up = x.double().chunk(2, dim=1)
+    exact = torch.nn.functional.silu(gate) * up
+    got = from_packed_order(q.cpu()).double()[:, :K] * scale.cpu().double()[:, None]
+    step = exact.abs().amax(1, keepdim=True) / 127
+    assert ((got - exact).abs() <= 0.51 * step + 1.1 * torch.finfo(dtype).eps * exact.abs()).all()
+    assert not from_packed_order(q.cpu())[:, K:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *FLOATS])
 @pytest.mark.parametrize(("M", "K"), [(1, 63), (17, 384), (5, 1100), (3, 8192)])
-def test_add_norm_quantize(M, K, dtype, device):
+def test_add_layer_norm_quantize(M, K, dtype, device):
     x, residual = torch.randn(M, K).to(dtype), torch.randn(M, K).to(dtype)
     weight, bias = torch.rand(K).to(dtype) + 0.5, torch.randn(K).to(dtype)
-    got = activations.add_norm_quantize(
-        x.to(device), residual.to(device), weight.to(device), bias.to(device), 1e-12
-    )
+    got = norms.norm_quantize(*(t.to(device) for t in (x, residual, weight, bias)), 1e-12)
     y, q, scale = (t.cpu() for t in got)
     doubles = (weight.double(), bias.double())
     exact = torch.nn.functional.layer_norm((x + residual).double(), (K,), *doubles, eps=1e-12)
@@ -156,13 +167,64 @@ def test_add_norm_quantize(M, K, dtype, device):
     assert torch.equal(from_packed_order(q)[:, :K], expected_q) and torch.equal(scale, expected_scale)
 
 
-def test_add_norm_quantize_isolates_bad_tokens(device):
+def rms_norm(x, weight, eps):
+    """As in transformers' decoders: each step rounded to the dtype."""
+    normalized = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return weight * normalized.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *FLOATS])
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("M", "K"), [(1, 63), (17, 384), (5, 1100), (3, 8192)])
+def test_rms_norm_quantize(M, K, add, dtype, device):
+    x, weight = torch.randn(M, K).to(dtype), torch.rand(K).to(dtype) + 0.5
+    residual = torch.randn(M, K).to(dtype) if add else None
+    on_device = [None if t is None else t.to(device) for t in (x, residual, weight)]
+    y, q, scale = (t.cpu() for t in norms.norm_quantize(*on_device, None, 1e-6))
+    assert torch.equal(y, x + residual if add else x)
+    exact = rms_norm(y.double(), weight.double(), 1e-6)
+    got = from_packed_order(q).double()[:, :K] * scale.double()[:, None]
+    step = exact.abs().amax(1, keepdim=True) / 127
+    assert ((got - exact).abs() <= 0.51 * step + 1.1 * torch.finfo(dtype).eps * exact.abs()).all()
+    # and but for last bits of the mean square what torch gives
+    assert (
+        from_packed_order(q)[:, :K] != reference.quantize_activations(rms_norm(y, weight, 1e-6))[0]
+    ).float().mean() < 0.01
+
+
+def test_norm_quantize_isolates_bad_tokens(device):
     x = torch.randn(3, 384)
     x[1, 7] = float("inf")
-    ones, zeros = torch.ones(384, device=device), torch.zeros(384, device=device)
-    y, q, scale = activations.add_norm_quantize(x.to(device), x.to(device), ones, zeros, 1e-5)
-    assert scale.cpu().isnan().tolist() == [False, True, False] and q[1].count_nonzero() == 0
-    assert y[1].isnan().any() and y.isfinite().all(1).cpu().tolist() == [True, False, True]
+    x, ones, zeros = x.to(device), torch.ones(384, device=device), torch.zeros(384, device=device)
+    for bias in (zeros, None):
+        y, q, scale = norms.norm_quantize(x, x, ones, bias, 1e-5)
+        assert scale.cpu().isnan().tolist() == [False, True, False] and q[1].count_nonzero() == 0
+        assert y.isfinite().all(1).cpu().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *FLOATS])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("heads", "head_dim", "texts"), [((3, 1), 16, 3), ((16, 8), 128, 1)])
+def test_norm_rotate(heads, head_dim, texts, normalize, dtype, device):
+    tokens, total = 7, sum(heads)
+    x = torch.randn(texts * tokens, (total + heads[1]) * head_dim + 5).to(dtype)
+    angles = torch.outer(torch.arange(tokens), 1e4 ** -torch.arange(0, 1, 2 / head_dim)).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    weights = tuple((torch.rand(head_dim) + 0.5).to(dtype) for _ in range(2)) if normalize else None
+    got = x.clone().to(device)
+    norms.norm_rotate(
+        got, cos.to(device), sin.to(device), heads, weights and tuple(w.to(device) for w in weights), 1e-6
+    )
+    got = got.cpu()
+    assert torch.equal(got[:, total * head_dim :], x[:, total * head_dim :])  # values and what follows
+    turned = x[:, : total * head_dim].view(texts, tokens, total, head_dim)
+    if weights:
+        turned = torch.cat([rms_norm(t, w, 1e-6) for t, w in zip(turned.split(heads, 2), weights)], 2)
+    low, high = turned.chunk(2, -1)
+    expected = turned * cos[:, None] + torch.cat((-high, low), -1) * sin[:, None]
+    difference = (got[:, : total * head_dim].view_as(expected) - expected).abs().double()
+    assert (difference <= 4 * torch.finfo(dtype).eps * turned.abs().amax(-1, keepdim=True)).all()
+    assert (difference > 0).double().mean() < (0.5 if dtype == torch.float32 else 0.02)
 
 
 @pytest.mark.parametrize("K", [64, 8192 + 130])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tritern_kernels import block, launch, pack, plan, reference
-from tritern_kernels.dispatch import BlockSizes
+from tritern_kernels.dispatch import BertSizes, DecoderSizes
 from tritern_kernels.launch import INTERPRETED
 from tritern_kernels.tuning import KernelConfig
 
@@ -104,8 +104,8 @@ def test_a_blocks_first_and_later_calls(split, share_k, imitated):
     def configure(M, N, K):
         return replace(TILE, share_k=share_k, split_k=split if K == inner and not share_k else 1)
 
-    sizes = BlockSizes(hidden, inner, (True,) * 4, (1e-5, 1e-5))
-    call = block.BlockPlan(sizes, most, torch.float32, torch.device("cpu"), configure)
+    sizes = BertSizes(hidden, inner, (True,) * 4, (1e-5, 1e-5))
+    call = block.BertPlan(sizes, most, torch.float32, torch.device("cpu"), configure)
     known = None
     for M in (17, 5, 32, 1):
         x, context = torch.randn(M, hidden), torch.randn(M, hidden)
@@ -118,6 +118,65 @@ def test_a_blocks_first_and_later_calls(split, share_k, imitated):
         again, _ = call.before(z, known, weights)
         assert torch.equal(again, call.before(z, None, weights)[0])
     assert imitated
+
+
+def decoder_reference(x, context, made, norms, heads, turn):
+    """The block in float64, but for what is rounded to float32 before it is quantized."""
+
+    def product(i, x):
+        codes, scale, bias = made[i]
+        return reference.linear(x.float(), codes, scale, bias)
+
+    def norm(x, weight):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+
+    query_heads, key_heads, head_dim = heads
+    qkv = product(0, norm(x.double(), norms[0][0])).view(len(x), -1, head_dim)
+    parts = qkv.split((query_heads, key_heads, key_heads), 1)
+    for part, weight in zip(parts, norms[2]):
+        low, high = (norm(part, weight) if len(norms[2]) else part).chunk(2, -1)
+        cos, sin = (t.double()[torch.arange(len(x)) % len(t), None].chunk(2, -1)[0] for t in turn)
+        part.copy_(torch.cat((low * cos - high * sin, high * cos + low * sin), -1))
+    y = product(1, context) + x.double()
+    gate, up = product(2, norm(y, norms[1][0])).chunk(2, 1)
+    return qkv.flatten(1), product(3, torch.nn.functional.silu(gate) * up) + y
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("share_k", [False, True])
+def test_a_decoder_blocks_first_and_later_calls(split, share_k, imitated):
+    hidden, inner, heads, most = 40, 300, (3, 1, 16), 32
+    context = 48
+    shapes = (80, hidden), (hidden, context), (2 * inner, hidden), (hidden, inner)
+    made = [
+        (torch.randint(-1, 2, s, dtype=torch.int8), torch.rand(s[0]) / 10, torch.randn(s[0])) for s in shapes
+    ]
+    norms = ((torch.rand(hidden) + 0.5,), (torch.rand(hidden) + 0.5,), (torch.rand(16), torch.rand(16)))
+    weights = (*((pack(codes), scale, bias) for codes, scale, bias in made), *norms)
+
+    def configure(M, N, K):
+        return replace(TILE, share_k=share_k, split_k=split if K == inner and not share_k else 1)
+
+    sizes = DecoderSizes(hidden, inner, *heads, True, (True,) * 4, (1e-5,) * 3)
+    call = block.DecoderPlan(sizes, most, torch.float32, torch.device("cpu"), configure)
+    following = torch.rand(hidden)
+    for M, period in ((17, 17), (6, 3), (32, 16), (1, 1)):
+        x, context_of = torch.randn(M, hidden), torch.randn(M, context)
+        angles = torch.rand(period, 8).repeat(1, 2)
+        turn = angles.cos(), angles.sin()
+        expected_qkv, expected = decoder_reference(x, context_of, made, norms, heads, turn)
+        qkv, buffer = call.before(x, None, *turn, weights)
+        # a last bit of a norm may be a step of an activation in 127
+        assert (qkv - expected_qkv).abs().mean() <= 1e-3 and (qkv - expected_qkv).abs().max() <= 0.1
+        z, known = call.after(context_of, x, buffer, weights, following)
+        assert (z - expected).abs().mean() <= 1e-3 and (z - expected).abs().max() <= 0.1
+        other = (*weights[:4], (following,), *weights[5:])  # of the next block
+        again, _ = call.before(z, known, *turn, other)
+        assert torch.equal(again, call.before(z, None, *turn, other)[0])
+        _, buffer = call.before(x, None, *turn, weights)
+        last, known = call.after(context_of, x, buffer, weights, None)
+        assert torch.equal(last, z) and known is None
+    assert imitated and call._compiled
 
 
 def test_what_it_does_not_take(imitated):

@@ -10,28 +10,36 @@ from transformers import (
     BertConfig,
     CamembertConfig,
     ElectraConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
     RobertaConfig,
     XLMRobertaConfig,
 )
 
 import tritern
-from tritern import fused
+from tritern.fused import bert as berts
+from tritern.fused import common
+from tritern.fused import decoder as decoders
 from tritern_kernels import block, dispatch
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "intermediate_size": 64, "initializer_range": 0.2, "max_position_embeddings": 70, "pad_token_id": 0,
 }  # fmt: skip
+BERTS = [BertConfig, RobertaConfig, XLMRobertaConfig, CamembertConfig, ElectraConfig]
+DECODERS = [Qwen3Config, Qwen2Config, MistralConfig, LlamaConfig]
 
 
 @pytest.fixture
 def on_gpu(monkeypatch, device):
     """Fused steps wherever the tensors are; counts the blocks that took them."""
     ran = []
-    forward = fused._forward
-    monkeypatch.setattr(fused, "_forward", lambda *a: ran.append(a[0]) or forward(*a))
+    for family in (berts, decoders):
+        monkeypatch.setattr(family, "run", lambda *a, run=family.run: ran.append(a[0]) or run(*a))
     if device == "cpu":
-        monkeypatch.setattr(fused, "_on_gpu", lambda x: True)
+        monkeypatch.setattr(common, "on_gpu", lambda x: True)
         monkeypatch.setattr(dispatch, "_device", lambda index: ("a GPU without a table", 90, 132))
         dispatch._plans.clear()
     return ran
@@ -42,12 +50,19 @@ def model_of(config, device, **patch):
     model = AutoModel.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # biases and norms that do something
-            torch.nn.init.normal_(parameter, 1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.1)
+            torch.nn.init.normal_(parameter, 1.0 if "norm" in name.lower() and "weight" in name else 0.0, 0.1)
     return tritern.patch(model, **patch).to(device)
 
 
 def bert(device, **settings):
     return model_of(BertConfig(**SIZES, **settings), device)
+
+
+def decoder(device, config=Qwen3Config, **settings):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    if config is Qwen2Config:  # its heads share the hidden features
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return model_of(config(**SIZES | heads | {"use_cache": False} | settings), device)
 
 
 def batch(device, texts=3, length=20):
@@ -57,11 +72,10 @@ def batch(device, texts=3, length=20):
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-@pytest.mark.parametrize(
-    "config", [BertConfig, RobertaConfig, XLMRobertaConfig, CamembertConfig, ElectraConfig]
-)
+@pytest.mark.parametrize("config", BERTS + DECODERS)
 def test_fused_blocks_give_the_models_outputs(config, device, on_gpu):
-    model, inputs = model_of(config(**SIZES), device), batch(device)
+    model = model_of(config(**SIZES), device) if config in BERTS else decoder(device, config)
+    inputs = batch(device)
     with torch.inference_mode():
         expected = model(**inputs).last_hidden_state
         assert tritern.fuse(model) == 2
@@ -74,8 +88,9 @@ def test_fused_blocks_give_the_models_outputs(config, device, on_gpu):
     assert len(on_gpu) == 4
 
 
-def test_a_text_alone_and_in_a_batch(device, on_gpu):
-    model, inputs = bert(device), batch(device)
+@pytest.mark.parametrize("make", [bert, decoder])
+def test_a_text_alone_and_in_a_batch(make, device, on_gpu):
+    model, inputs = make(device), batch(device)
     tritern.fuse(model)
     with torch.inference_mode():
         whole = model(input_ids=inputs["input_ids"]).last_hidden_state
@@ -83,8 +98,13 @@ def test_a_text_alone_and_in_a_batch(device, on_gpu):
     assert torch.allclose(whole[1:2], alone, atol=1e-6 if device == "cpu" else 1e-3)
 
 
-def test_saved_copied_and_pickled_as_before(device, on_gpu, tmp_path):
-    model, inputs = bert(device), batch(device)
+def blocks_of(model):
+    return model.encoder.layer if hasattr(model, "encoder") else model.layers
+
+
+@pytest.mark.parametrize("make", [bert, decoder])
+def test_saved_copied_and_pickled_as_before(make, device, on_gpu, tmp_path):
+    model, inputs = make(device), batch(device)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tritern.fuse(model)
     with torch.inference_mode():
@@ -95,14 +115,15 @@ def test_saved_copied_and_pickled_as_before(device, on_gpu, tmp_path):
         )
         model.save_pretrained(tmp_path)
         loaded = AutoModel.from_pretrained(tmp_path).to(device).eval()
-        assert not fused._is_fused(loaded.encoder.layer[0])
+        assert not isinstance(blocks_of(loaded)[0], common.Fused)
         tritern.fuse(loaded)
         # a file's tensors need not lie as kernels want them: on a CPU the loaded model may run unfused
         assert torch.allclose(loaded(**inputs).last_hidden_state, expected, atol=1e-5)
         for other in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert isinstance(other.encoder.layer[0], fused._Fused)
-            assert type(other.encoder.layer[0]).__name__ == "BertLayer"
-            assert "_tritern_merged" not in vars(copy.deepcopy(other.encoder.layer[0]))
+            first = blocks_of(other)[0]
+            assert isinstance(first, common.Fused)
+            assert type(first).__name__ in ("BertLayer", "Qwen3DecoderLayer")
+            assert "_tritern_merged" not in vars(copy.deepcopy(first))
             assert other is loaded or torch.equal(other(**inputs).last_hidden_state, expected)
 
 
@@ -136,10 +157,10 @@ def test_activations_in_int8_are_handed_on_only_while_they_are_right(device, on_
     tritern.fuse(model)
     second = model.encoder.layer[1]
     seen = []
-    before = block.BlockPlan.before
+    before = block.BertPlan.before
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(
-            block.BlockPlan,
+            block.BertPlan,
             "before",
             lambda plan, x, known, w: seen.append(known) or before(plan, x, known, w),
         )
@@ -162,6 +183,65 @@ def test_activations_in_int8_are_handed_on_only_while_they_are_right(device, on_
         hidden = model.encoder.layer[0](model.embeddings(inputs["input_ids"]), None)
         assert hidden._tritern
         assert torch.equal(second(hidden.mul_(2.0)), second(hidden * 1.0))
+
+
+def test_a_decoder_hands_on_its_next_blocks_norm(device, on_gpu):
+    model, inputs = decoder(device), batch(device)
+    tritern.fuse(model)
+    second, seen, before = model.layers[1], [], block.DecoderPlan.before
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(
+            block.DecoderPlan,
+            "before",
+            lambda plan, x, known, *a: seen.append(known) or before(plan, x, known, *a),
+        )
+        expected = model(**inputs).last_hidden_state
+        assert [known is None for known in seen] == [True, False]
+        second._tritern_next = None
+        model.layers[0]._tritern_next = None
+        seen.clear()
+        assert torch.equal(model(**inputs).last_hidden_state, expected)
+        assert [known is None for known in seen] == [True, True]
+        tritern.fuse(model)
+        # another norm than what has been applied: a new one, or one that somebody looks at
+        second.input_layernorm = copy.deepcopy(second.input_layernorm)
+        second.input_layernorm.weight.mul_(2.0)
+        seen.clear()
+        doubled = model(**inputs).last_hidden_state
+        assert [known is None for known in seen] == [True, True] and not torch.equal(doubled, expected)
+        tritern.fuse(model)
+        seen.clear()
+        assert torch.equal(model(**inputs).last_hidden_state, doubled)
+        assert [known is None for known in seen] == [True, False]
+        seen.clear()
+        looked_at = []
+        second.input_layernorm.register_forward_hook(lambda *a: looked_at.append(a))
+        assert torch.allclose(model(**inputs).last_hidden_state, doubled, atol=0.1)
+        assert len(seen) == 1 and len(looked_at) == 1
+
+
+def test_a_decoder_with_a_cache_or_without_rotation_runs_unfused(device, on_gpu):
+    model, inputs = decoder(device), batch(device)
+    tritern.fuse(model)
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+        assert len(on_gpu) == 2
+        on_gpu.clear()
+        cached = model(**inputs, use_cache=True)
+        assert not on_gpu and cached.past_key_values is not None
+        assert torch.allclose(cached.last_hidden_state, expected, atol=0.1)
+        # positions of their own for each text
+        shifted = torch.arange(20, device=device).repeat(3, 1) + torch.tensor([[0], [1], [2]], device=device)
+        own = model(**inputs, position_ids=shifted).last_hidden_state
+        assert len(on_gpu) == 2
+        unfused = decoder(device)
+        assert torch.allclose(unfused(**inputs, position_ids=shifted).last_hidden_state, own, atol=0.1)
+        # cosines of another dtype
+        x = torch.randn(2, 5, 32, device=device)
+        turn = torch.ones(1, 5, 16, device=device)
+        plans = len(dispatch._plans)
+        model.layers[0](x, position_embeddings=(turn.bfloat16(), turn.bfloat16()))
+        assert len(dispatch._plans) == plans
 
 
 def test_everything_but_serving_runs_unfused(device, on_gpu):
@@ -207,8 +287,8 @@ def test_mixed_dtypes_run_unfused(device, on_gpu, monkeypatch):
     model, inputs = bert(device), batch(device)
     tritern.fuse(model)
     planned = []
-    before = block.BlockPlan.before
-    monkeypatch.setattr(block.BlockPlan, "before", lambda *a: planned.append(a) or before(*a))
+    before = block.BertPlan.before
+    monkeypatch.setattr(block.BertPlan, "before", lambda *a: planned.append(a) or before(*a))
     with torch.no_grad():
         expected = model(**inputs).last_hidden_state
         assert len(planned) == 2
@@ -225,6 +305,8 @@ def test_what_cannot_be_fused_is_said(device):
         bert(device, hidden_act="relu"),
         bert(device, is_decoder=True),
         model_of(BertConfig(**SIZES), device, activation_bits=16),
+        decoder(device, hidden_act="gelu"),
+        decoder(device, head_dim=24),
     ):
         with pytest.raises(tritern.TriternError, match="no block to fuse"):
             tritern.fuse(model)
@@ -232,10 +314,15 @@ def test_what_cannot_be_fused_is_said(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_fused_on_the_gpu(dtype):
-    config = BertConfig(**SIZES | {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12})
-    config.initializer_range = 0.05
-    model, inputs = model_of(config, "cuda").to(dtype), batch("cuda", 30, 60)
+@pytest.mark.parametrize("make", [bert, decoder])
+def test_fused_on_the_gpu(make, dtype):
+    sizes = {"hidden_size": 384, "intermediate_size": 1536, "initializer_range": 0.05}
+    if make is decoder:
+        sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+        model = decoder("cuda", **sizes)
+    else:
+        model = model_of(BertConfig(**SIZES | sizes | {"num_attention_heads": 12}), "cuda")
+    model, inputs = model.to(dtype), batch("cuda", 30, 60)
     with torch.inference_mode():
         expected = model(**inputs).last_hidden_state.float()
         tritern.fuse(model)

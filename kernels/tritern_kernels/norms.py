@@ -1,0 +1,209 @@
+"""A transformer block's steps around its norms, in one pass over memory each: a residual's addition,
+LayerNorm or RMSNorm and int8 quantization; and the norm of heads with their rotation.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import absmax_bits, load_rows, quantize_blocks, scales_of, store_codes
+from .common import wait_for_inputs
+from .formats import padded_k
+from .launch import ASM, launch
+
+
+@triton.jit
+def _sum(x_ptr, residual_ptr, y_ptr, rows, cols, M, K, RMS: tl.constexpr, ADD: tl.constexpr):
+    """What is normalized, in fp32; an RMSNorm's sum is stored."""
+    v = load_rows(x_ptr, rows, cols, K, M, K)
+    if ADD:
+        v = (v + load_rows(residual_ptr, rows, cols, K, M, K)).to(x_ptr.dtype.element_ty)
+        if RMS:
+            tl.store(
+                y_ptr + rows[:, None] * K + cols[None, :], v, mask=(rows[:, None] < M) & (cols < K)[None, :]
+            )
+        v = v.to(tl.float32)
+    return v
+
+
+@triton.jit
+def _normalized(v, mean, rstd, weight_ptr, bias_ptr, y_ptr, rows, cols, M, K, RMS: tl.constexpr):
+    """The norm's result, rounded to the dtype, in fp32; a LayerNorm's is stored."""
+    inside, dtype = cols < K, y_ptr.dtype.element_ty
+    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    y = (v - mean[:, None]) * rstd[:, None]
+    if RMS:
+        y = (y.to(dtype).to(tl.float32) * weight[None, :]).to(dtype)
+    else:
+        bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        y = (y * weight[None, :] + bias[None, :]).to(dtype)
+        tl.store(y_ptr + rows[:, None] * K + cols[None, :], y, mask=(rows[:, None] < M) & inside[None, :])
+    return y.to(tl.float32)
+
+
+@triton.jit
+def _squares(v, mean, cols, K):
+    d = tl.where((cols < K)[None, :], v - mean[:, None], 0.0)
+    return tl.sum(d * d, axis=1)
+
+
+@triton.jit(do_not_specialize=["M"])
+def norm_quantize_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, q_ptr, scale_ptr, M, K, K_padded, EPS,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
+    RMS: tl.constexpr, ADD: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """norm(x + residual), or without ADD norm(x), all [M, K] of one dtype and contiguous; its q and scale,
+    and PIECES (1 or 3), as in ``quantize_kernel``. A LayerNorm's result goes to y; an RMSNorm's is not kept,
+    and the sum goes to y. Sum and result are rounded to the dtype, as if by torch.
+    """
+    wait_for_inputs(PDL)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.arange(0, BLOCK_K)
+    second, third = BLOCK_K + first, 2 * BLOCK_K + first
+    x = _sum(x_ptr, residual_ptr, y_ptr, rows, first, M, K, RMS, ADD)
+    if PIECES == 3:
+        y = _sum(x_ptr, residual_ptr, y_ptr, rows, second, M, K, RMS, ADD)
+        z = _sum(x_ptr, residual_ptr, y_ptr, rows, third, M, K, RMS, ADD)
+    if RMS:
+        mean = tl.zeros((BLOCK_M,), tl.float32)
+    else:
+        total = tl.sum(x, axis=1)
+        if PIECES == 3:
+            total += tl.sum(y, axis=1) + tl.sum(z, axis=1)
+        mean = total / K
+    total = _squares(x, mean, first, K)
+    if PIECES == 3:
+        total += _squares(y, mean, second, K) + _squares(z, mean, third, K)
+    rstd = tl.rsqrt(total / K + EPS)
+    x = _normalized(x, mean, rstd, weight_ptr, bias_ptr, y_ptr, rows, first, M, K, RMS)
+    bits = absmax_bits(x)
+    if PIECES == 3:
+        y = _normalized(y, mean, rstd, weight_ptr, bias_ptr, y_ptr, rows, second, M, K, RMS)
+        z = _normalized(z, mean, rstd, weight_ptr, bias_ptr, y_ptr, rows, third, M, K, RMS)
+        bits = tl.maximum(bits, tl.maximum(absmax_bits(y), absmax_bits(z)))
+    scale, inverse, finite = scales_of(bits, BLOCK_M)
+    tl.store(scale_ptr + rows, scale, mask=rows < M)
+    store_codes(q_ptr, x, inverse, finite, rows, first, K_padded, M, K_padded, BLOCK_M, BLOCK_K, ASM)
+    if PIECES == 3:
+        store_codes(q_ptr, y, inverse, finite, rows, second, K_padded, M, K_padded, BLOCK_M, BLOCK_K, ASM)
+        store_codes(q_ptr, z, inverse, finite, rows, third, K_padded, M, K_padded, BLOCK_M, BLOCK_K, ASM)
+
+
+@triton.jit
+def _round(x, like_ptr):
+    """x rounded to the dtype of what the pointer points to, in fp32."""
+    return x.to(like_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _weight_of(q_ptr, k_ptr, cols, is_query):
+    """Norm weights [rows, cols] of queries and keys."""
+    q, k = tl.load(q_ptr + cols).to(tl.float32), tl.load(k_ptr + cols).to(tl.float32)
+    return tl.where(is_query[:, None], q[None, :], k[None, :])
+
+
+@triton.jit(do_not_specialize=["period", "M"])
+def norm_rotate_kernel(
+    x_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, period, M, Q_HEADS, HEADS, stride_x, EPS,
+    BLOCK: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """In place, the first HEADS heads, 2 * HALF wide, of each of M rows: RMSNorm (with NORM), then rotation
+    by row ``m % period`` of cos and sin [period, 2 * HALF]. The first Q_HEADS heads are queries, the others
+    keys. Every step is rounded to the dtype, as if by torch.
+    """
+    wait_for_inputs(PDL)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rows, heads = index // HEADS, index % HEADS
+    low = tl.arange(0, HALF)
+    high = HALF + low
+    mask = (rows < M)[:, None]
+    at = x_ptr + rows[:, None] * stride_x + heads[:, None] * (2 * HALF) + low[None, :]
+    a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        rstd = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + EPS)[:, None]
+        is_query = heads < Q_HEADS
+        a = _round(_round(a * rstd, x_ptr) * _weight_of(q_weight_ptr, k_weight_ptr, low, is_query), x_ptr)
+        b = _round(_round(b * rstd, x_ptr) * _weight_of(q_weight_ptr, k_weight_ptr, high, is_query), x_ptr)
+    turn = (rows % period)[:, None] * (2 * HALF) + low[None, :]
+    cos_a = tl.load(cos_ptr + turn, mask=mask, other=0.0).to(tl.float32)
+    sin_a = tl.load(sin_ptr + turn, mask=mask, other=0.0).to(tl.float32)
+    cos_b = tl.load(cos_ptr + turn + HALF, mask=mask, other=0.0).to(tl.float32)
+    sin_b = tl.load(sin_ptr + turn + HALF, mask=mask, other=0.0).to(tl.float32)
+    new_a = _round(a * cos_a, x_ptr) - _round(b * sin_a, x_ptr)
+    new_b = _round(b * cos_b, x_ptr) + _round(a * sin_b, x_ptr)
+    tl.store(at, new_a.to(x_ptr.dtype.element_ty), mask=mask)
+    tl.store(at + HALF, new_b.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+def rotate_blocks(head_dim: int) -> int:
+    """BLOCK: heads a program takes, 4,096 elements or so."""
+    return max(1, 4096 // head_dim)
+
+
+def norm_quantize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm(x + residual), or without a bias RMSNorm(x + residual), in int8, in one launch.
+
+    x and residual [M, K], contiguous and of one dtype (fp32, fp16 or bf16), K up to 8,192; weight
+    and bias [K]. Not checked.
+
+    Returns:
+        [M, K] in x's dtype: the LayerNorm's result, or the sum, of which the RMSNorm is (x itself where there
+        is no residual); q and scale as ``quantize`` gives them for the norm's result.
+    """
+    M, K = x.shape
+    y = x if residual is None and bias is None else torch.empty_like(x)
+    q = torch.empty((M, padded_k(K)), dtype=torch.int8, device=x.device)
+    scale = torch.empty((M,), dtype=torch.float32, device=x.device)
+    if M == 0:
+        return y, q, scale
+    block_m, block_k, pieces = quantize_blocks(K)
+    other, last = x if residual is None else residual, weight if bias is None else bias
+    launch(
+        norm_quantize_kernel,
+        (triton.cdiv(M, block_m), 1),
+        (x, other, weight, last, y, q, scale, M, K, q.shape[1], eps),
+        (block_m, block_k, pieces, bias is None, residual is not None, ASM),
+        num_warps=4,
+    )
+    return y, q, scale
+
+
+def norm_rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: tuple[int, int],
+    weights: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-6,
+) -> None:
+    """RMSNorm and rotary embedding of queries and keys, in place, in one launch.
+
+    Args:
+        x: [M, width], rows contiguous: query heads, key heads and whatever follows, which stays.
+        cos, sin: contiguous [period, head_dim] in x's dtype; row m is turned by row m % period. head_dim is a
+            power of two. Turned by halves: (a, b) -> (a cos - b sin, b cos + a sin).
+        heads: numbers of query and of key heads.
+        weights: of the norms of queries and keys, [head_dim] each; None: no norm.
+        eps: of the norms.
+
+    Not checked.
+    """
+    (M, _), head_dim = x.shape, cos.shape[-1]
+    if M == 0:
+        return
+    q_weight, k_weight = weights or (cos, cos)
+    block = rotate_blocks(head_dim)
+    launch(
+        norm_rotate_kernel,
+        (triton.cdiv(M * sum(heads), block), 1),
+        (x, cos, sin, q_weight, k_weight, cos.shape[0], M, heads[0], sum(heads), x.stride(0), eps),
+        (block, head_dim // 2, weights is not None),
+        num_warps=4,
+    )

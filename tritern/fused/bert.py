@@ -1,0 +1,124 @@
+"""Fused blocks of BERT and its kin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritern_kernels.dispatch import LONGEST_ROW, BertSizes, block_plan
+
+from ..linear import TernaryLinear
+from .common import Family, Fused, Tensors, are_ternary, hand_on, handed_on, ready, rows_of, serves
+
+
+class Bert(Family):
+    """An addition and a LayerNorm behind attention and behind the feed-forward part, with exact GELU."""
+
+    blocks = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer")
+
+    def fits(self, block: Any) -> bool:
+        groups = self.groups(block)
+        if not are_ternary(groups):
+            return False
+        layers = [layer for group in groups for layer in group]
+        hidden, inner = layers[4].in_features, layers[4].out_features
+        shapes = [*[(hidden, hidden)] * 4, (hidden, inner), (inner, hidden)]
+        return (
+            [(x.in_features, x.out_features) for x in layers] == shapes
+            and hidden <= LONGEST_ROW
+            and all(
+                type(n) is nn.LayerNorm and n.bias is not None and len(n.normalized_shape) == 1
+                for n in self._norms(block)
+            )
+            and _is_exact_gelu(self.activation(block))
+            and not block.is_decoder
+            and not block.chunk_size_feed_forward
+        )
+
+    def groups(self, block: Any) -> tuple[tuple[TernaryLinear, ...], ...]:
+        attention = self.attention(block)
+        last = block.attention.output.dense, block.intermediate.dense, block.output.dense
+        return (attention.query, attention.key, attention.value), *((x,) for x in last)
+
+    def inside(self, block: Any) -> tuple[nn.Module, ...]:
+        outputs = (block.attention.output, block.output)
+        return block.attention, block.attention.self, block.intermediate, *outputs, *self._norms(block)
+
+    def activation(self, block: Any) -> nn.Module:
+        return block.intermediate.intermediate_act_fn
+
+    def attention(self, block: Any) -> Any:
+        return block.attention.self
+
+    def sizes(self, block: Any) -> BertSizes:
+        groups, (first, second) = self.groups(block), self._norms(block)
+        inner = groups[2][0]
+        biases = tuple(group[0].bias is not None for group in groups)
+        return BertSizes(inner.in_features, inner.out_features, biases, (first.eps, second.eps))
+
+    def norms(self, block: Any) -> tuple[Tensors, ...]:
+        return tuple((norm.weight, norm.bias) for norm in self._norms(block))
+
+    def _norms(self, block: Any) -> tuple[Any, Any]:
+        return block.attention.output.LayerNorm, block.output.LayerNorm
+
+
+def _is_exact_gelu(activation: Any) -> bool:
+    exact = type(activation) is nn.GELU and activation.approximate == "none"
+    return exact or type(activation).__name__ == "GELUActivation"
+
+
+class FusedBert(Fused):
+    """A block of ``Bert``."""
+
+    _tritern_family = Bert()
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Hidden states [texts, tokens, hidden] -> the same, as the block's class."""
+        if encoder_hidden_states is None and past_key_values is None and serves(self, hidden_states):
+            result = run(self, hidden_states, attention_mask, kwargs)
+            if result is not None:
+                return result
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            past_key_values,
+            **kwargs,
+        )
+
+
+def run(block: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+    """The block's output; None where the kernels do not take the tensors as they are."""
+    if hidden.is_cuda and hidden.device.index != torch.cuda.current_device():
+        with torch.cuda.device(hidden.device):
+            return run(block, hidden, mask, kwargs)
+    attention = block.attention.self
+    texts, tokens, width = hidden.shape
+    x = hidden.reshape(-1, width).contiguous()
+    how = ready(block, x)
+    if how is None:
+        return None
+    plan = block_plan(how.sizes, x.shape[0], x.dtype, x.device)
+    found = plan.before(x, handed_on(block, hidden), how.weights)
+    if found is None:
+        return None
+    qkv, buffer = found
+    heads = (texts, tokens, 3, -1, attention.attention_head_size)
+    query, key, value = qkv.view(heads).permute(2, 0, 3, 1, 4).unbind(0)
+    context, _ = how.attend(
+        attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling, **kwargs
+    )
+    z, int8 = plan.after(rows_of(context, width, x.dtype), x, buffer, how.weights)
+    return hand_on(block, z.view(hidden.shape), int8)

@@ -1,0 +1,276 @@
+"""What fused blocks of all families have in common: when they run, merged products, what is handed on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tritern_kernels.dispatch import BertSizes, DecoderSizes
+
+from ..linear import TernaryLinear
+
+Tensors = tuple[Tensor, ...]
+_merging = threading.Lock()
+
+
+class Family:
+    """Blocks of one kind: where their layers are, and what the kernels have to know.
+
+    Attributes:
+        blocks: names of the blocks' classes in transformers.
+    """
+
+    blocks: tuple[str, ...]
+
+    def fits(self, block: Any) -> bool:
+        """Whether the kernels do what this block does."""
+        raise NotImplementedError
+
+    def groups(self, block: Any) -> tuple[tuple[TernaryLinear, ...], ...]:
+        """The layers, those with the same input together: each group is one product."""
+        raise NotImplementedError
+
+    def inside(self, block: Any) -> tuple[nn.Module, ...]:
+        """What, besides the layers, does not run itself when the block runs fused."""
+        raise NotImplementedError
+
+    def activation(self, block: Any) -> nn.Module:
+        """The activation of the feed-forward part."""
+        raise NotImplementedError
+
+    def attention(self, block: Any) -> Any:
+        """The module that attention's implementations are called with."""
+        raise NotImplementedError
+
+    def sizes(self, block: Any) -> BertSizes | DecoderSizes:
+        """What the kernels are planned by."""
+        raise NotImplementedError
+
+    def norms(self, block: Any) -> tuple[Tensors, ...]:
+        """Parameters of the norms, as the plan takes them."""
+        raise NotImplementedError
+
+    def next_norm(self, following: Any) -> nn.Module | None:
+        """The norm that the next block begins with, if it does."""
+        return None
+
+    def example(self, block: Any, x: Tensor) -> dict[str, Any]:
+        """What the block's ``forward`` needs besides x [texts, tokens, hidden]."""
+        return {}
+
+
+class Fused(nn.Module):
+    """What a block's class is extended by; the block's own ``forward`` stays for everything but serving."""
+
+    _tritern_family: Family
+    _tritern_base: type[nn.Module]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        vars(self).pop("_tritern_merged", None)  # of the place before
+        return super()._apply(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the class is made at run time: copies and pickles name the classes that it is made of
+        reduced: Any = super().__reduce_ex__(protocol)
+        state, *rest = reduced[2:]
+        state = {name: value for name, value in state.items() if name != "_tritern_merged"}
+        return _new, (type(self).__mro__[1], self._tritern_base), state, *rest
+
+
+def _new(kind: type[Fused], base: type[nn.Module]) -> nn.Module:
+    fused = fused_class(kind, base)
+    return fused.__new__(fused)
+
+
+@cache
+def fused_class(kind: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
+    """The class of fused blocks whose class was ``base``; it goes by that name."""
+    names = {"__module__": base.__module__, "__doc__": base.__doc__, "_tritern_base": base}
+    return type(base.__name__, (kind, base), names)
+
+
+def prepare(block: Any, following: nn.Module | None) -> None:
+    """Make a block ready to run before the one that follows. Products are merged here, where no other stream
+    or captured graph uses the layers' tensors.
+    """
+    family = block._tritern_family
+    block._tritern_activation = (family.activation(block),)  # in a tuple: not as submodules
+    block._tritern_next = None
+    if isinstance(following, Fused) and following._tritern_family is family:
+        if family.sizes(following) == family.sizes(block):
+            block._tritern_next = (family.next_norm(following),)
+    weights(block)
+
+
+# ---------------------------------------------------------------- whether a block runs fused
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the kernels can run."""
+    return x.is_cuda
+
+
+def serves(block: Any, x: Tensor) -> bool:
+    """Whether the fused steps can stand for the block's own."""
+    family: Family = block._tritern_family
+    groups = family.groups(block)
+    return (
+        not torch.compiler.is_compiling()
+        and on_gpu(x)
+        and not block.training
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and x.dim() == 3
+        and x.numel() > 0
+        and family.attention(block).config._attn_implementation != "eager"
+        and family.activation(block) is block._tritern_activation[0]
+        and are_ternary(groups)
+        and not _collecting_attentions()
+        and not nn.modules.module._has_any_global_hook()
+        and not any(
+            watched(m) or "forward" in vars(m)
+            for m in (*family.inside(block), *(x for g in groups for x in g))
+        )
+    )
+
+
+def are_ternary(groups: tuple[tuple[TernaryLinear, ...], ...]) -> bool:
+    """Whether all layers are as the kernels take them, and those of a group alike."""
+    layers = [x for group in groups for x in group]
+    return (
+        all(type(x) is TernaryLinear and x.activation_bits == 8 and x.norm is None for x in layers)
+        and all(len({x.bias is None for x in group}) == 1 for group in groups)
+        and len({x.weight.device for x in layers}) == 1
+    )
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether anybody but transformers, which leaves hooks that collect outputs on request, hooks in here."""
+    return bool(module._forward_pre_hooks) or any(
+        not getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing")
+        for hook in module._forward_hooks.values()
+    )
+
+
+def _collecting_attentions() -> bool:
+    from transformers.utils import output_capturing
+
+    wanted = output_capturing._active_collector.get()
+    return wanted is not None and any("attentions" in name for name in wanted)
+
+
+# ---------------------------------------------------------------- a block's run
+
+
+class Run(NamedTuple):
+    """What a fused block runs with: attention's function, sizes for the plan, tensors for the kernels."""
+
+    attend: Callable[..., Any]
+    sizes: Any
+    weights: tuple[Tensors, ...]
+
+
+def ready(block: Any, x: Tensor) -> Run | None:
+    """All that a run on x [M, hidden] needs; None where the kernels do not take the tensors as they are:
+    contiguous and on x's device, biases and norms of its dtype.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    implementation = block._tritern_family.attention(block).config._attn_implementation
+    attend = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if attend is None or (not _merged(block) and x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    sizes, tensors = weights(block)
+    values = [group[2] for group, has_bias in zip(tensors, sizes.biases) if has_bias]
+    values += [t for group in tensors[4:] for t in group]
+    alike = all(t.dtype == x.dtype for t in values) and all(
+        t.device == x.device and t.is_contiguous() for group in tensors for t in group
+    )
+    return Run(attend, sizes, tensors) if alike else None
+
+
+def handed_on(block: Any, hidden: Tensor, norm: Tensor | None = None) -> Tensor | None:
+    """The int8 form of the block's input [texts, tokens, hidden], or of its norm by that weight, as the block
+    before has left it, if it is still right.
+    """
+    known = vars(hidden).pop("_tritern", None)
+    if known is None or watched(block):
+        return None
+    int8, version, of = known
+    return int8 if version == hidden._version and of is norm else None
+
+
+def hand_on(block: Any, hidden: Tensor, int8: Tensor | None, norm: Tensor | None = None) -> Tensor:
+    """The block's output, with its int8 form for the next block, if that is handed this very tensor."""
+    if int8 is not None and block._tritern_next and not watched(block):
+        hidden._tritern = int8, hidden._version, norm  # pyright: ignore[reportAttributeAccessIssue]
+    return hidden
+
+
+def rows_of(tensor: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """[M, width], contiguous and aligned as the kernels need it."""
+    rows = tensor.reshape(-1, width).to(dtype).contiguous()
+    return rows.clone() if rows.data_ptr() & 15 else rows
+
+
+def weights(block: Any) -> tuple[Any, tuple[Tensors, ...]]:
+    """Sizes and tensors, as the plan takes them; products are merged anew where a layer's has moved."""
+    family: Family = block._tritern_family
+    if not _merged(block):
+        with _merging:
+            if not _merged(block):
+                products = tuple(_merge(group) for group in _several(block))
+                block._tritern_merged = _places(block), products
+    merged = iter(block._tritern_merged[1])
+    products = (next(merged) if len(g) > 1 else _single(*g) for g in family.groups(block))
+    return family.sizes(block), (*products, *family.norms(block))
+
+
+def _several(block: Any) -> list[tuple[TernaryLinear, ...]]:
+    return [group for group in block._tritern_family.groups(block) if len(group) > 1]
+
+
+def _places(block: Any) -> list[int]:
+    layers = [x for group in _several(block) for x in group]
+    tensors = [t for x in layers for t in (x.weight, x.weight_scale, x.bias) if t is not None]
+    return [t.data_ptr() for t in tensors]
+
+
+def _merged(block: Any) -> bool:
+    """Whether layers with the same input are parts of one product now."""
+    known = vars(block).get("_tritern_merged")
+    return known is not None and known[0] == _places(block)
+
+
+def _single(layer: TernaryLinear) -> Tensors:
+    return _of(layer.weight, layer.weight_scale, layer.bias)
+
+
+def _of(packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensors:
+    return packed, scale, scale if bias is None else bias
+
+
+def _merge(layers: Iterable[TernaryLinear]) -> Tensors:
+    """Packed weights, scales and bias of layers in one. What the layers hold becomes parts of it, so that it
+    changes with them.
+    """
+    layers = tuple(layers)
+    with torch.inference_mode(False), torch.no_grad():
+        packed = torch.cat([layer.weight for layer in layers])
+        scale = torch.cat([layer.weight_scale for layer in layers])
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        if packed.is_cuda:  # before what was copied from is freed, perhaps for another stream
+            torch.cuda.current_stream(packed.device).synchronize()
+        row = 0
+        for layer in layers:
+            rows = slice(row, row := row + layer.out_features)
+            layer.weight, layer.weight_scale = packed[rows], scale[rows]
+            if bias is not None and layer.bias is not None:
+                layer.bias.data = bias[rows]
+    return _of(packed, scale, bias)

@@ -1,0 +1,157 @@
+"""Fused blocks of Qwen3 and other decoders with RMSNorm, rotary embedding and SwiGLU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritern_kernels.dispatch import LONGEST_ROW, DecoderSizes, block_plan
+
+from ..linear import TernaryLinear
+from .common import Family, Fused, Tensors, are_ternary, hand_on, handed_on, ready, rows_of, serves
+
+
+class Decoder(Family):
+    """An RMSNorm before attention and before the feed-forward part; Qwen3 has one of its heads, too."""
+
+    blocks = ("Qwen3DecoderLayer", "Qwen2DecoderLayer", "MistralDecoderLayer", "LlamaDecoderLayer")
+
+    def fits(self, block: Any) -> bool:
+        groups = self.groups(block)
+        if not are_ternary(groups):
+            return False
+        (q, k, v), (o,), (gate, up), (down,) = groups
+        hidden, head_dim = q.in_features, block.self_attn.head_dim
+        norms = self._norms(block)
+        return (
+            {x.in_features for x in (k, v, gate, up)} == {hidden}
+            and o.out_features == down.out_features == hidden <= LONGEST_ROW
+            and k.out_features == v.out_features
+            and o.in_features == q.out_features
+            and gate.out_features == up.out_features == down.in_features
+            and head_dim >= 16
+            and head_dim & (head_dim - 1) == 0
+            and q.out_features % head_dim == k.out_features % head_dim == 0
+            and all(type(n).__name__.endswith("RMSNorm") and hasattr(n, "variance_epsilon") for n in norms)
+            and len(norms) in (2, 4)
+            and len({n.variance_epsilon for n in norms[2:]}) <= 1
+            and type(self.activation(block)).__name__ in ("SiLU", "SiLUActivation")
+        )
+
+    def groups(self, block: Any) -> tuple[tuple[TernaryLinear, ...], ...]:
+        a, mlp = block.self_attn, block.mlp
+        return (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
+
+    def inside(self, block: Any) -> tuple[nn.Module, ...]:
+        return block.self_attn, block.mlp, *self._norms(block)
+
+    def activation(self, block: Any) -> nn.Module:
+        return block.mlp.act_fn
+
+    def attention(self, block: Any) -> Any:
+        return block.self_attn
+
+    def sizes(self, block: Any) -> DecoderSizes:
+        groups, norms = self.groups(block), self._norms(block)
+        (q, k, _), (down,) = groups[0], groups[3]
+        head_dim = block.self_attn.head_dim
+        heads = q.out_features // head_dim, k.out_features // head_dim, head_dim
+        biases = tuple(group[0].bias is not None for group in groups)
+        eps = norms[0].variance_epsilon, norms[1].variance_epsilon, norms[-1].variance_epsilon
+        return DecoderSizes(q.in_features, down.in_features, *heads, len(norms) == 4, biases, eps)
+
+    def norms(self, block: Any) -> tuple[Tensors, ...]:
+        first, second, *heads = (norm.weight for norm in self._norms(block))
+        return (first,), (second,), tuple(heads)
+
+    def next_norm(self, following: Any) -> nn.Module:
+        return following.input_layernorm
+
+    def example(self, block: Any, x: Tensor) -> dict[str, Any]:
+        turn = x.new_zeros(1, x.shape[1], block.self_attn.head_dim)
+        return {"position_embeddings": (turn, turn)}
+
+    def _norms(self, block: Any) -> list[Any]:
+        heads = (getattr(block.self_attn, name, None) for name in ("q_norm", "k_norm"))
+        return [block.input_layernorm, block.post_attention_layernorm, *(n for n in heads if n is not None)]
+
+
+class FusedDecoder(Fused):
+    """A block of ``Decoder``."""
+
+    _tritern_family = Decoder()
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Hidden states [texts, tokens, hidden] -> the same, as the block's class."""
+        kwargs = {"position_ids": position_ids, "use_cache": use_cache} | kwargs
+        if past_key_values is None and position_embeddings is not None and serves(self, hidden_states):
+            result = run(self, hidden_states, attention_mask, *position_embeddings, kwargs)
+            if result is not None:
+                return result
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+
+
+def run(
+    block: Any, hidden: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The block's output; None where the kernels do not take the tensors as they are."""
+    if hidden.is_cuda and hidden.device.index != torch.cuda.current_device():
+        with torch.cuda.device(hidden.device):
+            return run(block, hidden, mask, cos, sin, kwargs)
+    attention = block.self_attn
+    texts, tokens, width = hidden.shape
+    x = hidden.reshape(-1, width).contiguous()
+    how = ready(block, x)
+    if how is None or not _turns(cos, sin, x, (texts, tokens, attention.head_dim)):
+        return None
+    sizes: DecoderSizes = how.sizes
+    plan = block_plan(sizes, x.shape[0], x.dtype, x.device)
+    turn = (t.reshape(-1, sizes.head_dim).contiguous() for t in (cos, sin))
+    known = handed_on(block, hidden, block.input_layernorm.weight)
+    found = plan.before(x, known, *turn, how.weights)
+    if found is None:
+        return None
+    qkv, buffer = found
+    heads = (sizes.heads, sizes.key_heads, sizes.key_heads)
+    parts = qkv.view(texts, tokens, -1, sizes.head_dim).transpose(1, 2).split(heads, dim=1)
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    context, _ = how.attend(
+        attention, *parts, mask, dropout=0.0, scaling=attention.scaling, sliding_window=window, **kwargs
+    )
+    context = rows_of(context, sizes.heads * sizes.head_dim, x.dtype)
+    norm = _next_weight(block, x)
+    z, int8 = plan.after(context, x, buffer, how.weights, norm)
+    return hand_on(block, z.view(hidden.shape), int8, norm)
+
+
+def _turns(cos: Tensor, sin: Tensor, x: Tensor, shape: tuple[int, int, int]) -> bool:
+    """Whether cos and sin are one for all texts or one for each, of x's kind."""
+    return cos.shape == sin.shape in (shape, (1, *shape[1:])) and all(
+        t.dtype == x.dtype and t.device == x.device for t in (cos, sin)
+    )
+
+
+def _next_weight(block: Any, x: Tensor) -> Tensor | None:
+    """Of the next block's first norm, if the kernels take it."""
+    if not block._tritern_next:
+        return None
+    weight = block._tritern_next[0].weight
+    fits = weight.dtype == x.dtype and weight.device == x.device and weight.is_contiguous()
+    return weight if fits and not weight.data_ptr() & 15 else None
