@@ -394,7 +394,7 @@ def main() -> None:
                 main_arm = arm in ("fp16", "ternary", "ternary fused")
                 if not main_arm and (name != "minilm" or "compiled" in kinds[0]):
                     continue
-                if arm == "ternary fused" and (MODELS[name]["type"] != "bert" or "compiled" in kinds[0]):
+                if arm == "ternary fused" and "compiled" in kinds[0]:
                     continue
                 model = build(name, dtype, device)
                 if arm.startswith("ternary"):

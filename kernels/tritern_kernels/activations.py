@@ -35,6 +35,12 @@ def load_rows(x_ptr, rows, cols, stride_x, M, K):
 
 
 @triton.jit
+def rounded(x, like_ptr):
+    """x rounded to the dtype of what the pointer points to, in fp32."""
+    return x.to(like_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def absmax_bits(x):
     """The largest magnitude of each row of x fp32, as bits."""
     # As integers, magnitudes keep their order, and NaN and infinity rank above all numbers.
@@ -132,9 +138,8 @@ def _read(x_ptr, rows, cols, stride_x, M, K, ACTIVATION: tl.constexpr, ASM: tl.c
     if ACTIVATION == "gelu":
         x = _gelu(x, ASM)
     if ACTIVATION == "swiglu":
-        dtype = x_ptr.dtype.element_ty
-        x = (x * _reciprocal(1.0 + _exp2(-1.4426950408889634 * x, ASM), ASM)).to(dtype).to(tl.float32)
-        x = (x * load_rows(x_ptr + K, rows, cols, stride_x, M, K)).to(dtype).to(tl.float32)
+        x = rounded(x * _reciprocal(1.0 + _exp2(-1.4426950408889634 * x, ASM), ASM), x_ptr)
+        x = rounded(x * load_rows(x_ptr + K, rows, cols, stride_x, M, K), x_ptr)
     return x
 
 

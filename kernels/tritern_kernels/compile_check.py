@@ -77,6 +77,9 @@ def jobs(capability: int) -> Iterator[Job]:
             for c in (config, replace(config, block_k=128)):
                 for split in (1, 2):
                     found[replace(c, split_k=split)] = (False, True) if split == 1 else (False,)
+        for N, K in ((384, 384), (384, 1536), (1024, 4096), (4096, 1024), (4096, 4096), (16384, 4096)):
+            if few := tuning.few_tokens(mode, N, K, capability, 132):
+                found[few] = (False, True)
         if capability == 90:  # the GPUs with tables
             tables = [e for path in tuning.CONFIG_DIR.glob("*.json") for e in tuning.load_table(path)]
             for c in (e.config for e in tables if e.mode == mode):

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import absmax_bits, load_rows, quantize_blocks, scales_of, store_codes
+from .activations import absmax_bits, load_rows, quantize_blocks, rounded, scales_of, store_codes
 from .common import wait_for_inputs
 from .formats import padded_k
 from .launch import ASM, launch
@@ -20,28 +20,30 @@ def _sum(x_ptr, residual_ptr, y_ptr, rows, cols, M, K, RMS: tl.constexpr, ADD: t
     """What is normalized, in fp32; an RMSNorm's sum is stored."""
     v = load_rows(x_ptr, rows, cols, K, M, K)
     if ADD:
-        v = (v + load_rows(residual_ptr, rows, cols, K, M, K)).to(x_ptr.dtype.element_ty)
+        v = rounded(v + load_rows(residual_ptr, rows, cols, K, M, K), x_ptr)
         if RMS:
-            tl.store(
-                y_ptr + rows[:, None] * K + cols[None, :], v, mask=(rows[:, None] < M) & (cols < K)[None, :]
-            )
-        v = v.to(tl.float32)
+            _store(y_ptr, v, rows, cols, M, K)
     return v
 
 
 @triton.jit
 def _normalized(v, mean, rstd, weight_ptr, bias_ptr, y_ptr, rows, cols, M, K, RMS: tl.constexpr):
     """The norm's result, rounded to the dtype, in fp32; a LayerNorm's is stored."""
-    inside, dtype = cols < K, y_ptr.dtype.element_ty
-    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=cols < K, other=0.0).to(tl.float32)
     y = (v - mean[:, None]) * rstd[:, None]
     if RMS:
-        y = (y.to(dtype).to(tl.float32) * weight[None, :]).to(dtype)
+        y = rounded(rounded(y, y_ptr) * weight[None, :], y_ptr)
     else:
-        bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-        y = (y * weight[None, :] + bias[None, :]).to(dtype)
-        tl.store(y_ptr + rows[:, None] * K + cols[None, :], y, mask=(rows[:, None] < M) & inside[None, :])
-    return y.to(tl.float32)
+        bias = tl.load(bias_ptr + cols, mask=cols < K, other=0.0).to(tl.float32)
+        y = rounded(y * weight[None, :] + bias[None, :], y_ptr)
+        _store(y_ptr, y, rows, cols, M, K)
+    return y
+
+
+@triton.jit
+def _store(y_ptr, y, rows, cols, M, K):
+    mask = (rows[:, None] < M) & (cols[None, :] < K)
+    tl.store(y_ptr + rows[:, None] * K + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -94,12 +96,6 @@ def norm_quantize_kernel(
 
 
 @triton.jit
-def _round(x, like_ptr):
-    """x rounded to the dtype of what the pointer points to, in fp32."""
-    return x.to(like_ptr.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit
 def _weight_of(q_ptr, k_ptr, cols, is_query):
     """Norm weights [rows, cols] of queries and keys."""
     q, k = tl.load(q_ptr + cols).to(tl.float32), tl.load(k_ptr + cols).to(tl.float32)
@@ -127,15 +123,15 @@ def norm_rotate_kernel(
     if NORM:
         rstd = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + EPS)[:, None]
         is_query = heads < Q_HEADS
-        a = _round(_round(a * rstd, x_ptr) * _weight_of(q_weight_ptr, k_weight_ptr, low, is_query), x_ptr)
-        b = _round(_round(b * rstd, x_ptr) * _weight_of(q_weight_ptr, k_weight_ptr, high, is_query), x_ptr)
+        a = rounded(rounded(a * rstd, x_ptr) * _weight_of(q_weight_ptr, k_weight_ptr, low, is_query), x_ptr)
+        b = rounded(rounded(b * rstd, x_ptr) * _weight_of(q_weight_ptr, k_weight_ptr, high, is_query), x_ptr)
     turn = (rows % period)[:, None] * (2 * HALF) + low[None, :]
     cos_a = tl.load(cos_ptr + turn, mask=mask, other=0.0).to(tl.float32)
     sin_a = tl.load(sin_ptr + turn, mask=mask, other=0.0).to(tl.float32)
     cos_b = tl.load(cos_ptr + turn + HALF, mask=mask, other=0.0).to(tl.float32)
     sin_b = tl.load(sin_ptr + turn + HALF, mask=mask, other=0.0).to(tl.float32)
-    new_a = _round(a * cos_a, x_ptr) - _round(b * sin_a, x_ptr)
-    new_b = _round(b * cos_b, x_ptr) + _round(a * sin_b, x_ptr)
+    new_a = rounded(a * cos_a, x_ptr) - rounded(b * sin_a, x_ptr)
+    new_b = rounded(b * cos_b, x_ptr) + rounded(a * sin_b, x_ptr)
     tl.store(at, new_a.to(x_ptr.dtype.element_ty), mask=mask)
     tl.store(at + HALF, new_b.to(x_ptr.dtype.element_ty), mask=mask)
 

@@ -333,8 +333,11 @@ def write_table(path: Path, entries: list[dict[str, Any]]) -> None:
     """Write entries over those for the same shapes in the table at ``path``, if there is one."""
     old = json.loads(path.read_text())["entries"] if path.exists() else []
     merged = {(e["mode"], e["M"], e["N"], e["K"]): e for e in (*old, *entries)}
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     table = {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": gpu.name,
+        "capability": 10 * gpu.major + gpu.minor,
+        "processors": gpu.multi_processor_count,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

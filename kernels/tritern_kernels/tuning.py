@@ -1,7 +1,8 @@
 """Kernel configurations: what is valid, which one to use.
 
-``choose`` looks in the table of the GPU (``configs/<gpu>.json``, nearest measured size) and otherwise applies
-a formula. Nothing is measured or compiled to choose: a new number of tokens never stalls a call.
+``choose`` looks in the table of the GPU, or of one with as many multiprocessors of the same kind
+(``configs/<gpu>.json``, nearest measured size), and otherwise applies a formula. Nothing is measured or
+compiled to choose: a new number of tokens never stalls a call.
 """
 
 from __future__ import annotations
@@ -148,25 +149,43 @@ def formula_tiles(mode: Mode, capability: int) -> list[KernelConfig]:
             KernelConfig(128, 128, 128, num_warps=8, num_stages=3),
         ]
     return [
-        KernelConfig(16, 128, 128, num_warps=4, num_stages=4),
+        KernelConfig(16, 32, 128, num_warps=4, num_stages=4),
         KernelConfig(32, 128, 128, num_warps=4, num_stages=4),
         KernelConfig(64, 128, 128, num_warps=4, num_stages=3),
         KernelConfig(128, 128, 128, num_warps=8, num_stages=3 if wide else 2),
     ]
 
 
+def few_tokens(mode: Mode, N: int, K: int, capability: int, processors: int) -> KernelConfig | None:
+    """For up to 16 tokens: warps that share out K, on the smallest tiles that the multiprocessors can all
+    take at once, and more warps where K is long. None where plain tiles do better: with 16-bit activations
+    and a short K, or more tiles than multiprocessors. Read off the H200's table.
+    """
+    block_n = 16 if N <= 16 * processors else 32
+    all_at_once = math.ceil(N / block_n) <= processors
+    if mode == "16bit" and (K <= 512 or not all_at_once):
+        return None
+    if mode == "int8" and padded_k(K) <= 512 and block_n == 16:
+        return KernelConfig(16, 16, ATOM, num_stages=1, share_k=True, quantizing=True)
+    warps = 8 if K >= 2048 and all_at_once else 4
+    tiles = [KernelConfig(16, block_n, ATOM, num_warps=w, num_stages=3, share_k=True) for w in (warps, 4)]
+    return next((c for c in tiles if c.invalid(mode, K, capability) is None), None)
+
+
 def formula(
     mode: Mode, M: int, N: int, K: int, capability: int, processors: int, gelu: bool = False
 ) -> KernelConfig:
-    """Up to 64 tokens: the smallest tile that holds them all, int8 splitting K until every multiprocessor
-    has work. Above: the largest tile that leaves no multiprocessor idle; 16-bit activations expand the
-    weights from 2,048 tokens on.
+    """Up to 16 tokens ``few_tokens``. Up to 64: the smallest tile that holds them all, int8 splitting K
+    until every multiprocessor has work. Above: the largest tile that leaves no multiprocessor idle; 16-bit
+    activations expand the weights from 2,048 tokens on.
     """
     tiles = [
         replace(c, block_k=min(c.block_k, padded_k(K) & -padded_k(K)))
         for c in formula_tiles(mode, capability)
     ]
     tiles = [c for c in tiles if c.invalid(mode, K, capability, gelu) is None]
+    if M <= 16 and (few := few_tokens(mode, N, K, capability, processors)):
+        return few
     if M <= 64:
         config = next(c for c in tiles if c.block_m >= M)
         programs = math.ceil(N / config.block_n)
@@ -195,7 +214,8 @@ class TableEntry:
 
 
 def load_table(path: Path) -> tuple[TableEntry, ...]:
-    """Read a table: ``{"gpu", "triton", "date", "entries": [{"mode", "M", "N", "K", "config": {...}}]}``.
+    """Read a table: ``{"gpu", "capability", "processors", "triton", "date", "entries": [{"mode", "M", "N",
+    "K", "config": {...}}]}``.
 
     Raises:
         ValueError: the file is not a table, or an entry's configuration is unknown.
@@ -232,16 +252,23 @@ def gpu_slug(name: str) -> str:
 
 
 @cache
-def _table(gpu: str) -> tuple[TableEntry, ...]:
+def _table(gpu: str, capability: int, processors: int) -> tuple[TableEntry, ...]:
+    """The GPU's table or that of a sister (an H100 has the multiprocessors of an H200)."""
     path = CONFIG_DIR / f"{gpu_slug(gpu)}.json"
-    return load_table(path) if path.exists() else ()
+    if path.exists():
+        return load_table(path)
+    for path in sorted(CONFIG_DIR.glob("*.json")):
+        head = json.loads(path.read_text())
+        if (head.get("capability"), head.get("processors")) == (capability, processors):
+            return load_table(path)
+    return ()
 
 
 @lru_cache(maxsize=4096)
 def _choose(
     mode: Mode, M: int, N: int, K: int, gelu: bool, gpu: str, capability: int, processors: int
 ) -> KernelConfig:
-    found = nearest(_table(gpu), mode, M, N, K, capability, gelu)
+    found = nearest(_table(gpu, capability, processors), mode, M, N, K, capability, gelu)
     found = found or formula(mode, M, N, K, capability, processors, gelu)
     return replace(found, split_k=1) if M == MOST_TOKENS else found  # tickets are for up to M tokens
 

@@ -52,8 +52,28 @@ def test_the_formula_is_always_valid(mode, capability):
 
 
 def test_the_formula_splits_only_small_batches():
-    assert tuning.formula("int8", 1, 384, 4096, 90, 132).split_k > 1
+    assert tuning.formula("int8", 64, 384, 4096, 90, 132).split_k > 1
     assert tuning.formula("int8", 4096, 384, 4096, 90, 132).split_k == 1
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_with_few_tokens_warps_share_out_k(capability):
+    def few(mode, N, K):
+        return tuning.formula(mode, 16, N, K, capability, 108)
+
+    assert few("int8", 1024, 4096).share_k and few("int8", 1024, 4096).num_warps == 8
+    assert few("int8", 12288, 4096).share_k and few("int8", 12288, 4096).num_warps == 4
+    assert few("int8", 384, 384).quantizing and not few("int8", 384, 1536).quantizing
+    assert few("16bit", 1024, 4096).share_k and not few("16bit", 12288, 4096).share_k
+    assert not few("16bit", 384, 384).share_k
+    assert not tuning.formula("int8", 32, 1024, 4096, capability, 108).share_k
+
+
+def test_a_sister_takes_the_table():
+    h200 = tuning.choose("int8", 16, 4096, 4096, False, "NVIDIA H200", 90, 132)
+    assert tuning.choose("int8", 16, 4096, 4096, False, "NVIDIA H100 80GB HBM3", 90, 132) == h200
+    smaller = tuning.choose("int8", 16, 4096, 4096, False, "NVIDIA H100 PCIe", 90, 114)
+    assert smaller == tuning.formula("int8", 16, 4096, 4096, 90, 114) != h200
 
 
 @pytest.fixture
