@@ -3,6 +3,7 @@
 python benchmarks/tables.py                     print them
 python benchmarks/tables.py --readme README.md  write them into it, between their marks
 python benchmarks/tables.py --plot benchmarks/results/h200-gemm.png
+python benchmarks/tables.py --memory            weigh models again, into results/memory.json
 """
 
 from __future__ import annotations
@@ -39,6 +40,27 @@ TARGETS = (
     ("M = 8192, N = 3072, K = 768", "tritern int8", (8192, 3072, 768), 1.25, 1.5),
     ("M = 8192, N = 1536, K = 384", "tritern int8", (8192, 1536, 384), 1.25, 1.5),
 )
+
+
+# how many times smaller the weights of a model's linears, and of the model with int8 embeddings, were to be
+SMALLER = (("minilm", 7.9, 3.5), ("bge-base", 7.9, 4.5))
+
+
+def weigh() -> dict[str, Any]:
+    """Bytes of models in 16 bits and ternary with int8 embeddings; biases do not count as linears."""
+    import torch
+    from encode_gpu import build
+
+    import tritern
+
+    rows = {}
+    for name, *_ in SMALLER:
+        found = tritern.summary(tritern.patch(build(name, torch.float16, "cpu"), embedding_bits=8))
+        rows[name] = {
+            "linears": [found.linear_bytes_before, found.linear_bytes_after],
+            "model": [found.model_bytes_before, found.model_bytes_after],
+        }
+    return report.environment() | {"rows": rows}
 
 
 def load(name: str) -> dict[str, Any]:
@@ -98,6 +120,13 @@ def targets(race: list[Row], gemlite: list[Row], encode: dict[str, Any]) -> str:
         (dense, ternary), eager = found[1], eager_query(encode, name)
         add(f"{name}, one query", "fp16, eager", 3.0, 10.0, eager / ternary["p50_ms"])
         add(f"{name}, one query", f"fp16, {dense['kind']}", 1.3, 1.3, dense["p50_ms"] / ternary["p50_ms"])
+    for name, linears, model in SMALLER:
+        sizes = load("memory.json")["rows"][name]
+        for part, wanted in (("linears", linears), ("model", model)):
+            before, after = sizes[part]
+            what = "weights of the linears" if part == "linears" else "the model, embeddings in int8"
+            regime = f"{name}, {what}: {before / 1e6:.1f} -> {after / 1e6:.1f} MB"
+            add(regime, "fp16", wanted, wanted, before / after)
     return "\n".join(lines)
 
 
@@ -224,8 +253,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--readme", type=Path, help="write the tables into this file, between the marks")
+    parser.add_argument("--memory", action="store_true", help="weigh models again")
     parser.add_argument("--plot", type=Path, help="write the roofline to this PNG; needs matplotlib")
     options = parser.parse_args()
+    if options.memory:
+        report.write_json(RESULTS / "memory.json", weigh())
     for mark, text in (("quality", quality()), ("h200", block())):
         if not options.readme:
             print(text)
