@@ -1,13 +1,17 @@
 """Make the model that comes with the package, from the training text to the checkpoint.
 
     python benchmarks/release.py texts DIR sentences.txt       text of the sources with an open licence
-    python examples/distill_e5.py --model packaged --texts sentences.txt --limit 560000 --output RUN \\
+    python examples/distill_e5.py --model packaged --texts sentences.txt --limit 560000 --output FIRST \\
         --steps 7000 --holdout 2000 --eval_strategy steps --eval_steps 500 --save_steps 1750
-    python benchmarks/release.py pack RUN --record record.json --figure curve.png
+    python examples/distill_e5.py --model FIRST --teacher ORIGINAL --texts sentences.txt --output SECOND \\
+        --steps 5500 --holdout 2000 --joined-ratio 0.15 --max_length 256 --seed 1 \\
+        --eval_strategy steps --eval_steps 500 --save_steps 500
+    python benchmarks/release.py pack FIRST SECOND --record record.json --figure curve.png
     python benchmarks/quality.py --data DIR --ternary minilm-l6-ternary=minilm-l6-ternary --update-cards
 
 DIR/train/sentences.txt.zst holds one text a line and DIR/train/sources.txt.gz the letter of its source, one
-of SOURCES. ``pack`` takes the run's last model and writes it with a card naming what it was trained on.
+of SOURCES. The second run trains the first one's model on, on longer texts too; ORIGINAL is the folder of
+all-MiniLM-L6-v2. ``pack`` takes the last run's model and writes it with a card naming what it was trained on.
 """
 
 from __future__ import annotations
@@ -131,8 +135,8 @@ def write_texts(data: Path, out: Path) -> dict[str, int]:
     return count
 
 
-def card(record: dict[str, Any], layers: int, size: int) -> str:
-    """Markdown for the README.md of the shipped model."""
+def card(records: list[dict[str, Any]], layers: int, size: int) -> str:
+    """Markdown for the README.md of the shipped model, from the records of its runs in order."""
     from tritern.distillation.card import model_card
 
     rows = [
@@ -140,7 +144,13 @@ def card(record: dict[str, Any], layers: int, size: int) -> str:
         for s in SOURCES.values()
         if s.licence
     ]
-    sections = [f"## {part}" for part in model_card(record).split("\n## ")[1:]]
+    closeness = {stage: f for record in records for stage, f in record["fidelity"].items()}
+    *parts, training = model_card(records[-1] | {"fidelity": closeness}).split("\n## ")[1:]
+    earlier = [model_card(record).split("\n## ")[-1] for record in records[:-1]]
+    for i, text in enumerate((*earlier, training), 1):
+        number = f", run {i} of {len(records)}" if earlier else ""
+        parts.append(text.replace("Training", f"Training{number}", 1))
+    sections = [f"## {part}" for part in parts]
     return CARD.format(
         name=NAME,
         layers=layers,
@@ -150,8 +160,8 @@ def card(record: dict[str, Any], layers: int, size: int) -> str:
     )
 
 
-def pack(run: Path, folder: Path) -> dict[str, Any]:
-    """Write a run's model into a folder as it is shipped, and give the record of the run.
+def pack(runs: list[Path], folder: Path) -> list[dict[str, Any]]:
+    """Write the model of the last of its runs into a folder as it is shipped, and give the runs' records.
 
     Raises:
         ValueError: it would be too large.
@@ -163,12 +173,13 @@ def pack(run: Path, folder: Path) -> dict[str, Any]:
     from tritern.checkpoint import sealed
     from tritern.distillation.run import RECORD_FILE
 
-    record = json.loads((run / RECORD_FILE).read_text(encoding="utf-8"))
-    record["data"]["source"] = Path(record["data"]["source"]).name
-    settings = record["settings"]
-    batches = settings.get("gradient_accumulation_steps", 1)
-    record["texts_per_step"] = settings.get("per_device_train_batch_size", 8) * batches
-    model = SentenceTransformer(str(run), device="cpu", model_kwargs={"dtype": torch.float16})
+    records = [json.loads((run / RECORD_FILE).read_text(encoding="utf-8")) for run in runs]
+    for record in records:
+        record["data"]["source"] = Path(record["data"]["source"]).name
+        settings = record["settings"]
+        batches = settings.get("gradient_accumulation_steps", 1)
+        record["texts_per_step"] = settings.get("per_device_train_batch_size", 8) * batches
+    model = SentenceTransformer(str(runs[-1]), device="cpu", model_kwargs={"dtype": torch.float16})
     with tempfile.TemporaryDirectory() as scratch:
         saved, whole = Path(scratch) / "saved", Path(scratch) / NAME
         model.save_pretrained(str(saved))
@@ -180,13 +191,13 @@ def pack(run: Path, folder: Path) -> dict[str, Any]:
         if size > MOST_BYTES:
             raise ValueError(f"the model takes {size:,} bytes; at most {MOST_BYTES:,} are shipped")
         layers = len(tritern.summary(model).layers)
-        (whole / "README.md").write_text(card(record, layers, size), encoding="utf-8")
+        (whole / "README.md").write_text(card(records, layers, size), encoding="utf-8")
         for file in whole.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)
         whole.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(whole, folder)
-    return record
+    return records
 
 
 CURVES = (
@@ -195,19 +206,25 @@ CURVES = (
 )
 
 
-def draw(record: dict[str, Any], path: Path) -> None:
-    """The learning curve: closeness on the held-out texts, and the loss."""
-    pyplot, settings = report.load_pyplot(), record["settings"]
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """The learning curve of runs in order: closeness on the held-out texts, and the loss."""
+    pyplot, settings = report.load_pyplot(), records[0]["settings"]
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    starts = [sum(record["steps"] for record in records[:i]) for i in range(len(records))]
+
+    def points(key: str) -> list[tuple[int, float]]:
+        runs = zip(starts, records)
+        return [(start + e["step"], e[key]) for start, record in runs for e in record["log"] if key in e]
+
     for key, label in CURVES:
-        points = [(entry["step"], entry[key]) for entry in record["log"] if key in entry]
-        axes.plot(*zip(*points), marker="o", markersize=3, label=label)
-    losses = [(entry["step"], entry["loss"]) for entry in record["log"] if "loss" in entry]
+        axes.plot(*zip(*points(key)), marker="o", markersize=3, label=label)
     faded = f"loss; per-token terms x {settings['layer_fade']:g} from {settings['layer_fade_start']:.0%} on"
-    axes.plot(*zip(*losses), color="gray", alpha=0.4, linewidth=0.7, label=faded)
-    blended = settings["blend_ratio"] * record["steps"]
+    axes.plot(*zip(*points("loss")), color="gray", alpha=0.4, linewidth=0.7, label=faded)
+    blended = settings["blend_ratio"] * records[0]["steps"]
     axes.axvline(blended, color="black", linewidth=0.8, linestyle=":", label="from here on wholly ternary")
-    axes.set_xlabel(f"steps of {record['texts_per_step']} texts")
+    for start in starts[1:]:
+        axes.axvline(start, color="black", linewidth=0.8, linestyle="--", label="the next run begins")
+    axes.set_xlabel(f"steps of {records[0]['texts_per_step']} texts")
     axes.set_ylim(0, 1)
     axes.set_title(f"{NAME}: distillation")
     axes.grid(True, alpha=0.3)
@@ -225,7 +242,7 @@ def main() -> None:
     texts.add_argument("data", type=Path, metavar="DIR")
     texts.add_argument("to", type=Path, metavar="FILE")
     packing = verbs.add_parser("pack", help="write the shipped model")
-    packing.add_argument("run", type=Path, metavar="RUN", help="folder of the distilled model")
+    packing.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of its runs, in order")
     packing.add_argument("--to", type=Path, default=MODELS / NAME, help="default: into the package")
     packing.add_argument("--record", type=Path, metavar="FILE.json", help="also write the record of the run")
     packing.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw its learning curve")
@@ -235,12 +252,12 @@ def main() -> None:
             for letter, lines in write_texts(options.data, options.to).items():
                 print(f"{lines:8,} {SOURCES[letter].name}" + ("" if lines else ": left out, no licence"))
         else:
-            record = pack(options.run, options.to)
+            records = pack(options.runs, options.to)
             if options.record:
-                report.write_json(options.record, record)
+                report.write_json(options.record, {"runs": records})
             if options.figure:
-                draw(record, options.figure)
-            print(f"{options.to}: the model of {record['steps']:,} steps")
+                draw(records, options.figure)
+            print(f"{options.to}: the model of {sum(record['steps'] for record in records):,} steps")
     except (OSError, ValueError) as error:
         sys.exit(str(error))
 

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from tritern_kernels.tuning import MOST_TOKENS, bucket
 
 from .errors import TriternError
-from .fused import fused_blocks, kind_of, run_on_zeros
+from .fused import Fused, fused_blocks, kind_of, run_on_zeros
 from .linear import TernaryLinear
 from .passes import evaluating
 
@@ -50,7 +50,10 @@ def warmup(
             bias = None if layer.bias is None else layer.bias.dtype
             size = layer.out_features, layer.in_features
             kinds.setdefault((*size, bias, layer.activation_bits, layer.weight.device), layer)
-    blocks = {kind: b for b in fused_blocks(model) if (kind := kind_of(b))[1].type == "cuda"}
+    blocks: dict[tuple, Fused] = {}  # of each kind the first: it runs as those that another follows
+    for block in fused_blocks(model):
+        if (kind := kind_of(block))[1].type == "cuda":
+            blocks.setdefault(kind, block)
     buckets = [1 << i for i in range(4, bucket(max_tokens).bit_length())]
     with torch.inference_mode():
         for layer in tqdm(kinds.values(), desc="Compiling", unit="layer", disable=not progress):

@@ -49,7 +49,7 @@ class Job:
     constants: dict[str, Any]
     options: dict[str, int]
     capability: int
-    unaligned: tuple[str, ...] = ("M",)
+    unaligned: tuple[str, ...] = ("M", "period", "HEADS", "Q_HEADS")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def jobs(capability: int) -> Iterator[Job]:
             for gelu in gelus:
                 if c.invalid(mode, K, capability, gelu) is None:
                     yield from _gemm_jobs(mode, c, K, capability, gelu)
-    for K in (384, 768, 4096, 16384):
+    for K in (384, 768, 4096, 8192, 16384):
         blocks = activations.quantize_blocks(K)
         types = {"q_ptr": "*i8"}
         for activation in get_args(activations.Activation):

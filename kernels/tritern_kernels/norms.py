@@ -189,7 +189,7 @@ def norm_rotate(
         weights: of the norms of queries and keys, [head_dim] each; None: no norm.
         eps: of the norms.
 
-    Not checked.
+    Not checked. (``launch`` looks the kernel up anew for every M; blocks have planned launches.)
     """
     (M, _), head_dim = x.shape, cos.shape[-1]
     if M == 0:

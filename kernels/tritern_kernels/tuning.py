@@ -220,11 +220,18 @@ def load_table(path: Path) -> tuple[TableEntry, ...]:
     Raises:
         ValueError: the file is not a table, or an entry's configuration is unknown.
     """
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[tuple[int | None, int | None], tuple[TableEntry, ...]]:
+    """A table's compute capability and number of multiprocessors, where it names them, and its entries."""
     try:
-        entries = json.loads(path.read_text())["entries"]
-        return tuple(
-            TableEntry(e["mode"], e["M"], e["N"], e["K"], KernelConfig(**e["config"])) for e in entries
+        table = json.loads(path.read_text())
+        entries = tuple(
+            TableEntry(e["mode"], e["M"], e["N"], e["K"], KernelConfig(**e["config"]))
+            for e in table["entries"]
         )
+        return (table.get("capability"), table.get("processors")), entries
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is not a table of kernel configurations: {error!r}. Remove it to use the formula."
@@ -258,9 +265,9 @@ def _table(gpu: str, capability: int, processors: int) -> tuple[TableEntry, ...]
     if path.exists():
         return load_table(path)
     for path in sorted(CONFIG_DIR.glob("*.json")):
-        head = json.loads(path.read_text())
-        if (head.get("capability"), head.get("processors")) == (capability, processors):
-            return load_table(path)
+        kind, entries = _read(path)
+        if kind == (capability, processors):
+            return entries
     return ()
 
 

@@ -17,6 +17,9 @@ from transformers import (
     RobertaConfig,
     XLMRobertaConfig,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tritern
 from tritern.fused import bert as berts
@@ -34,10 +37,20 @@ DECODERS = [Qwen3Config, Qwen2Config, MistralConfig, LlamaConfig]
 
 @pytest.fixture
 def on_gpu(monkeypatch, device):
-    """Fused steps wherever the tensors are; counts the blocks that took them."""
+    """Fused steps wherever the tensors are; lists the blocks that took them."""
     ran = []
+
+    def listed(run):
+        def call(block, *arguments):
+            result = run(block, *arguments)
+            if result is not None:
+                ran.append(block)
+            return result
+
+        return call
+
     for family in (berts, decoders):
-        monkeypatch.setattr(family, "run", lambda *a, run=family.run: ran.append(a[0]) or run(*a))
+        monkeypatch.setattr(family, "run", listed(family.run))
     if device == "cpu":
         monkeypatch.setattr(common, "on_gpu", lambda x: True)
         monkeypatch.setattr(dispatch, "_device", lambda index: ("a GPU without a table", 90, 132))
@@ -80,7 +93,7 @@ def test_fused_blocks_give_the_models_outputs(config, device, on_gpu):
         expected = model(**inputs).last_hidden_state
         assert tritern.fuse(model) == 2
         assert tritern.fuse(model) == 2  # again: the same
-        for _ in range(2):  # query, key and value are merged, then found merged
+        for _ in range(2):  # with kernels to be compiled, then with planned launches
             got = model(**inputs).last_hidden_state
             # last bits of LayerNorm, now and then an int8 step: 1/127 of a value
             assert torch.nn.functional.cosine_similarity(got, expected, dim=-1).min() > 0.9995
@@ -220,7 +233,7 @@ def test_a_decoder_hands_on_its_next_blocks_norm(device, on_gpu):
         assert len(seen) == 1 and len(looked_at) == 1
 
 
-def test_a_decoder_with_a_cache_or_without_rotation_runs_unfused(device, on_gpu):
+def test_a_decoder_with_a_cache_or_other_rotations_runs_unfused(device, on_gpu):
     model, inputs = decoder(device), batch(device)
     tritern.fuse(model)
     with torch.no_grad():
@@ -230,18 +243,51 @@ def test_a_decoder_with_a_cache_or_without_rotation_runs_unfused(device, on_gpu)
         cached = model(**inputs, use_cache=True)
         assert not on_gpu and cached.past_key_values is not None
         assert torch.allclose(cached.last_hidden_state, expected, atol=0.1)
-        # positions of their own for each text
-        shifted = torch.arange(20, device=device).repeat(3, 1) + torch.tensor([[0], [1], [2]], device=device)
-        own = model(**inputs, position_ids=shifted).last_hidden_state
-        assert len(on_gpu) == 2
-        unfused = decoder(device)
-        assert torch.allclose(unfused(**inputs, position_ids=shifted).last_hidden_state, own, atol=0.1)
-        # cosines of another dtype
         x = torch.randn(2, 5, 32, device=device)
-        turn = torch.ones(1, 5, 16, device=device)
-        plans = len(dispatch._plans)
-        model.layers[0](x, position_embeddings=(turn.bfloat16(), turn.bfloat16()))
-        assert len(dispatch._plans) == plans
+        for turn in (torch.ones(1, 5, 16, device=device).bfloat16(), torch.ones(1, 1, 16, device=device)):
+            model.layers[0](x, position_embeddings=(turn, turn))
+        assert not on_gpu
+
+
+def test_every_text_has_its_own_positions(device, on_gpu):
+    model, inputs = decoder(device), batch(device)
+    positions = torch.arange(20, device=device) * torch.tensor([[1], [2], [3]], device=device)
+    with torch.inference_mode():
+        expected = model(**inputs, position_ids=positions).last_hidden_state
+        tritern.fuse(model)
+        got = model(**inputs, position_ids=positions).last_hidden_state
+    assert torch.nn.functional.cosine_similarity(got, expected, dim=-1).min() > 0.9995
+    assert len(on_gpu) == 2
+
+
+@pytest.mark.parametrize("config", DECODERS)
+def test_attention_is_called_as_by_the_model(config, device, on_gpu):
+    settings = {} if config is LlamaConfig else {"sliding_window": 7, "use_sliding_window": True}
+    if config in (Qwen2Config, Qwen3Config):
+        settings["max_window_layers"] = 1
+    model, calls = decoder(device, config, **settings), []
+    if config is LlamaConfig:  # from a file that was converted: Llama does not look at it
+        model.config.sliding_window = 7
+
+    def attention(module, query, key, value, mask, **kwargs):
+        calls.append((query.shape, key.shape, value.shape, mask is None, kwargs))
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("looked_at", attention)
+    AttentionMaskInterface.register("looked_at", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation("looked_at")
+    with torch.inference_mode():
+        model(**batch(device))
+        tritern.fuse(model)
+        model(**batch(device))
+    assert len(on_gpu) == 2 and len(calls) == 4
+
+    def plain(call):
+        *shapes, kwargs = call
+        return shapes, {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+
+    for own, fused in zip(calls, calls[2:]):
+        assert plain(own) == plain(fused)
 
 
 def test_everything_but_serving_runs_unfused(device, on_gpu):
@@ -334,3 +380,19 @@ def test_fused_on_the_gpu(make, dtype):
             captured = model(**inputs).last_hidden_state
         graph.replay()
         assert torch.equal(captured, model(**inputs).last_hidden_state)
+
+
+@pytest.mark.gpu
+def test_what_is_handed_on_stays_on_its_stream():
+    model, inputs = bert("cuda"), batch("cuda")
+    tritern.fuse(model)
+    first, second = model.encoder.layer
+    with torch.inference_mode():
+        x = model.embeddings(inputs["input_ids"])
+        other = torch.cuda.Stream()
+        other.wait_stream(torch.cuda.current_stream())
+        for stream, right in ((torch.cuda.current_stream(), True), (other, False)):
+            hidden = first(x, None)
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                assert (common.handed_on(second, hidden) is not None) == right

@@ -133,7 +133,11 @@ def test_a_run_is_packed_in_16_bits_with_its_card(tiny_path, sentences, tmp_path
     made = tritern.distill(
         SentenceTransformer(tiny_path, device="cpu"), sentences, tmp_path / "run", holdout=64, **settings
     )
-    command = ["release.py", "pack", tmp_path / "run", "--to", tmp_path / "to"]
+    made = tritern.distill(  # a second run
+        SentenceTransformer(str(tmp_path / "run"), device="cpu"), sentences, tmp_path / "second", holdout=64,
+        teacher=SentenceTransformer(tiny_path, device="cpu"), **settings,
+    )  # fmt: skip
+    command = ["release.py", "pack", tmp_path / "run", tmp_path / "second", "--to", tmp_path / "to"]
     command += ["--record", tmp_path / "r.json", "--figure", tmp_path / "curve.png"]
     monkeypatch.setattr(sys, "argv", [str(part) for part in command])
     for _ in range(2):  # over what is there
@@ -142,15 +146,17 @@ def test_a_run_is_packed_in_16_bits_with_its_card(tiny_path, sentences, tmp_path
     assert {p.dtype for p in packed.parameters()} == {torch.float32}
     ours, theirs = (m.encode(sentences[:9], normalize_embeddings=True) for m in (packed, made))
     assert np.sum(ours * theirs, 1) == pytest.approx(1, abs=0.01)
-    sizes = [(tmp_path / f / "model.safetensors").stat().st_size for f in ("run", "to")]
+    sizes = [(tmp_path / f / "model.safetensors").stat().st_size for f in ("second", "to")]
     assert sizes[1] < sizes[0]
     (tmp_path / "to" / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="sha256 differs"):
         tritern.load(tmp_path / "to", device="cpu")
     card = (tmp_path / "to" / "README.md").read_text()
-    assert "## Trained on" in card and "## Training" in card and "| max_steps | 2 |" in card
-    record = json.loads((tmp_path / "r.json").read_text())
-    assert record["steps"] == 2 and record["texts_per_step"] == 64
+    assert "## Trained on" in card and card.count("| max_steps | 2 |") == 2
+    assert card.index("| ternary, not trained |") < card.index("| ternary, distilled |")
+    assert card.index("## Training, run 1 of 2") < card.index("## Training, run 2 of 2") < len(card)
+    records = json.loads((tmp_path / "r.json").read_text())["runs"]
+    assert [(r["steps"], r["texts_per_step"]) for r in records] == [(2, 64)] * 2
     assert (tmp_path / "curve.png").stat().st_size > 10_000
     monkeypatch.setattr(release, "MOST_BYTES", 1000)
     with pytest.raises(SystemExit, match="at most 1,000 are shipped"):

@@ -25,7 +25,8 @@ def fuse(model: nn.Module) -> int:
 
     For blocks of BERT, RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA (MiniLM, E5, BGE, GTE, LaBSE and many more
     are these) with exact GELU, and of Qwen3, Qwen2, Mistral and Llama (Qwen3-Embedding, E5-Mistral) with
-    SwiGLU, all with int8 activations; others stay as they are. Parameters and saved files stay the same.
+    SwiGLU and heads of a power of two, all with int8 activations and at most 8,192 hidden features; others
+    stay as they are. Parameters and saved files stay the same.
     Results differ from the unfused model's in last bits of norms and activations, which int8 rounding now and
     then turns into a step, so embed queries and documents the same way. In training, on a CPU, under autocast
     or ``torch.compile``, with eager attention, a cache of keys and values or hooks inside a block, it runs
@@ -44,17 +45,19 @@ def fuse(model: nn.Module) -> int:
     if not found:
         raise TriternError(
             "the model has no block to fuse: fuse() takes blocks of BERT, RoBERTa, XLM-RoBERTa, CamemBERT or "
-            "ELECTRA with GELU, and of Qwen3, Qwen2, Mistral or Llama with SwiGLU, whose linear layers are "
-            "ternary with activation_bits=8. Call tritern.patch() first; models of other families run "
-            "without fuse()."
+            "ELECTRA with GELU, and of Qwen3, Qwen2, Mistral or Llama with SwiGLU and heads as wide as a "
+            "power of two, whose linear layers are ternary with activation_bits=8. Call tritern.patch() "
+            "first, if it is not; other models run without fuse()."
         )
     for block, kind in found:
         if not isinstance(block, Fused):
             block.__class__ = fused_class(kind, type(block))
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
     following = {block: after for blocks in lists for block, after in zip(blocks, blocks[1:])}
-    for block, _ in found:
-        prepare(block, following.get(block))
+    blocks = {block for block, _ in found}
+    for block in blocks:
+        after = following.get(block)
+        prepare(block, after if after in blocks else None)
     return len(found)
 
 
@@ -65,7 +68,7 @@ def fused_blocks(model: nn.Module) -> list[Fused]:
 
 def kind_of(block: Fused) -> tuple[BertSizes | DecoderSizes, torch.device]:
     """What tells a fused block's kernels from another's, but for the dtype."""
-    sizes, tensors = weights(block)
+    sizes, tensors = weights(block, block._tritern_family.parts(block))
     return sizes, tensors[0][0].device
 
 
@@ -79,5 +82,9 @@ def run_on_zeros(block: Fused, texts: int, tokens: int, dtype: torch.dtype) -> N
 def _kind(block: nn.Module) -> type[Fused] | None:
     if not type(block).__module__.startswith("transformers."):
         return None
-    families = ((kind, kind._tritern_family) for kind in _KINDS)
-    return next((k for k, f in families if type(block).__name__ in f.blocks and f.fits(block)), None)
+    for kind in _KINDS:
+        family = kind._tritern_family
+        if type(block).__name__ in family.blocks:
+            parts = family.parts(block)
+            return kind if parts.are_ternary() and family.fits(block, parts) else None
+    return None

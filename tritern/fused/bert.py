@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from tritern_kernels.dispatch import LONGEST_ROW, BertSizes, block_plan
 
-from ..linear import TernaryLinear
-from .common import Family, Fused, Tensors, are_ternary, hand_on, handed_on, ready, rows_of, serves
+from .common import Family, Fused, Parts, Tensors, hand_on, handed_on, ready, rows_of, serves
 
 
 class Bert(Family):
@@ -18,11 +17,23 @@ class Bert(Family):
 
     blocks = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer")
 
-    def fits(self, block: Any) -> bool:
-        groups = self.groups(block)
-        if not are_ternary(groups):
-            return False
-        layers = [layer for group in groups for layer in group]
+    def parts(self, block: Any) -> Parts:
+        attention, first, inner, last = (
+            block.attention.self, block.attention.output, block.intermediate, block.output,
+        )  # fmt: skip
+        groups = (
+            (attention.query, attention.key, attention.value),
+            (first.dense,),
+            (inner.dense,),
+            (last.dense,),
+        )
+        norms = first.LayerNorm, last.LayerNorm
+        return Parts(
+            groups, norms, inner.intermediate_act_fn, attention, (block.attention, first, inner, last)
+        )
+
+    def fits(self, block: Any, parts: Parts) -> bool:
+        layers = parts.layers
         hidden, inner = layers[4].in_features, layers[4].out_features
         shapes = [*[(hidden, hidden)] * 4, (hidden, inner), (inner, hidden)]
         return (
@@ -30,39 +41,19 @@ class Bert(Family):
             and hidden <= LONGEST_ROW
             and all(
                 type(n) is nn.LayerNorm and n.bias is not None and len(n.normalized_shape) == 1
-                for n in self._norms(block)
+                for n in parts.norms
             )
-            and _is_exact_gelu(self.activation(block))
+            and _is_exact_gelu(parts.activation)
             and not block.is_decoder
             and not block.chunk_size_feed_forward
         )
 
-    def groups(self, block: Any) -> tuple[tuple[TernaryLinear, ...], ...]:
-        attention = self.attention(block)
-        last = block.attention.output.dense, block.intermediate.dense, block.output.dense
-        return (attention.query, attention.key, attention.value), *((x,) for x in last)
+    def sizes(self, parts: Parts) -> BertSizes:
+        inner, (first, second) = parts.groups[2][0], parts.norms
+        return BertSizes(inner.in_features, inner.out_features, parts.biases, (first.eps, second.eps))
 
-    def inside(self, block: Any) -> tuple[nn.Module, ...]:
-        outputs = (block.attention.output, block.output)
-        return block.attention, block.attention.self, block.intermediate, *outputs, *self._norms(block)
-
-    def activation(self, block: Any) -> nn.Module:
-        return block.intermediate.intermediate_act_fn
-
-    def attention(self, block: Any) -> Any:
-        return block.attention.self
-
-    def sizes(self, block: Any) -> BertSizes:
-        groups, (first, second) = self.groups(block), self._norms(block)
-        inner = groups[2][0]
-        biases = tuple(group[0].bias is not None for group in groups)
-        return BertSizes(inner.in_features, inner.out_features, biases, (first.eps, second.eps))
-
-    def norms(self, block: Any) -> tuple[Tensors, ...]:
-        return tuple((norm.weight, norm.bias) for norm in self._norms(block))
-
-    def _norms(self, block: Any) -> tuple[Any, Any]:
-        return block.attention.output.LayerNorm, block.output.LayerNorm
+    def parameters(self, parts: Parts) -> tuple[Tensors, ...]:
+        return tuple((norm.weight, norm.bias) for norm in parts.norms)
 
 
 def _is_exact_gelu(activation: Any) -> bool:
@@ -85,8 +76,9 @@ class FusedBert(Fused):
         **kwargs: Any,
     ) -> Any:
         """Hidden states [texts, tokens, hidden] -> the same, as the block's class."""
-        if encoder_hidden_states is None and past_key_values is None and serves(self, hidden_states):
-            result = run(self, hidden_states, attention_mask, kwargs)
+        alone = encoder_hidden_states is None and past_key_values is None
+        if alone and (parts := serves(self, hidden_states)):
+            result = run(self, parts, hidden_states, attention_mask, kwargs)
             if result is not None:
                 return result
         return super().forward(
@@ -99,15 +91,17 @@ class FusedBert(Fused):
         )
 
 
-def run(block: Any, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+def run(
+    block: Any, parts: Parts, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor | None:
     """The block's output; None where the kernels do not take the tensors as they are."""
     if hidden.is_cuda and hidden.device.index != torch.cuda.current_device():
         with torch.cuda.device(hidden.device):
-            return run(block, hidden, mask, kwargs)
-    attention = block.attention.self
+            return run(block, parts, hidden, mask, kwargs)
+    attention = parts.attention
     texts, tokens, width = hidden.shape
     x = hidden.reshape(-1, width).contiguous()
-    how = ready(block, x)
+    how = ready(block, parts, x)
     if how is None:
         return None
     plan = block_plan(how.sizes, x.shape[0], x.dtype, x.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,11 +15,48 @@ from tritern_kernels.dispatch import BertSizes, DecoderSizes
 from ..linear import TernaryLinear
 
 Tensors = tuple[Tensor, ...]
+Layers = tuple[TernaryLinear, ...]
 _merging = threading.Lock()
 
 
+class Parts(NamedTuple):
+    """A block's modules: the layers, those with the same input together, for each group is one product; the
+    norms; the activation of the feed-forward part; the module that attention's functions are called with; and
+    the other modules that do not run themselves when the block runs fused.
+    """
+
+    groups: tuple[Layers, ...]
+    norms: tuple[Any, ...]
+    activation: nn.Module
+    attention: Any
+    others: tuple[nn.Module, ...]
+
+    @property
+    def layers(self) -> Layers:
+        """All layers."""
+        return tuple(layer for group in self.groups for layer in group)
+
+    @property
+    def biases(self) -> tuple[bool, ...]:
+        """Which products have a bias."""
+        return tuple(group[0].bias is not None for group in self.groups)
+
+    def are_ternary(self) -> bool:
+        """Whether all layers are as the kernels take them, and those of a group alike."""
+        layers = self.layers
+        return (
+            all(type(x) is TernaryLinear and x.activation_bits == 8 and x.norm is None for x in layers)
+            and all(len({x.bias is None for x in group}) == 1 for group in self.groups)
+            and len({x.weight.device for x in layers}) == 1
+        )
+
+    def kinds(self) -> tuple[type, ...]:
+        """Classes of all that is not a layer."""
+        return tuple(type(m) for m in (*self.norms, self.activation, self.attention, *self.others))
+
+
 class Family:
-    """Blocks of one kind: where their layers are, and what the kernels have to know.
+    """Blocks of one kind: where their parts are, and what the kernels have to know.
 
     Attributes:
         blocks: names of the blocks' classes in transformers.
@@ -27,36 +64,24 @@ class Family:
 
     blocks: tuple[str, ...]
 
-    def fits(self, block: Any) -> bool:
-        """Whether the kernels do what this block does."""
+    def parts(self, block: Any) -> Parts:
+        """The block's modules."""
         raise NotImplementedError
 
-    def groups(self, block: Any) -> tuple[tuple[TernaryLinear, ...], ...]:
-        """The layers, those with the same input together: each group is one product."""
+    def fits(self, block: Any, parts: Parts) -> bool:
+        """Whether the kernels do what this block of ternary layers does."""
         raise NotImplementedError
 
-    def inside(self, block: Any) -> tuple[nn.Module, ...]:
-        """What, besides the layers, does not run itself when the block runs fused."""
-        raise NotImplementedError
-
-    def activation(self, block: Any) -> nn.Module:
-        """The activation of the feed-forward part."""
-        raise NotImplementedError
-
-    def attention(self, block: Any) -> Any:
-        """The module that attention's implementations are called with."""
-        raise NotImplementedError
-
-    def sizes(self, block: Any) -> BertSizes | DecoderSizes:
+    def sizes(self, parts: Parts) -> BertSizes | DecoderSizes:
         """What the kernels are planned by."""
         raise NotImplementedError
 
-    def norms(self, block: Any) -> tuple[Tensors, ...]:
-        """Parameters of the norms, as the plan takes them."""
+    def parameters(self, parts: Parts) -> tuple[Tensors, ...]:
+        """Of the norms, as the plan takes them."""
         raise NotImplementedError
 
-    def next_norm(self, following: Any) -> nn.Module | None:
-        """The norm that the next block begins with, if it does."""
+    def first_norm(self, block: Any) -> nn.Module | None:
+        """The norm that the block begins with, if it does."""
         return None
 
     def example(self, block: Any, x: Tensor) -> dict[str, Any]:
@@ -94,17 +119,16 @@ def fused_class(kind: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
     return type(base.__name__, (kind, base), names)
 
 
-def prepare(block: Any, following: nn.Module | None) -> None:
-    """Make a block ready to run before the one that follows. Products are merged here, where no other stream
-    or captured graph uses the layers' tensors.
+def prepare(block: Any, following: Any) -> None:
+    """Make a block ready to run before another, or None. Products are merged here, where no other stream or
+    captured graph uses the layers' tensors.
     """
-    family = block._tritern_family
-    block._tritern_activation = (family.activation(block),)  # in a tuple: not as submodules
-    block._tritern_next = None
-    if isinstance(following, Fused) and following._tritern_family is family:
-        if family.sizes(following) == family.sizes(block):
-            block._tritern_next = (family.next_norm(following),)
-    weights(block)
+    family: Family = block._tritern_family
+    parts = family.parts(block)
+    block._tritern_kinds, block._tritern_next = parts.kinds(), None
+    if following is not None and following._tritern_family is family:
+        block._tritern_next = (family.first_norm(following),)  # in a tuple: not as a submodule
+    weights(block, parts)
 
 
 # ---------------------------------------------------------------- whether a block runs fused
@@ -115,38 +139,31 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def serves(block: Any, x: Tensor) -> bool:
-    """Whether the fused steps can stand for the block's own."""
-    family: Family = block._tritern_family
-    groups = family.groups(block)
-    return (
-        not torch.compiler.is_compiling()
-        and on_gpu(x)
-        and not block.training
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
-        and x.dim() == 3
-        and x.numel() > 0
-        and family.attention(block).config._attn_implementation != "eager"
-        and family.activation(block) is block._tritern_activation[0]
-        and are_ternary(groups)
+def serves(block: Any, x: Tensor) -> Parts | None:
+    """The block's parts, if the fused steps can stand for its own."""
+    if (
+        torch.compiler.is_compiling()
+        or not on_gpu(x)
+        or block.training
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled(x.device.type)
+        or x.dim() != 3
+        or not x.numel()
+    ):
+        return None
+    parts: Parts = block._tritern_family.parts(block)
+    fits = (
+        parts.attention.config._attn_implementation != "eager"
+        and parts.kinds() == block._tritern_kinds
+        and parts.are_ternary()
         and not _collecting_attentions()
         and not nn.modules.module._has_any_global_hook()
         and not any(
             watched(m) or "forward" in vars(m)
-            for m in (*family.inside(block), *(x for g in groups for x in g))
+            for m in (*parts.layers, *parts.norms, parts.activation, parts.attention, *parts.others)
         )
     )
-
-
-def are_ternary(groups: tuple[tuple[TernaryLinear, ...], ...]) -> bool:
-    """Whether all layers are as the kernels take them, and those of a group alike."""
-    layers = [x for group in groups for x in group]
-    return (
-        all(type(x) is TernaryLinear and x.activation_bits == 8 and x.norm is None for x in layers)
-        and all(len({x.bias is None for x in group}) == 1 for group in groups)
-        and len({x.weight.device for x in layers}) == 1
-    )
+    return parts if fits else None
 
 
 def watched(module: nn.Module) -> bool:
@@ -175,17 +192,16 @@ class Run(NamedTuple):
     weights: tuple[Tensors, ...]
 
 
-def ready(block: Any, x: Tensor) -> Run | None:
+def ready(block: Any, parts: Parts, x: Tensor) -> Run | None:
     """All that a run on x [M, hidden] needs; None where the kernels do not take the tensors as they are:
     contiguous and on x's device, biases and norms of its dtype.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    implementation = block._tritern_family.attention(block).config._attn_implementation
-    attend = ALL_ATTENTION_FUNCTIONS.get(implementation)
-    if attend is None or (not _merged(block) and x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    attend = ALL_ATTENTION_FUNCTIONS.get(parts.attention.config._attn_implementation)
+    if attend is None or (_capturing(x) and not _merged(block, parts)):
         return None
-    sizes, tensors = weights(block)
+    sizes, tensors = weights(block, parts)
     values = [group[2] for group, has_bias in zip(tensors, sizes.biases) if has_bias]
     values += [t for group in tensors[4:] for t in group]
     alike = all(t.dtype == x.dtype for t in values) and all(
@@ -194,21 +210,41 @@ def ready(block: Any, x: Tensor) -> Run | None:
     return Run(attend, sizes, tensors) if alike else None
 
 
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+class _HandedOn(NamedTuple):
+    """The int8 form of a block's output, or of its norm by a weight, and when it is right: for that version
+    of the output, and on the stream and in or out of the graph that it was made on.
+    """
+
+    int8: Tensor
+    norm: Tensor | None
+    version: int
+    stream: tuple[int, bool]
+
+
+def _stream(x: Tensor) -> tuple[int, bool]:
+    return (torch.cuda.current_stream(x.device).cuda_stream, _capturing(x)) if x.is_cuda else (0, False)
+
+
 def handed_on(block: Any, hidden: Tensor, norm: Tensor | None = None) -> Tensor | None:
     """The int8 form of the block's input [texts, tokens, hidden], or of its norm by that weight, as the block
     before has left it, if it is still right.
     """
-    known = vars(hidden).pop("_tritern", None)
+    known: _HandedOn | None = vars(hidden).pop("_tritern", None)
     if known is None or watched(block):
         return None
-    int8, version, of = known
-    return int8 if version == hidden._version and of is norm else None
+    right = known.norm is norm and known.version == hidden._version and known.stream == _stream(hidden)
+    return known.int8 if right else None
 
 
 def hand_on(block: Any, hidden: Tensor, int8: Tensor | None, norm: Tensor | None = None) -> Tensor:
     """The block's output, with its int8 form for the next block, if that is handed this very tensor."""
     if int8 is not None and block._tritern_next and not watched(block):
-        hidden._tritern = int8, hidden._version, norm  # pyright: ignore[reportAttributeAccessIssue]
+        known = _HandedOn(int8, norm, hidden._version, _stream(hidden))
+        hidden._tritern = known  # pyright: ignore[reportAttributeAccessIssue]
     return hidden
 
 
@@ -218,33 +254,29 @@ def rows_of(tensor: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return rows.clone() if rows.data_ptr() & 15 else rows
 
 
-def weights(block: Any) -> tuple[Any, tuple[Tensors, ...]]:
+def weights(block: Any, parts: Parts) -> tuple[Any, tuple[Tensors, ...]]:
     """Sizes and tensors, as the plan takes them; products are merged anew where a layer's has moved."""
     family: Family = block._tritern_family
-    if not _merged(block):
+    if not _merged(block, parts):
         with _merging:
-            if not _merged(block):
-                products = tuple(_merge(group) for group in _several(block))
-                block._tritern_merged = _places(block), products
+            if not _merged(block, parts):
+                products = tuple(_merge(group) for group in parts.groups if len(group) > 1)
+                block._tritern_merged = _places(parts), products
     merged = iter(block._tritern_merged[1])
-    products = (next(merged) if len(g) > 1 else _single(*g) for g in family.groups(block))
-    return family.sizes(block), (*products, *family.norms(block))
+    products = (next(merged) if len(g) > 1 else _single(*g) for g in parts.groups)
+    return family.sizes(parts), (*products, *family.parameters(parts))
 
 
-def _several(block: Any) -> list[tuple[TernaryLinear, ...]]:
-    return [group for group in block._tritern_family.groups(block) if len(group) > 1]
-
-
-def _places(block: Any) -> list[int]:
-    layers = [x for group in _several(block) for x in group]
+def _places(parts: Parts) -> list[int]:
+    layers = [x for group in parts.groups if len(group) > 1 for x in group]
     tensors = [t for x in layers for t in (x.weight, x.weight_scale, x.bias) if t is not None]
     return [t.data_ptr() for t in tensors]
 
 
-def _merged(block: Any) -> bool:
+def _merged(block: Any, parts: Parts) -> bool:
     """Whether layers with the same input are parts of one product now."""
     known = vars(block).get("_tritern_merged")
-    return known is not None and known[0] == _places(block)
+    return known is not None and known[0] == _places(parts)
 
 
 def _single(layer: TernaryLinear) -> Tensors:
@@ -255,11 +287,10 @@ def _of(packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensors:
     return packed, scale, scale if bias is None else bias
 
 
-def _merge(layers: Iterable[TernaryLinear]) -> Tensors:
+def _merge(layers: Layers) -> Tensors:
     """Packed weights, scales and bias of layers in one. What the layers hold becomes parts of it, so that it
     changes with them.
     """
-    layers = tuple(layers)
     with torch.inference_mode(False), torch.no_grad():
         packed = torch.cat([layer.weight for layer in layers])
         scale = torch.cat([layer.weight_scale for layer in layers])

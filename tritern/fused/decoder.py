@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from tritern_kernels.dispatch import LONGEST_ROW, DecoderSizes, block_plan
 
-from ..linear import TernaryLinear
-from .common import Family, Fused, Tensors, are_ternary, hand_on, handed_on, ready, rows_of, serves
+from .common import Family, Fused, Parts, Tensors, hand_on, handed_on, ready, rows_of, serves
 
 
 class Decoder(Family):
@@ -18,13 +17,16 @@ class Decoder(Family):
 
     blocks = ("Qwen3DecoderLayer", "Qwen2DecoderLayer", "MistralDecoderLayer", "LlamaDecoderLayer")
 
-    def fits(self, block: Any) -> bool:
-        groups = self.groups(block)
-        if not are_ternary(groups):
-            return False
-        (q, k, v), (o,), (gate, up), (down,) = groups
-        hidden, head_dim = q.in_features, block.self_attn.head_dim
-        norms = self._norms(block)
+    def parts(self, block: Any) -> Parts:
+        a, mlp = block.self_attn, block.mlp
+        groups = (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
+        of_heads = (getattr(a, name, None) for name in ("q_norm", "k_norm"))
+        norms = block.input_layernorm, block.post_attention_layernorm, *(n for n in of_heads if n is not None)
+        return Parts(groups, norms, mlp.act_fn, a, (mlp,))
+
+    def fits(self, block: Any, parts: Parts) -> bool:
+        (q, k, v), (o,), (gate, up), (down,) = parts.groups
+        hidden, head_dim, norms = q.in_features, parts.attention.head_dim, parts.norms
         return (
             {x.in_features for x in (k, v, gate, up)} == {hidden}
             and o.out_features == down.out_features == hidden <= LONGEST_ROW
@@ -37,45 +39,26 @@ class Decoder(Family):
             and all(type(n).__name__.endswith("RMSNorm") and hasattr(n, "variance_epsilon") for n in norms)
             and len(norms) in (2, 4)
             and len({n.variance_epsilon for n in norms[2:]}) <= 1
-            and type(self.activation(block)).__name__ in ("SiLU", "SiLUActivation")
+            and type(parts.activation).__name__ in ("SiLU", "SiLUActivation")
         )
 
-    def groups(self, block: Any) -> tuple[tuple[TernaryLinear, ...], ...]:
-        a, mlp = block.self_attn, block.mlp
-        return (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
-
-    def inside(self, block: Any) -> tuple[nn.Module, ...]:
-        return block.self_attn, block.mlp, *self._norms(block)
-
-    def activation(self, block: Any) -> nn.Module:
-        return block.mlp.act_fn
-
-    def attention(self, block: Any) -> Any:
-        return block.self_attn
-
-    def sizes(self, block: Any) -> DecoderSizes:
-        groups, norms = self.groups(block), self._norms(block)
-        (q, k, _), (down,) = groups[0], groups[3]
-        head_dim = block.self_attn.head_dim
+    def sizes(self, parts: Parts) -> DecoderSizes:
+        (q, k, _), (down,), norms = parts.groups[0], parts.groups[3], parts.norms
+        head_dim = parts.attention.head_dim
         heads = q.out_features // head_dim, k.out_features // head_dim, head_dim
-        biases = tuple(group[0].bias is not None for group in groups)
         eps = norms[0].variance_epsilon, norms[1].variance_epsilon, norms[-1].variance_epsilon
-        return DecoderSizes(q.in_features, down.in_features, *heads, len(norms) == 4, biases, eps)
+        return DecoderSizes(q.in_features, down.in_features, *heads, len(norms) == 4, parts.biases, eps)
 
-    def norms(self, block: Any) -> tuple[Tensors, ...]:
-        first, second, *heads = (norm.weight for norm in self._norms(block))
+    def parameters(self, parts: Parts) -> tuple[Tensors, ...]:
+        first, second, *heads = (norm.weight for norm in parts.norms)
         return (first,), (second,), tuple(heads)
 
-    def next_norm(self, following: Any) -> nn.Module:
-        return following.input_layernorm
+    def first_norm(self, block: Any) -> nn.Module:
+        return block.input_layernorm
 
     def example(self, block: Any, x: Tensor) -> dict[str, Any]:
         turn = x.new_zeros(1, x.shape[1], block.self_attn.head_dim)
         return {"position_embeddings": (turn, turn)}
-
-    def _norms(self, block: Any) -> list[Any]:
-        heads = (getattr(block.self_attn, name, None) for name in ("q_norm", "k_norm"))
-        return [block.input_layernorm, block.post_attention_layernorm, *(n for n in heads if n is not None)]
 
 
 class FusedDecoder(Fused):
@@ -95,8 +78,9 @@ class FusedDecoder(Fused):
     ) -> Any:
         """Hidden states [texts, tokens, hidden] -> the same, as the block's class."""
         kwargs = {"position_ids": position_ids, "use_cache": use_cache} | kwargs
-        if past_key_values is None and position_embeddings is not None and serves(self, hidden_states):
-            result = run(self, hidden_states, attention_mask, *position_embeddings, kwargs)
+        alone = past_key_values is None and position_embeddings is not None
+        if alone and (parts := serves(self, hidden_states)):
+            result = run(self, parts, hidden_states, attention_mask, *position_embeddings, kwargs)
             if result is not None:
                 return result
         return super().forward(
@@ -109,16 +93,22 @@ class FusedDecoder(Fused):
 
 
 def run(
-    block: Any, hidden: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor, kwargs: dict[str, Any]
+    block: Any,
+    parts: Parts,
+    hidden: Tensor,
+    mask: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    kwargs: dict[str, Any],
 ) -> Tensor | None:
     """The block's output; None where the kernels do not take the tensors as they are."""
     if hidden.is_cuda and hidden.device.index != torch.cuda.current_device():
         with torch.cuda.device(hidden.device):
-            return run(block, hidden, mask, cos, sin, kwargs)
-    attention = block.self_attn
+            return run(block, parts, hidden, mask, cos, sin, kwargs)
+    attention = parts.attention
     texts, tokens, width = hidden.shape
     x = hidden.reshape(-1, width).contiguous()
-    how = ready(block, x)
+    how = ready(block, parts, x)
     if how is None or not _turns(cos, sin, x, (texts, tokens, attention.head_dim)):
         return None
     sizes: DecoderSizes = how.sizes
@@ -130,13 +120,11 @@ def run(
         return None
     qkv, buffer = found
     heads = (sizes.heads, sizes.key_heads, sizes.key_heads)
-    parts = qkv.view(texts, tokens, -1, sizes.head_dim).transpose(1, 2).split(heads, dim=1)
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-    context, _ = how.attend(
-        attention, *parts, mask, dropout=0.0, scaling=attention.scaling, sliding_window=window, **kwargs
-    )
+    qkv = qkv.view(texts, tokens, -1, sizes.head_dim).transpose(1, 2).split(heads, dim=1)
+    kwargs = _window(block) | kwargs
+    context, _ = how.attend(attention, *qkv, mask, dropout=0.0, scaling=attention.scaling, **kwargs)
     context = rows_of(context, sizes.heads * sizes.head_dim, x.dtype)
-    norm = _next_weight(block, x)
+    norm = _next_weight(block, x, sizes.epsilons[0])
     z, int8 = plan.after(context, x, buffer, how.weights, norm)
     return hand_on(block, z.view(hidden.shape), int8, norm)
 
@@ -148,9 +136,17 @@ def _turns(cos: Tensor, sin: Tensor, x: Tensor, shape: tuple[int, int, int]) -> 
     )
 
 
-def _next_weight(block: Any, x: Tensor) -> Tensor | None:
+def _window(block: Any) -> dict[str, Any]:
+    """The sliding window, as each family hands it to attention."""
+    if type(block).__name__ == "LlamaDecoderLayer":
+        return {}
+    holds_it = block.self_attn.config if type(block).__name__ == "MistralDecoderLayer" else block.self_attn
+    return {"sliding_window": getattr(holds_it, "sliding_window", None)}
+
+
+def _next_weight(block: Any, x: Tensor, eps: float) -> Tensor | None:
     """Of the next block's first norm, if the kernels take it."""
-    if not block._tritern_next:
+    if not block._tritern_next or block._tritern_next[0].variance_epsilon != eps:
         return None
     weight = block._tritern_next[0].weight
     fits = weight.dtype == x.dtype and weight.device == x.device and weight.is_contiguous()
