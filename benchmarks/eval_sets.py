@@ -10,7 +10,8 @@ A folder of sets is laid out as
     classification/{banking77,trec}/{train,test}.jsonl.gz         text, label
     classification/stackoverflow20/test.jsonl.gz                  text, label
 
-with one JSON object a line. Sets may be absent, and further fields are ignored.
+with one JSON object a line. Sets may be absent, and further fields are ignored. Where models are chosen,
+DEVELOPMENT names the splits to choose by, in files beside those of test.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ SETS = {
     "stackoverflow20": ("clustering", "classification/stackoverflow20"),
 }
 """Task and folder of every set."""
+
+DEVELOPMENT = {"STS-B": "dev", "SICK-R": "train", "scifact": "train", "perspectrum": "dev"}
+"""The split of a set that is there to choose by."""
 
 CLUSTERING_SEEDS = 3
 
@@ -162,11 +166,11 @@ def read(file: Path, *fields: str) -> list[tuple[Any, ...]]:
     return rows
 
 
-def _sts(name: str, folder: Path) -> EvalSet:
+def _sts(name: str, folder: Path, split: str) -> EvalSet:
     from scipy.stats import spearmanr
     from sentence_transformers.util import pairwise_cos_sim
 
-    rows = read(folder / "test.jsonl.gz", "sentence1", "sentence2", "score")
+    rows = read(folder / f"{split}.jsonl.gz", "sentence1", "sentence2", "score")
     first, second = ([row[i] for row in rows] for i in (0, 1))
     gold = np.array([row[2] for row in rows], dtype=np.float64)
 
@@ -178,14 +182,15 @@ def _sts(name: str, folder: Path) -> EvalSet:
     return EvalSet(name, "sts", first + second, measure)
 
 
-def _retrieval(name: str, folder: Path) -> EvalSet:
+def _retrieval(name: str, folder: Path, split: str) -> EvalSet:
     """nDCG@10 with the grades as gains, as trec_eval has it. Documents of equal score share their ranks."""
     from sentence_transformers.util import cos_sim
     from sklearn.metrics import ndcg_score
 
     rows = read(folder / "corpus.jsonl.gz", "_id", "title", "text")
     documents = {i: f"{title} {text}".strip() for i, title, text in rows}
-    qrels = read(folder / "qrels_test.jsonl.gz", "query-id", "corpus-id", "score")
+    qrels_file = folder / f"qrels_{split}.jsonl.gz"
+    qrels = read(qrels_file, "query-id", "corpus-id", "score")
     judged = dict.fromkeys(query for query, _, _ in qrels)
     queries = {i: text for i, text in read(folder / "queries.jsonl.gz", "_id", "text") if i in judged}
     row_of, column_of = ({i: n for n, i in enumerate(ids)} for ids in (queries, documents))
@@ -193,7 +198,7 @@ def _retrieval(name: str, folder: Path) -> EvalSet:
     for query, document, grade in qrels:
         if query not in row_of or document not in column_of:
             raise ValueError(
-                f"{folder / 'qrels_test.jsonl.gz'} names query {query!r} with document {document!r}; "
+                f"{qrels_file} names query {query!r} with document {document!r}; "
                 "both must be in queries.jsonl.gz and corpus.jsonl.gz: use files of one release"
             )
         grades[row_of[query], column_of[document]] = grade
@@ -207,12 +212,12 @@ def _retrieval(name: str, folder: Path) -> EvalSet:
     return EvalSet(name, "retrieval", [*queries.values(), *documents.values()], measure)
 
 
-def _classification(name: str, folder: Path) -> EvalSet:
+def _classification(name: str, folder: Path, split: str) -> EvalSet:
     from sklearn.linear_model import LogisticRegression
 
     (texts, labels), (test_texts, test_labels) = (
-        [list(column) for column in zip(*read(folder / f"{split}.jsonl.gz", "text", "label"))]
-        for split in ("train", "test")
+        [list(column) for column in zip(*read(folder / f"{part}.jsonl.gz", "text", "label"))]
+        for part in ("train", split)
     )
 
     def measure(encoder: Any) -> Items:
@@ -223,11 +228,11 @@ def _classification(name: str, folder: Path) -> EvalSet:
     return EvalSet(name, "classification", texts + test_texts, measure)
 
 
-def _clustering(name: str, folder: Path) -> EvalSet:
+def _clustering(name: str, folder: Path, split: str) -> EvalSet:
     from sklearn.cluster import KMeans
     from sklearn.metrics import v_measure_score
 
-    texts, labels = (list(column) for column in zip(*read(folder / "test.jsonl.gz", "text", "label")))
+    texts, labels = (list(column) for column in zip(*read(folder / f"{split}.jsonl.gz", "text", "label")))
 
     classes = np.unique(labels, return_inverse=True)[1]
 
@@ -246,30 +251,32 @@ def _clustering(name: str, folder: Path) -> EvalSet:
 
 
 _LOADERS = {
-    "sts": (_sts, ("test",)),
-    "retrieval": (_retrieval, ("corpus", "queries", "qrels_test")),
-    "classification": (_classification, ("train", "test")),
-    "clustering": (_clustering, ("test",)),
+    "sts": (_sts, ("{split}",)),
+    "retrieval": (_retrieval, ("corpus", "queries", "qrels_{split}")),
+    "classification": (_classification, ("train", "{split}")),
+    "clustering": (_clustering, ("{split}",)),
 }
 TASKS = tuple(_LOADERS)
 
 
-def load(folder: Path, names: Sequence[str]) -> tuple[list[EvalSet], list[str]]:
-    """The sets of these names, and the first missing file of each that is absent.
+def load(folder: Path, names: Sequence[str], development: bool = False) -> tuple[list[EvalSet], list[str]]:
+    """The sets of these names, and the first missing file of each that is absent. For development: their
+    splits to choose by, of those that have one.
 
     Raises:
         ValueError: a file that is there cannot be used.
     """
     found, absent = [], []
-    for name in names:
+    for name in [n for n in names if n in DEVELOPMENT] if development else names:
         task, path = SETS[name]
         loader, files = _LOADERS[task]
-        needed = [folder / path / f"{file}.jsonl.gz" for file in files]
+        split = DEVELOPMENT[name] if development else "test"
+        needed = [folder / path / f"{file.format(split=split)}.jsonl.gz" for file in files]
         missing = next((file for file in needed if not file.is_file()), None)
         if missing:
             absent.append(f"{name} ({missing.relative_to(folder)})")
         else:
-            found.append(loader(name, folder / path))
+            found.append(loader(name, folder / path, split))
     return found, absent
 
 

@@ -12,8 +12,9 @@ teacher's figure, with the 95 % intervals of a bootstrap over pairs, queries and
 the same sets might give, not what another training run might.
 Fidelity is agreement with the teacher's vectors, by tritern.evaluate on texts drawn from the sets.
 
-DIR is for measuring only: the scores are of test splits, so choose nothing by them. Its layout is described
-in benchmarks/eval_sets.py; sets that are not there are left out.
+DIR is for measuring only: the scores are of test splits, so choose nothing by them; to choose between models,
+--development scores them on other splits. The layout is described in benchmarks/eval_sets.py; sets that are
+not there are left out.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ def arguments() -> argparse.ArgumentParser:
     )
     source.add_argument(
         "--mteb", nargs="+", metavar="TASK", help="tasks of the mteb package (pip install mteb)"
+    )
+    parser.add_argument(
+        "--development", action="store_true", help="score splits to choose by, of the sets that have one"
     )
     parser.add_argument("--model", help="hub name or path; default: the packaged all-MiniLM-L6-v2")
     parser.add_argument(
@@ -142,7 +146,7 @@ def find_sets(options: argparse.Namespace) -> tuple[list[EvalSet], list[str]]:
     names = [
         n for n in options.sets or eval_sets.SETS if wanted == ["fidelity"] or eval_sets.SETS[n][0] in wanted
     ]
-    found, absent = eval_sets.load(options.data, names)
+    found, absent = eval_sets.load(options.data, names, options.development)
     if not found:
         raise ValueError(
             f"{options.data} holds none of the sets {', '.join(names) or '(no set has these --tasks)'}; "
@@ -329,6 +333,8 @@ def main() -> None:
         arms[label] = arm
     if options.mteb and (options.tasks or options.sets or options.cache):
         parser.error("--tasks, --sets and --cache go with --data, not with --mteb")
+    if options.development and (options.mteb or options.update_cards):
+        parser.error("--development goes with --data, and its scores into no model card")
     try:
         if options.figure:
             report.load_pyplot()
@@ -346,6 +352,7 @@ def main() -> None:
         "model": name,
         "sentence_transformers": sentence_transformers.__version__,
         "mteb": version("mteb") if options.mteb else None,
+        "splits": "development" if options.development else "test",
     }
     table = Table(sets, texts, info, options.json)
     if sets:

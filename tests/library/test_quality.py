@@ -83,6 +83,18 @@ def test_spearman_accuracy_and_v_measure_by_hand(tmp_path):
     assert score(tmp_path, "stackoverflow20") == pytest.approx(1.0)
 
 
+def test_development_splits_are_others(tmp_path):
+    pair = {"sentence1": "0", "sentence2": "10", "score": 1}
+    for split, second in (("test", "test"), ("dev", "dev")):
+        write(tmp_path / f"sts/stsb/{split}.jsonl.gz", [pair | {"sentence2": second}] * 2)
+    folder = tmp_path / "retrieval/scifact"
+    retrieval(folder, {"q": "tested", "r": "trained"}, {"d": "text"}, [("q", "d", 1)])
+    write(folder / "qrels_train.jsonl.gz", [{"query-id": "r", "corpus-id": "d", "score": 1}])
+    found, absent = eval_sets.load(tmp_path, ["STS-B", "STS12", "scifact", "perspectrum"], development=True)
+    assert [one.texts for one in found] == [["0", "0", "dev", "dev"], ["trained", "text"]]
+    assert absent == ["perspectrum (retrieval/perspectrum/corpus.jsonl.gz)"]
+
+
 def test_title_and_text_are_one_document(tmp_path):
     retrieval(tmp_path / "retrieval/scifact", {"q": "a"}, {"d": "text", "e": "other"}, [("q", "d", 1)])
     rows = [{"_id": "d", "title": "Title", "text": "text"}, {"_id": "e", "title": "", "text": "other"}]
