@@ -45,9 +45,16 @@ class Decoder(Family):
     def sizes(self, parts: Parts) -> DecoderSizes:
         (q, k, _), (down,), norms = parts.groups[0], parts.groups[3], parts.norms
         head_dim = parts.attention.head_dim
-        heads = q.out_features // head_dim, k.out_features // head_dim, head_dim
-        eps = norms[0].variance_epsilon, norms[1].variance_epsilon, norms[-1].variance_epsilon
-        return DecoderSizes(q.in_features, down.in_features, *heads, len(norms) == 4, parts.biases, eps)
+        return DecoderSizes(
+            hidden=q.in_features,
+            inner=down.in_features,
+            heads=q.out_features // head_dim,
+            key_heads=k.out_features // head_dim,
+            head_dim=head_dim,
+            normalized_heads=len(norms) == 4,
+            biases=parts.biases,
+            epsilons=(norms[0].variance_epsilon, norms[1].variance_epsilon, norms[-1].variance_epsilon),
+        )
 
     def parameters(self, parts: Parts) -> tuple[Tensors, ...]:
         first, second, *heads = (norm.weight for norm in parts.norms)
