@@ -85,8 +85,7 @@ class FusedDecoder(Fused):
     ) -> Any:
         """Hidden states [texts, tokens, hidden] -> the same, as the block's class."""
         kwargs = {"position_ids": position_ids, "use_cache": use_cache} | kwargs
-        alone = past_key_values is None and position_embeddings is not None
-        if alone and (parts := serves(self, hidden_states)):
+        if past_key_values is None and position_embeddings and (parts := serves(self, hidden_states)):
             result = run(self, parts, hidden_states, attention_mask, *position_embeddings, kwargs)
             if result is not None:
                 return result
