@@ -32,6 +32,39 @@ def quality_table(rows: Rows) -> str:
     return markdown([*titles.split(", "), "searches/s", "[p20 p80]", "index MB", "vectors MB", "with"], cells)
 
 
+def means_table(rows: Rows, arm: str) -> str:
+    """Every kind of index with its default parameters, original and ternary: means over the sets."""
+    titles = [
+        "index, default settings", "bytes a vector in memory", "recall@10 of the index", "nDCG@10 original",
+        "nDCG@10 ternary", "lost by the model", "lost by the index", "of the original's ten",
+    ]  # fmt: skip
+    cells = []
+    found = [r for r in rows if r["parameters"] == DEFAULTS]
+    for kind in dict.fromkeys(r["kind"] for r in found):
+        dense, ours = ([r for r in found if (r["kind"], r["arm"]) == (kind, a)] for a in (TEACHER, arm))
+        size = sum(r["bytes"]["faiss"] for r in ours) / sum(r["documents"] for r in ours)
+        figures = [_mean(ours, f) for f in ("recall10", "ndcg10", "loss_by_model", "loss_by_index")]
+        figures.insert(1, _mean(dense, "ndcg10"))
+        cells.append([f"`{kind}`", f"{size:,.0f}", *figures, f"{_mean(ours, 'fidelity10'):.1f} %"])
+    return markdown(titles, cells)
+
+
+def paper_table(rows: Rows, arm: str) -> str:
+    """ann.py's indexes, original and ternary: means over the sets."""
+    titles = ["", "precision@10 original", "ternary", "nDCG@10 original", "ternary"]
+    titles += ["same ten as Flat, original", "ternary"]
+    cells = []
+    for index in dict.fromkeys(r["index"] for r in rows):
+        both = [[r for r in rows if (r["index"], r["arm"]) == (index, a)] for a in (TEACHER, arm)]
+        figures = [_mean(one, f) for f in ("precision10", "ndcg10") for one in both]
+        cells.append([index, *figures, *(f"{_mean(one, 'same10'):.1f} %" for one in both)])
+    return markdown(titles, cells)
+
+
+def _mean(rows: Rows, figure: str) -> float:
+    return sum(r[figure] for r in rows) / len(rows)
+
+
 def throughput_table(rows: Rows) -> str:
     """Embed + add, against the pipeline by hand."""
     titles = ["arm", "texts/s", "[p20 p80]", "embed only", "by hand", "embed only", "ratio", "[p20 p80]"]

@@ -1,4 +1,4 @@
-"""README's tables of quality and of GPU measurements, and a roofline, from ``benchmarks/results``.
+"""README's tables of quality, of search and of GPU measurements, and a roofline, from ``benchmarks/results``.
 
 python benchmarks/tables.py                     print them
 python benchmarks/tables.py --readme README.md  write them into it, between their marks
@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import report
+import search_report
 from cases import Errors, Roofs, Row, Times, Tolerance
 
 RESULTS = Path(__file__).parent / "results"
+SHIPPED = "minilm-l6-ternary"
 SHOWN = (
     "tritern int8",
     "tritern int8 gemm",
@@ -230,9 +232,20 @@ def quality() -> str:
                 cell += f", {row['retention'][name]:.1f} % ({low:.1f} to {high:.1f})"
             cells.append(cell)
         cosine = f"{row['fidelity']['cosine'] / 100:.3f}" if "fidelity" in row else "1"
-        name = f"**{label}**" if label == "minilm-l6-ternary" else label
+        name = f"**{label}**" if label == SHIPPED else label
         lines.append(f"| {name} | {row['bytes'] / 1e6:.1f} | " + " | ".join(cells) + f" | {cosine} |")
+    others = [name for name, task in file["tasks"].items() if task != "clustering"]
+    ours, theirs = (sum(file["rows"][r]["scores"][n] for n in others) for r in (SHIPPED, "teacher"))
+    lines += ["", f"All sets but clustering: {100 * ours / theirs:.1f} % kept by `{SHIPPED}`."]
     return "\n".join(lines) + "\n"
+
+
+def search(file: str) -> str:
+    """Search with the shipped model and the original, by ``embed_search.py`` or by ``ann.py``."""
+    found, arm = load(file), f"{SHIPPED} int8"
+    if "quality" in found:
+        return search_report.means_table(found["quality"], arm) + "\n"
+    return search_report.paper_table(found["rows"], arm) + "\n"
 
 
 SPEEDS = (
@@ -258,7 +271,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.memory:
         report.write_json(RESULTS / "memory.json", weigh())
-    for mark, text in (("quality", quality()), ("h200", block())):
+    blocks = {
+        "quality": quality(), "search": search("cpu-embed-search.json"), "ann": search("cpu-ann.json"),
+        "h200": block(),
+    }  # fmt: skip
+    for mark, text in blocks.items():
         if not options.readme:
             print(text)
             continue

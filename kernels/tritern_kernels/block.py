@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -21,7 +22,7 @@ Group = tuple[Tensor, ...]
 Choose = Callable[[int, int, int], KernelConfig]
 
 
-class BlockPlan:
+class BlockPlan(ABC):
     """What blocks have in common: four products (query with key and value, output, the first and the last of
     the feed-forward part) and one buffer for what comes between them, for up to ``most`` tokens in a dtype on
     a GPU.
@@ -56,7 +57,7 @@ class BlockPlan:
         self.quantize_inner, self.rows_of_inner = quantizer(
             inner, stride, self.tickets, inner_activation, device
         )
-        self.quantizes_norm = activations.quantize_blocks(self.hidden)
+        self.norm_blocks = activations.quantize_blocks(self.hidden)
         self.layout = lru_cache(maxsize=1024)(self._layout)
 
     def _layout(self, M: int) -> tuple[dict[str, tuple[int, int, torch.dtype]], int]:
@@ -87,6 +88,12 @@ class BlockPlan:
 
     def _buffer(self, M: int) -> Tensor:
         return torch.empty(self.layout(M)[1], dtype=torch.uint8, device=self.device)
+
+    def _quantize(self, x: Tensor, q: Any, scale: Any, stream: int) -> None:
+        """x as wide as attention's context, in int8."""
+        M = x.shape[0]
+        grid = -(-M // self.rows_of_context), 1
+        self.quantize_context(grid, stream, M, (self._of(x), q, scale, scale))
 
     def _qkv(
         self, M: int, q: Any, scale: Any, buffer: Tensor, weights: tuple[Group, ...], stream: int
@@ -119,17 +126,17 @@ class BlockPlan:
         multiply(grid, stream, M, (q, packed, scale, weight_scale, bias, y, *workspace))
 
     def _norm(self, eps: float, rms: bool, add: bool) -> Launch:
-        constants = (*self.quantizes_norm, rms, add, ASM)
+        constants = (*self.norm_blocks, rms, add, ASM)
         sizes = self.hidden, padded_k(self.hidden), eps
         return Launch(norms.norm_quantize_kernel, sizes, constants, self.device)
 
     def _rows(self, M: int) -> tuple[int, int]:
-        return -(-M // self.quantizes_norm[0]), 1
+        return -(-M // self.norm_blocks[0]), 1
 
     @property
+    @abstractmethod
     def _compiled(self) -> bool:
         """Whether every kernel has been launched once, and takes addresses from now on."""
-        raise NotImplementedError
 
     def _stream(self) -> int:
         return 0 if INTERPRETED else current_stream(self.device.index)
@@ -198,8 +205,7 @@ class BertPlan(BlockPlan):
         if known is None:
             at = self._at(buffer, self.layout(M)[0])
             q, scale = at("q"), at("scale")
-            grid = -(-M // self.rows_of_context), 1
-            self.quantize_context(grid, stream, M, (self._of(x), q, scale, scale))
+            self._quantize(x, q, scale, stream)
         else:
             q, scale = self._int8(known, M)
         return self._qkv(M, q, scale, buffer, weights, stream), buffer
@@ -212,8 +218,7 @@ class BertPlan(BlockPlan):
         at, stream, rows = self._at(buffer, self.layout(M)[0]), self._stream(), self._rows(M)
         z, known = _like(x), self._new_int8(M)
         q, scale, out, y = at("q"), at("scale"), at("out"), at("y")
-        grid = -(-M // self.rows_of_context), 1
-        self.quantize_context(grid, stream, M, (self._of(context), q, scale, scale))
+        self._quantize(context, q, scale, stream)
         self._product(1, M, q, scale, out, weights, stream)
         first, second = (tuple(map(self._of, norm)) for norm in weights[4:])
         self.norms[0](rows, stream, M, (out, self._of(x), *first, y, q, scale))
@@ -292,8 +297,7 @@ class DecoderPlan(BlockPlan):
         at, stream, rows = self._at(buffer, places), self._stream(), self._rows(M)
         z, known = _like(x), None
         q, scale, out, y = at("q"), at("scale"), at("out"), at("y")
-        grid = -(-M // self.rows_of_context), 1
-        self.quantize_context(grid, stream, M, (self._of(context), q, scale, scale))
+        self._quantize(context, q, scale, stream)
         self._product(1, M, q, scale, out, weights, stream)
         (weight,) = map(self._of, weights[5])
         self.norms[0](rows, stream, M, (out, self._of(x), weight, weight, y, q, scale))

@@ -20,6 +20,7 @@ import cases  # noqa: E402
 import encode  # noqa: E402
 import gemm as race  # noqa: E402
 import report  # noqa: E402
+import tables  # noqa: E402
 import timing  # noqa: E402
 import train  # noqa: E402
 
@@ -174,3 +175,13 @@ def test_training_step_is_measured(tiny_path, sentences, tmp_path):
         assert found["seconds a step"] > 0 and found["peak MB"] > 0
     found = train.run(train.ARMS[0], options, 4, train.FRUGAL)
     assert found["seconds a step"] > 0 and found["peak MB"] > 0
+
+
+def test_the_readmes_tables_are_those_of_the_results(tmp_path, monkeypatch):
+    readme = ROOT / "README.md"
+    copy = tmp_path / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    copy.write_text(text.replace("| **minilm-l6-ternary** |", "| of yesterday |"), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--readme", str(copy)])
+    tables.main()
+    assert copy.read_text(encoding="utf-8") == text

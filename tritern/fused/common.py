@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ class Parts(NamedTuple):
         return tuple(type(m) for m in (*self.norms, self.activation, self.attention, *self.others))
 
 
-class Family:
+class Family(ABC):
     """Blocks of one kind: where their parts are, and what the kernels have to know.
 
     Attributes:
@@ -64,21 +65,21 @@ class Family:
 
     blocks: tuple[str, ...]
 
+    @abstractmethod
     def parts(self, block: Any) -> Parts:
         """The block's modules."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fits(self, block: Any, parts: Parts) -> bool:
         """Whether the kernels do what this block of ternary layers does."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sizes(self, parts: Parts) -> BertSizes | DecoderSizes:
         """What the kernels are planned by."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parameters(self, parts: Parts) -> tuple[Tensors, ...]:
         """Of the norms, as the plan takes them."""
-        raise NotImplementedError
 
     def first_norm(self, block: Any) -> nn.Module | None:
         """The norm that the block begins with, if it does."""
