@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tritern_kernels import PackedTernary
 from tritern_kernels.formats import pack
@@ -34,6 +33,7 @@ from .embedding import Int8Embedding
 from .errors import TriternError
 from .linear import TernaryLinear
 from .passes import Batch, Group, Stream, evaluating, trace
+from .progress import bar
 
 LEAST_TEXTS = 16
 """Fewer say next to nothing about the inputs of a layer."""
@@ -91,7 +91,7 @@ def calibrate(
     with evaluating(model):
         groups = trace(model, list(all_names), batches[0])
         original, ternary = Stream(model, batches), Stream(student, batches)
-        for group in tqdm(groups, desc="Calibrating", unit="step", delay=2, leave=False, disable=None):
+        for group in bar(groups, desc="Calibrating", unit="step", delay=2, leave=False):
             original.advance(group.names[0])
             ternary.advance(group.names[0])
             # later runs of a shared layer would be fitted to inputs that its own first runs will change

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tritern_kernels.dispatch import FLOATS
 from tritern_kernels.formats import check_shape
@@ -21,6 +20,7 @@ from .config import TernaryConfig
 from .embedding import Int8Embedding
 from .errors import TriternError
 from .linear import TernaryLinear
+from .progress import bar
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -99,7 +99,7 @@ def patch(
         fitted = calibrate(model, own, table_names, calibration_texts, config)
     del chosen, tables  # so that each full-precision weight is freed as soon as its layer is replaced
 
-    for names, source in tqdm(linears, desc="Ternarizing", unit="layer", delay=2, leave=False, disable=None):
+    for names, source in bar(linears, desc="Ternarizing", unit="layer", delay=2, leave=False):
         old = model.get_submodule(names[0])
         assert isinstance(old, nn.Linear)
         if names[0] in fitted:

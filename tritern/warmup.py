@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from tritern_kernels.tuning import MOST_TOKENS, bucket
 
@@ -12,6 +11,7 @@ from .errors import TriternError
 from .fused import Fused, fused_blocks, kind_of, run_on_zeros
 from .linear import TernaryLinear
 from .passes import evaluating
+from .progress import bar
 
 
 def warmup(
@@ -56,10 +56,10 @@ def warmup(
             blocks.setdefault(kind, block)
     buckets = [1 << i for i in range(4, bucket(max_tokens).bit_length())]
     with torch.inference_mode():
-        for layer in tqdm(kinds.values(), desc="Compiling", unit="layer", disable=not progress):
+        for layer in bar(kinds.values(), desc="Compiling", unit="layer", disable=not progress):
             for tokens in buckets:
                 layer(torch.zeros(tokens, layer.in_features, dtype=dtype, device=layer.weight.device))
-        for block in tqdm(blocks.values(), desc="Compiling", unit="block", disable=not progress):
+        for block in bar(blocks.values(), desc="Compiling", unit="block", disable=not progress):
             with evaluating(block):
                 for tokens in buckets:
                     run_on_zeros(block, tokens // 16, 16, dtype)
