@@ -1,4 +1,4 @@
-"""How far long work has come, on standard error: a bar on a terminal and in a notebook, whole lines elsewhere."""
+"""How far long work has come, on standard error: a bar on a terminal or in a notebook, lines elsewhere."""
 
 from __future__ import annotations
 

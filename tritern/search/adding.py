@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import TriternError
+from ..progress import bar
 from .batches import check_texts
 from .embed import embed_windows
 from .store import Id, Store
@@ -72,16 +73,14 @@ def add(
     show_progress_bar: bool,
 ) -> None:
     """Embed texts and hand them to ``write``, in order; a window is written while the next is embedded."""
-    from tqdm import tqdm
-
     under_way: deque[tuple[Sequence[Id], Sequence[str]]] = deque()
     windows = _windows(store, items, WINDOW.get(model.device.type, WINDOW["cuda"]), under_way)
     start = store.rows if total is not None and total >= store.rows else 0
-    bar = tqdm(total=total, initial=start, unit=" texts", disable=not show_progress_bar)
-    with bar, ThreadPoolExecutor(1) as writer:
+    shown = bar(desc="Embedding", total=total, initial=start, unit="text", disable=not show_progress_bar)
+    with shown, ThreadPoolExecutor(1) as writer:
         writing = writer.submit(lambda: None)
         for vectors in embed_windows(
-            model, windows, task="document", tokens_per_batch=tokens_per_batch, advance=bar.update
+            model, windows, task="document", tokens_per_batch=tokens_per_batch, advance=shown.update
         ):
             writing.result()
             writing = writer.submit(_write_first, under_way, write, vectors)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TriternError
+from ..progress import bar
 from .batches import Batching, Task, batches, batching, check_texts, checked, vectors_of
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ def embed(
     Raises:
         TriternError: a text is no string, empty or not encodable; a vector is not finite.
     """
-    from tqdm import tqdm
-
     texts = [texts] if isinstance(texts, str) else list(texts)
     check_texts(texts)
     model.eval()
@@ -51,9 +50,9 @@ def embed(
         return torch.empty(0, model.get_embedding_dimension() or 0, device=model.device)
     if len(texts) <= INLINE:
         return checked(_inline(model, texts, task, batching(model.device, task, tokens_per_batch)), texts)
-    with tqdm(total=len(texts), unit=" texts", disable=not show_progress_bar) as bar:
+    with bar(desc="Embedding", total=len(texts), unit="text", disable=not show_progress_bar) as shown:
         windows = embed_windows(
-            model, [texts], task=task, tokens_per_batch=tokens_per_batch, advance=bar.update
+            model, [texts], task=task, tokens_per_batch=tokens_per_batch, advance=shown.update
         )
         return next(windows)
 
