@@ -41,7 +41,7 @@ class Lines(tqdm_std):
     monitor_interval = 0  # no thread: each step looks at the clock
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        pace = {"mininterval": SECONDS, "delay": SECONDS, "miniters": 1, "leave": False}
+        pace = {"mininterval": SECONDS, "delay": SECONDS, "miniters": 0, "leave": False}
         super().__init__(*args, **{**settings, **pace})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
@@ -73,7 +73,7 @@ def of_encode(models: Sequence[nn.Module], texts: int, desc: str) -> Iterator[No
         desc: what the work is called.
     """
     with ExitStack() as stack:
-        shown = stack.enter_context(bar(desc=desc, total=texts, unit="text", leave=False))
+        shown = stack.enter_context(bar(desc=desc, total=texts, unit=" texts", leave=False))
 
         def count(model: nn.Module, args: Any, output: dict[str, Any]) -> None:
             shown.update(len(output["sentence_embedding"]))

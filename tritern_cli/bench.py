@@ -11,18 +11,20 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from tqdm import tqdm
 
 from . import common
 from .common import AsJson, BatchSize, Column, Device, Dtype, Model, Result, Trust
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from tqdm import tqdm
+
+Found = TypeVar("Found")
 
 EXAMPLES = """**Examples**
 
@@ -66,22 +68,35 @@ def bench(
     data = (found * (count // len(found) + 1))[:count]
     settings = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     names = [name for name in (model, against) if name]
+    from tritern.progress import bar
+
     with contextlib.ExitStack() as stack:
         arms = [stack.enter_context(_process()) for _ in names]
+        shown = stack.enter_context(
+            bar(desc="Measuring", total=len(arms) * (rounds + 2), unit="step", leave=False)
+        )
         loaded = [arm.submit(_load, name, data[0], settings) for arm, name in zip(arms, names)]
-        results = [future.result() for future in loaded]
+        results = [_wait(future, shown) for future in loaded]
         times: list[list[tuple[float, list[float]]]] = [[] for _ in arms]
         for arm in arms:  # warm-up
-            arm.submit(_measure, data, batch_size, 1).result()
-        for _ in tqdm(range(rounds), "Measuring", leave=False, disable=None):
+            _wait(arm.submit(_measure, data, batch_size, 1), shown)
+        for _ in range(rounds):
             for arm, measured in zip(arms, times):  # in turn, and never two at once
-                measured.append(arm.submit(_measure, data, batch_size, queries).result())
+                measured.append(_wait(arm.submit(_measure, data, batch_size, queries), shown))
     for result, measured in zip(results, times):
         result |= _statistics(measured)
     words = statistics.mean(len(text.split()) for text in data)
     setting = {"texts": texts, "count": count, "mean_words": words, "batch_size": batch_size}
     setting |= {"rounds": rounds, "queries": queries * rounds, "environment": common.environment()}
     yield Result({"results": results, **setting}, _table(results, setting))
+
+
+def _wait(future: Future[Found], shown: tqdm) -> Found:
+    """The result of a step, while time goes on being shown."""
+    while not wait([future], timeout=1).done:
+        shown.update(0)
+    shown.update()
+    return future.result()
 
 
 def _process() -> ProcessPoolExecutor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -51,12 +50,12 @@ def evaluate(
     teacher = teacher or _base_model(model)
 
     import tritern
+    from tritern.progress import of_encode
 
     settings = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    fidelity = tritern.evaluate(
-        common.load(model, **settings), common.load(teacher, **settings), sample,
-        k=k, batch_size=batch_size, prompt=prompt, show_progress_bar=sys.stderr.isatty(),
-    )  # fmt: skip
+    judged, original = common.load(model, **settings), common.load(teacher, **settings)
+    with of_encode([judged, original], 2 * len(sample), "Encoding by both models"):
+        fidelity = tritern.evaluate(judged, original, sample, k=k, batch_size=batch_size, prompt=prompt)
     values = {name: None if math.isnan(v) else v for name, v in asdict(fidelity).items()}
     yield Result({"model": model, "teacher": teacher, **values}, f"{fidelity}\nTeacher: {teacher}")
 

@@ -88,7 +88,7 @@ def search(
             corpus,
             kind=kind or "flat",
             tokens_per_batch=tokens_per_batch,
-            show_progress_bar=sys.stderr.isatty(),
+            show_progress_bar=True,
         )
     with opened:
         for query in queries or _queries():

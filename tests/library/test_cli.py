@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tritern
+from tritern import progress
 from tritern.saving import is_ternary
 from tritern.search import KINDS, SearchIndex
 from tritern_cli import common
@@ -102,6 +103,23 @@ def test_a_terminal_without_the_characters(ternary_path, texts_file):
     )
     assert done.returncode == 0 and done.stdout.startswith(b"ba caf\\xe9\n"), done.stderr
     assert b"it/s" not in done.stderr  # no progress bars where nobody looks
+
+
+def test_long_verbs_say_how_far_they_are_without_a_terminal(
+    monkeypatch, tiny_path, ternary_path, texts_file, tmp_path
+):
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    for command, line in [
+        (["search", ternary_path, texts_file, "q"], "Embedding: 60 of 60 texts (100%), "),
+        (["eval", ternary_path, texts_file, "--teacher", tiny_path],
+         "Encoding by both models: 120 of 120 texts (100%), "),
+        (["bench", ternary_path, "--count", 4, "--rounds", 1, "--queries", 1],
+         "Measuring: 3 of 3 steps (100%), "),
+        (["convert", tiny_path, tmp_path / "out", "--calibrate", texts_file], "Calibrating: 4 of "),
+    ]:  # fmt: skip
+        result = run(*command, "--json")
+        assert line in result.stderr and "\r" not in result.stderr
+        assert json.loads(result.stdout)
 
 
 @pytest.mark.parametrize(

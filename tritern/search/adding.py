@@ -76,7 +76,7 @@ def add(
     under_way: deque[tuple[Sequence[Id], Sequence[str]]] = deque()
     windows = _windows(store, items, WINDOW.get(model.device.type, WINDOW["cuda"]), under_way)
     start = store.rows if total is not None and total >= store.rows else 0
-    shown = bar(desc="Embedding", total=total, initial=start, unit="text", disable=not show_progress_bar)
+    shown = bar(desc="Embedding", total=total, initial=start, unit=" texts", disable=not show_progress_bar)
     with shown, ThreadPoolExecutor(1) as writer:
         writing = writer.submit(lambda: None)
         for vectors in embed_windows(

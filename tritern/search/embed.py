@@ -50,7 +50,7 @@ def embed(
         return torch.empty(0, model.get_embedding_dimension() or 0, device=model.device)
     if len(texts) <= INLINE:
         return checked(_inline(model, texts, task, batching(model.device, task, tokens_per_batch)), texts)
-    with bar(desc="Embedding", total=len(texts), unit="text", disable=not show_progress_bar) as shown:
+    with bar(desc="Embedding", total=len(texts), unit=" texts", disable=not show_progress_bar) as shown:
         windows = embed_windows(
             model, [texts], task=task, tokens_per_batch=tokens_per_batch, advance=shown.update
         )
