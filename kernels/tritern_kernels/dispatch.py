@@ -1,8 +1,9 @@
 """Check, choose, launch: the public operations and their ``torch.library`` registration.
 
 ``tritern::linear`` and ``tritern::quantize_activations`` run on CUDA (the Triton kernels) and on the CPU
-(``torch._int_mm``, equal int32 sums), have fake implementations for ``torch.compile`` and, for ``linear``, a
-gradient with respect to x and bias that treats the activations' rounding as the identity (straight-through).
+(``torch._int_mm``, equal int32 sums), refuse other devices (``devices``), have fake implementations for
+``torch.compile`` and, for ``linear``, a gradient with respect to x and bias that treats the activations'
+rounding as the identity (straight-through).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
+from .devices import check_device, refuse
 from .formats import (
     PackedTernary,
     check_packed,
@@ -56,7 +58,7 @@ def linear(
         [..., N] in x's dtype.
 
     Raises:
-        TypeError, ValueError: an argument's dtype, shape or device does not fit.
+        TypeError, ValueError: an argument's dtype, shape or device does not fit; a device without kernels.
     """
     return torch.ops.tritern.linear(
         x, weight.packed, weight.scale, bias, weight.shape[1], activation_bits, gelu
@@ -76,7 +78,7 @@ def ternarize_weight(weight: Tensor, rule: Rule = "mse") -> PackedTernary:
 
     Raises:
         TypeError: not fp32, fp16, bf16. ValueError: not a matrix, unknown rule, NaN or infinity, K beyond the
-            bound.
+            bound, a device without kernels.
     """
     if weight.dtype not in FLOATS:
         raise TypeError(f"weight must be float32, float16 or bfloat16; received {weight.dtype}")
@@ -86,6 +88,7 @@ def ternarize_weight(weight: Tensor, rule: Rule = "mse") -> PackedTernary:
         raise ValueError(f"rule must be one of {', '.join(RULES)}; received {rule!r}")
     N, K = weight.shape
     check_shape(N, K)
+    check_device(weight.device)
     weight = weight.detach()
     if not torch.isfinite(weight).all():
         row = int((~torch.isfinite(weight)).any(1).nonzero()[0])
@@ -140,6 +143,8 @@ _plans: dict[tuple[Any, ...], Any] = {}
 
 @cache
 def _device(index: int) -> tuple[str, int, int]:
+    """Name, compute capability and multiprocessors of a GPU with kernels."""
+    check_device(torch.device("cuda", index))
     p = torch.cuda.get_device_properties(index)
     return p.name, 10 * p.major + p.minor, p.multi_processor_count
 
@@ -187,11 +192,11 @@ def _planned(
     key = (N, K, most, rows.dtype, activation_bits, rows.stride(0), bias_dtype, gelu, rows.device)
     plan = _plans.get(key)
     if plan is None:
-        from .plan import Plan
-
         config = _config(activation_bits, M, N, K, gelu, rows.device)
         if config.expand:
             return _unplanned(rows, packed, scale, bias, rows.dtype, activation_bits, gelu)
+        from .plan import Plan
+
         plan = _plans[key] = Plan(
             config, activation_bits, max(most, M), N, K, rows.stride(0), rows.dtype, bias is not None, gelu,
             rows.device,
@@ -233,6 +238,7 @@ def block_plan(sizes: BertSizes | DecoderSizes, M: int, dtype: torch.dtype, devi
     key = (type(sizes), sizes, bucket(M), dtype, device)
     plan = _plans.get(key)
     if plan is None:
+        check_device(device)
         from .block import BertPlan, DecoderPlan
 
         def configure(M: int, N: int, K: int) -> KernelConfig:
@@ -256,10 +262,10 @@ def _unplanned(
     activation_bits: int,
     gelu: bool,
 ) -> Tensor:
-    from . import activations, gemm
-
     (M, K), N = rows.shape, packed.shape[0]
     config = _config(activation_bits, M, N, K, gelu, rows.device)
+    from . import activations, gemm
+
     if config.expand and dtype == rows.dtype:
         from .ternarize import expand
 
@@ -284,18 +290,19 @@ def linear_int8_cuda(
     gelu: bool = False,
 ) -> Tensor:
     """Y [M, N] in ``dtype`` for activations that ``activations.quantize`` has made int8."""
-    from . import gemm
-
     if x_q.shape[0] == 0:
         return x_q.new_empty((0, packed.shape[0]), dtype=dtype)
     config = _config(8, x_q.shape[0], packed.shape[0], in_features, gelu, x_q.device)
+    from . import gemm
+
     return gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype, gelu)
 
 
 def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
+    _check_matrix(x)
+    check_device(x.device)
     from . import activations
 
-    _check_matrix(x)
     with torch.cuda.device(x.device):
         return activations.quantize(x if x.stride(1) == 1 else x.contiguous())
 
@@ -349,6 +356,7 @@ def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dequantize_impl(packed: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    check_device(packed.device)
     if packed.is_cuda:
         from .ternarize import expand
 
@@ -388,6 +396,8 @@ _library.impl("quantize_activations", _quantize_cpu, "CPU")
 _library.impl("quantize_activations", _quantize_cuda, "CUDA")
 _library.impl("dequantize", _dequantize_impl, "CPU")
 _library.impl("dequantize", _dequantize_impl, "CUDA")
+for _name in ("linear", "quantize_activations", "dequantize"):
+    _library.impl(_name, refuse, "CompositeExplicitAutograd")  # all other devices
 torch.library.register_fake("tritern::linear", _linear_fake, lib=_library)
 torch.library.register_fake("tritern::quantize_activations", _quantize_fake, lib=_library)
 torch.library.register_fake(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
+from .devices import check_device
 from .dispatch import linear_int8_cuda
 from .formats import from_packed_order, pack, unpack
 
@@ -24,7 +25,12 @@ class Codes(NamedTuple):
 
 
 def ternarize_given(weight: Tensor, scale: Tensor) -> Codes:
-    """Codes of a weight [N, K] for known scales float32 [N]: sign(w) where |w| > scale / 2."""
+    """Codes of a weight [N, K] for known scales float32 [N]: sign(w) where |w| > scale / 2.
+
+    Raises:
+        ValueError: a device without kernels.
+    """
+    check_device(weight.device)
     weight, scale = weight.detach(), scale.detach()
     if weight.is_cuda:
         from .ternarize import ternarize_given as kernel

@@ -18,6 +18,9 @@ from .formats import ATOM, padded_k
 
 Mode = Literal["int8", "16bit"]
 CONFIG_DIR = Path(__file__).parent / "configs"
+OLDEST_CAPABILITY = 80
+"""Compute capability 8.0 (Ampere): older GPUs lack bf16 and asynchronous copies, and Triton has left them."""
+
 SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 """KiB of shared memory one program may use, by compute capability (CUDA programming guide, technical
 specifications).
