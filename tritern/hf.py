@@ -86,6 +86,25 @@ class TernaryHfQuantizer(HfQuantizer):
                 f"loaded; received a {type(self.quantization_config).__qualname__}"
             )
 
+    def update_device_map(self, device_map: Any) -> Any:
+        """Note where the weights go; ``update_attn_implementation`` is called next."""
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        named = all(str(place) in ("cpu", "disk") for place in places)
+        self._on_cpu = named or not torch.accelerator.is_available()
+        return device_map
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Load 16 bits as float32 onto a CPU, where that is many times faster. transformers reads the dtype
+        from the configuration after this, unless the caller names one.
+        """
+        if (
+            self.pre_quantized
+            and self._on_cpu
+            and getattr(config, "dtype", None) in (None, torch.float16, torch.bfloat16)
+        ):
+            config.dtype = torch.float32
+        return config
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
             return model

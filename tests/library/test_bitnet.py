@@ -129,7 +129,8 @@ def test_embedding_models_save_and_load(embedding, tmp_path, texts):
     assert model.dtype == torch.bfloat16
     vectors = model.encode(texts, convert_to_tensor=True)
     model.save_pretrained(str(tmp_path))
-    again = SentenceTransformer(str(tmp_path), device="cpu")
+    options = {"device": "cpu", "model_kwargs": {"dtype": torch.bfloat16}}
+    again = SentenceTransformer(str(tmp_path), **options)
     assert torch.equal(again.encode(texts, convert_to_tensor=True), vectors)
     norms = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["norms"]
     assert len(norms) == 14 and set(norms.values()) == {1e-3}

@@ -170,7 +170,7 @@ def test_half_precision(tiny, sentences, tmp_path, dtype):
     cosines = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) * full).sum(1)
     assert cosines.min() > 0.99
     tiny.save_pretrained(str(tmp_path))
-    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    loaded = SentenceTransformer(str(tmp_path), device="cpu", model_kwargs={"dtype": dtype})
     assert loaded.get_submodule(WORD_TABLE).weight_scale.dtype == dtype
     assert np.array_equal(loaded.encode(sentences[:20]), vectors)
 
@@ -178,7 +178,7 @@ def test_half_precision(tiny, sentences, tmp_path, dtype):
 def test_minilm_in_half_precision_takes_16_megabytes(minilm, texts, tmp_path):
     tritern.patch(minilm, embedding_bits=8).half().save_pretrained(str(tmp_path))
     assert sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()) <= 16_500_000
-    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    loaded = SentenceTransformer(str(tmp_path), device="cpu", model_kwargs={"dtype": torch.float16})
     assert np.array_equal(loaded.encode(texts), minilm.encode(texts))
 
 

@@ -84,10 +84,51 @@ def test_half_precision_checkpoint(minilm, texts, tmp_path):
     model.save_pretrained(str(tmp_path))
     size = sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
     assert size <= 31_000_000
-    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    options = {"model_kwargs": {"dtype": torch.float16}}
+    loaded = SentenceTransformer(str(tmp_path), device="cpu", **options)
     layer = next(m for m in loaded.modules() if isinstance(m, TernaryLinear))
     assert layer.weight_scale.dtype == torch.float32 and layer.bias.dtype == torch.float16
     assert np.array_equal(loaded.encode(texts), model.encode(texts))
+
+
+@pytest.fixture
+def halved(tiny, tmp_path):
+    """A folder in float16 with the model, which was widened to float32 afterwards."""
+    tritern.patch(tiny, embedding_bits=8).half().save_pretrained(str(tmp_path / "halved"))
+    stored = {t.dtype for t in load_file(tmp_path / "halved" / "model.safetensors").values()}
+    assert stored == {torch.uint8, torch.int8, torch.float32, torch.float16}
+    return tmp_path / "halved", tiny.float()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "settings", "dtype"),
+    [
+        (False, {}, torch.float32),
+        (False, {"dtype": "auto"}, torch.float32),
+        (False, {"dtype": torch.float16}, torch.float16),
+        (False, {"dtype": "bfloat16"}, torch.bfloat16),
+        (True, {}, torch.float16),
+        (True, {"device_map": "cpu"}, torch.float32),
+        (True, {"device_map": {"": "cpu"}}, torch.float32),
+        (True, {"device_map": "cpu", "dtype": torch.float16}, torch.float16),
+    ],
+)
+def test_16_bits_stored_are_computed_with_in_float32_on_a_cpu(
+    halved, sentences, monkeypatch, gpu, settings, dtype
+):
+    folder, wide = halved
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    auto = AutoModel.from_pretrained(folder, **settings)
+    loaded = SentenceTransformer(str(folder), device=None if "device_map" in settings else "cpu",
+                                 model_kwargs=settings)  # fmt: skip
+    assert auto.dtype == auto.config.dtype == loaded.dtype == dtype
+    if dtype == torch.float32:
+        assert np.array_equal(loaded.encode(sentences[:20]), wide.encode(sentences[:20]))
+
+
+def test_a_full_precision_model_is_patched_in_the_dtype_it_has(tiny, tmp_path):
+    tiny[0].auto_model.bfloat16().save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path, quantization_config=TernaryConfig()).dtype == torch.bfloat16
 
 
 def test_save_again_and_sharded(saved, texts, tmp_path):
@@ -265,7 +306,7 @@ def test_patching_while_loading_is_the_same_as_afterwards(tiny_path, tmp_path, c
     patched = tritern.patch(AutoModel.from_pretrained(tiny_path, dtype=dtype), config)
     assert same_state(loaded, patched) and loaded.config.to_dict() == patched.config.to_dict()
     loaded.save_pretrained(tmp_path)
-    assert same_state(AutoModel.from_pretrained(tmp_path), patched)
+    assert same_state(AutoModel.from_pretrained(tmp_path, dtype=dtype), patched)
 
 
 def test_a_sentence_transformer_is_patched_while_loading(tiny_path, texts, tmp_path):
