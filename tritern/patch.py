@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tritern_kernels.devices import check_device
 from tritern_kernels.dispatch import FLOATS
 from tritern_kernels.formats import check_shape
 
@@ -196,6 +197,10 @@ def _check(model: nn.Module, config: TernaryConfig, linears: list[Choice], table
         assert isinstance(weight, torch.Tensor)
         if weight.is_meta:
             raise TriternError(f"{c.name}.weight is on the meta device: load the weights before patching")
+        try:
+            check_device(weight.device)
+        except ValueError as error:
+            raise TriternError(f"{c.name}.weight: {error}") from None
         if weight.dtype not in FLOATS:
             raise TriternError(
                 f"{c.name}.weight is {weight.dtype}; float32, float16 or bfloat16 are supported: cast it"

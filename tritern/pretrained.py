@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tritern_kernels.devices import SUPPORTED, check_device, unsupported
 
 from .errors import CheckpointError, TriternError
 from .saving import is_ternary
@@ -30,22 +35,47 @@ def resolve(name: str | Path) -> str:
     return str(_FOLDER / name) if name in shipped() and not here else name
 
 
+def usable(device: str | torch.device | None) -> str | None:
+    """The device for a ternary model: ``device``; None, where sentence-transformers' own choice has kernels;
+    "cpu" where it has none, as "mps" on a Mac.
+
+    Raises:
+        TriternError: ``device`` is none, or has no kernels.
+
+    Warns:
+        UserWarning: it is the CPU because sentence-transformers' choice has no kernels.
+    """
+    if device is None:
+        from sentence_transformers.util import get_device_name
+
+        chosen = get_device_name()
+        if (why := unsupported(torch.device(chosen))) is None:
+            return None
+        warnings.warn(f"the model is put on the CPU, not on {chosen}: {why}; {SUPPORTED}", stacklevel=3)
+        return "cpu"
+    try:
+        check_device(torch.device(device))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TriternError(f"device={str(device)!r}: {error}") from None
+    return str(device)
+
+
 def load(name: str | Path, *, device: str | None = None, **settings: Any) -> SentenceTransformer:
     """A ternary sentence-transformer, ready to encode.
 
     Args:
         name: ``"minilm-l6-ternary"``, which comes with the package and needs no network, or the folder or
             hub name of a saved ternary model.
-        device: as of ``SentenceTransformer``.
+        device: as of ``SentenceTransformer``; by default a CUDA GPU with kernels, otherwise the CPU.
         **settings: further arguments of ``SentenceTransformer``, such as ``cache_folder``.
 
     Raises:
         CheckpointError: a file is not what was saved. TriternError: no such model, or one that is not
-            ternary.
+            ternary; a device without kernels.
     """
     from sentence_transformers import SentenceTransformer
 
-    path = resolve(name)
+    path, device = resolve(name), usable(device)
     try:
         model = SentenceTransformer(path, device=device, **settings)
     except CheckpointError:

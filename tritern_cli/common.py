@@ -89,11 +89,12 @@ def load(
     from transformers.utils.logging import disable_progress_bar
 
     from tritern import CheckpointError
-    from tritern.pretrained import resolve
+    from tritern.pretrained import resolve, usable
 
     if not sys.stderr.isatty():
         disable_progress_bar()
     settings = {"dtype": getattr(torch, dtype)} if dtype else {}
+    device = usable(device)
     try:
         return SentenceTransformer(
             resolve(name), device=device, trust_remote_code=trust_remote_code, model_kwargs=settings

@@ -32,6 +32,8 @@ def unsupported(device: torch.device) -> str | None:
         return f"there are no kernels for {device.type!r} devices"
     if torch.version.hip:
         return "this torch is built for ROCm (AMD GPUs), and the kernels are NVIDIA's"
+    if (device.index or 0) >= torch.cuda.device_count():
+        return f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA GPUs here"
     if find_spec("triton") is None:
         return "Triton is not installed, which compiles the kernels for GPUs"
     major, minor = torch.cuda.get_device_capability(device)

@@ -2,6 +2,8 @@
 tensors are fake ones, which know their device and have no memory.
 """
 
+import re
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -69,7 +71,8 @@ def test_weights_are_ternarized_on_devices_with_kernels_only():
         training.ternarize_given(x, scale)
 
 
-def a_gpu(monkeypatch, capability=(8, 0), hip=None, triton=True):
+def a_gpu(monkeypatch, capability=(8, 0), hip=None, triton=True, count=2):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
     monkeypatch.setattr(torch.version, "hip", hip)
@@ -82,6 +85,7 @@ def a_gpu(monkeypatch, capability=(8, 0), hip=None, triton=True):
         ({"capability": (7, 5)}, "Tesla T4 has compute capability 7.5"),
         ({"hip": "6.3.42131"}, "this torch is built for ROCm"),
         ({"triton": False}, "Triton is not installed"),
+        ({"count": 0}, f"torch {re.escape(torch.__version__)} sees 0 CUDA GPUs here"),
     ],
 )
 def test_gpus_without_kernels(monkeypatch, gpu, why):
