@@ -13,6 +13,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from tritern_kernels.devices import unsupported
 from tritern_kernels.formats import check_codes, check_scale
 
 from .checkpoint import DIGEST_KEY, digest, verify, verify_files
@@ -90,7 +91,7 @@ class TernaryHfQuantizer(HfQuantizer):
         """Note where the weights go; ``update_attn_implementation`` is called next."""
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         named = all(str(place) in ("cpu", "disk") for place in places)
-        self._on_cpu = named or not torch.accelerator.is_available()
+        self._on_cpu = named or unsupported(torch.device("cuda")) is not None
         return device_map
 
     def update_attn_implementation(self, config: Any) -> Any:
