@@ -60,6 +60,15 @@ def usable(device: str | torch.device | None) -> str | None:
     return str(device)
 
 
+def widen(model: SentenceTransformer, dtype: Any) -> SentenceTransformer:
+    """A model that was loaded with this ``dtype``: in float32 if it is ternary, on a CPU, and None was named.
+    Loading sees to it where there is no GPU, but is not told of ``device="cpu"`` beside one.
+    """
+    if dtype in (None, "auto") and model.device.type == "cpu" and is_ternary(model):
+        model.float()
+    return model
+
+
 def load(name: str | Path, *, device: str | None = None, **settings: Any) -> SentenceTransformer:
     """A ternary sentence-transformer, ready to encode.
 
@@ -67,7 +76,8 @@ def load(name: str | Path, *, device: str | None = None, **settings: Any) -> Sen
         name: ``"minilm-l6-ternary"``, which comes with the package and needs no network, or the folder or
             hub name of a saved ternary model.
         device: as of ``SentenceTransformer``; by default a CUDA GPU with kernels, otherwise the CPU.
-        **settings: further arguments of ``SentenceTransformer``, such as ``cache_folder``.
+        **settings: further arguments of ``SentenceTransformer``, such as ``cache_folder``. What was saved in 16
+            bits is float32 on a CPU, unless ``model_kwargs`` name a ``dtype``.
 
     Raises:
         CheckpointError: a file is not what was saved. TriternError: no such model, or one that is not
@@ -89,4 +99,5 @@ def load(name: str | Path, *, device: str | None = None, **settings: Any) -> Sen
         raise TriternError(
             f"{name} is no ternary model; tritern.patch(SentenceTransformer({str(name)!r})) makes it one"
         )
-    return model
+    named = settings.get("model_kwargs") or {}
+    return widen(model, named.get("dtype", named.get("torch_dtype")))

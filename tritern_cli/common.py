@@ -89,16 +89,17 @@ def load(
     from transformers.utils.logging import disable_progress_bar
 
     from tritern import CheckpointError
-    from tritern.pretrained import resolve, usable
+    from tritern.pretrained import resolve, usable, widen
 
     if not sys.stderr.isatty():
         disable_progress_bar()
     settings = {"dtype": getattr(torch, dtype)} if dtype else {}
     device = usable(device)
     try:
-        return SentenceTransformer(
+        model = SentenceTransformer(
             resolve(name), device=device, trust_remote_code=trust_remote_code, model_kwargs=settings
         )
+        return widen(model, dtype)
     except CheckpointError:
         raise
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:

@@ -14,6 +14,7 @@ from transformers import AutoModel
 import tritern
 from tritern import CheckpointError, TernaryConfig, TernaryLinear, TriternError
 from tritern.checkpoint import DIGEST_KEY, MANIFEST, digest
+from tritern_cli import common
 
 ROOT = Path(__file__).parents[2]
 
@@ -124,6 +125,17 @@ def test_16_bits_stored_are_computed_with_in_float32_on_a_cpu(
     assert auto.dtype == auto.config.dtype == loaded.dtype == dtype
     if dtype == torch.float32:
         assert np.array_equal(loaded.encode(sentences[:20]), wide.encode(sentences[:20]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"), [({}, torch.float32), ({"dtype": torch.float16}, torch.float16)]
+)
+def test_so_they_are_where_the_cpu_is_chosen_beside_a_gpu(halved, monkeypatch, settings, dtype):
+    folder, _ = halved
+    monkeypatch.setattr("tritern.hf.unsupported", lambda device: None)
+    assert tritern.load(folder, device="cpu", model_kwargs=settings).dtype == dtype
+    name = str(dtype).removeprefix("torch.") if settings else None
+    assert common.load(str(folder), device="cpu", dtype=name).dtype == dtype
 
 
 def test_a_full_precision_model_is_patched_in_the_dtype_it_has(tiny, tmp_path):
