@@ -184,13 +184,13 @@ def _token_weights(batch: Batch, x: Tensor) -> Tensor:
     rows = x.shape[:-1].numel()
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return torch.ones(rows, device=x.device)
-    weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
+        return torch.ones(rows, dtype=torch.float32, device=x.device)
+    weights = mask.float() / mask.sum(1, keepdim=True).clamp(min=1)  # of integers: the default dtype
     if x.shape[:-1] == mask.shape:
         return weights.flatten().to(x.device)
     if rows == int(mask.sum()):  # padding was taken out
         return weights[mask.bool()].to(x.device)
-    return torch.full((rows,), len(mask) / rows, device=x.device)
+    return torch.full((rows,), len(mask) / rows, dtype=torch.float32, device=x.device)
 
 
 def _fit(layer: Any, name: str, moments: Moments, config: TernaryConfig) -> TernaryLinear | None:
@@ -203,7 +203,7 @@ def _fit(layer: Any, name: str, moments: Moments, config: TernaryConfig) -> Tern
     damping = (DAMPING + SCARCITY * len(H) / max(moments.tokens, 1)) * H.diagonal().mean()
     if not (damping > 0 and torch.isfinite(H).all() and torch.isfinite(C).all()):
         return None
-    H, C = H + damping * torch.eye(len(H), device=H.device), C + damping * layer.weight.double()
+    H, C = H + damping * torch.eye(len(H), dtype=H.dtype, device=H.device), C + damping * layer.weight.double()
     start = TernaryLinear.from_linear(layer, rule=config.rule, activation_bits=config.activation_bits)
     codes, scale = search(start.weight_scale, H, C)
     bias = layer.bias

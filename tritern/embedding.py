@@ -107,7 +107,9 @@ class Int8Embedding(nn.Module):
         """The ``original`` table with the same values in ``dtype`` (default: that of the scales)."""
         values = self._values(self.weight, self.weight_scale).to(dtype or self.weight_scale.dtype)
         options: Any = {} if self.original is nn.Embedding else {"embed_scale": self.embed_scale}
-        table = self.original(1, self.embedding_dim, None, **options).to(values.device)
+        table: Any = self.original(1, self.embedding_dim, None, **options).to(values.device)
+        if options:  # the buffer would have torch's default dtype
+            table.embed_scale = torch.tensor(self.embed_scale, dtype=torch.float32, device=values.device)
         table.num_embeddings, table.padding_idx = self.num_embeddings, self.padding_idx
         table.weight = nn.Parameter(values)
         return table.train(self.training)
@@ -187,5 +189,5 @@ def _multiplies(kind: type[nn.Embedding]) -> bool:
         table = make(3, 2, None, embed_scale=3.0)
         if not isinstance(table.embed_scale, Tensor) or not hasattr(table, "scalar_embed_scale"):
             return False  # a multiplier that is not rounded to the table's dtype
-        table.weight = nn.Parameter(torch.tensor([[1.0, -2.0], [3.0, 0.0], [5.0, 6.0]]))
+        table.weight = nn.Parameter(torch.tensor([[1.0, -2.0], [3.0, 0.0], [5.0, 6.0]], dtype=torch.float32))
         return torch.equal(table(torch.arange(3)), table.weight * 3)

@@ -42,11 +42,12 @@ def check_shape(N: int, K: int) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedTernary:
     """A ternary matrix of ``shape`` (N, K): ``packed`` uint8 [N, padded_k(K)/4] and ``scale`` float32 [N].
 
-    Row n stands for ``scale[n] * codes[n]``.
+    Row n stands for ``scale[n] * codes[n]``. Two are equal if they hold the same bits, on one device; on the
+    meta device, where there are no bits, only an object with itself. Comparing waits for the GPU.
 
     Raises:
         TypeError: wrong dtype. ValueError: shapes that do not belong together, or K beyond ``MAX_K``.
@@ -60,6 +61,16 @@ class PackedTernary:
         N, K = self.shape
         check_shape(N, K)
         check_packed(self.packed, self.scale, N, K)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PackedTernary) or self is other:
+            return self is other
+        if self.shape != other.shape or self.packed.device != other.packed.device or self.packed.is_meta:
+            return False
+        return torch.equal(self.packed, other.packed) and torch.equal(self.scale, other.scale)
+
+    def __hash__(self) -> int:
+        return hash(self.shape)  # not the content, which may be changed in place
 
     def codes(self) -> Tensor:
         """int8 [N, K] in {-1, 0, +1}."""
@@ -136,7 +147,7 @@ def unpack(packed: Tensor, K: int, check: bool = True) -> Tensor:
         ValueError: shape does not fit K, or a byte holds the unused pattern 10 (the data is not ternary).
     """
     N = packed.shape[0]
-    check_packed(packed, torch.empty(N, device=packed.device), N, K)
+    check_packed(packed, torch.empty(N, dtype=torch.float32, device=packed.device), N, K)
     if check and packed.device.type != "meta":
         check_codes(packed)
     byte = packed.view(N, -1, 16, 2).transpose(2, 3)  # [N, atom, h, w]

@@ -40,7 +40,7 @@ def ternarize(weight: Tensor, rule: Rule = "mse") -> tuple[Tensor, Tensor]:
     elif rule == "mse":
         ordered = magnitude.sort(dim=1, descending=True).values
         sums = ordered.cumsum(1, dtype=torch.float64)
-        count = torch.arange(1, w.shape[1] + 1, device=w.device)
+        count = torch.arange(1, w.shape[1] + 1, dtype=torch.int64, device=w.device)
         best = (sums * sums / count).argmax(1, keepdim=True)
         scale = (sums.gather(1, best) / count[best]).squeeze(1).float()
         threshold = 0.5 * scale  # at the optimum the k-th magnitude is above scale / 2 and the next one below

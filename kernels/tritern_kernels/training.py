@@ -50,7 +50,7 @@ def transpose(packed: Tensor, K: int) -> Tensor | None:
     from .ternarize import ternarize_given as kernel
 
     codes = unpack(packed, K, check=False).t().to(torch.float16, memory_format=torch.contiguous_format)
-    return kernel(codes, torch.ones(K, device=packed.device)).packed
+    return kernel(codes, torch.ones(K, dtype=torch.float32, device=packed.device)).packed
 
 
 def ternary_linear(
@@ -166,7 +166,7 @@ def _input_gradient(grad: Tensor, scale: Tensor, packed: Tensor, transposed: Ten
     """grad [M, N] times the weight [N, K]: on CUDA by the 16-bit kernel on the packed transpose."""
     if transposed is None:
         return grad @ (scale[:, None] * cpu.codes_of(packed, K)).to(grad.dtype)
-    ones = torch.ones(K, device=grad.device)
+    ones = torch.ones(K, dtype=torch.float32, device=grad.device)
     scaled = (grad * scale).to(grad.dtype)
     return torch.ops.tritern.linear(scaled, transposed, ones, None, grad.shape[1], 16, False)
 

@@ -209,7 +209,7 @@ class LengthBatches(SetEpochMixin, BatchSampler):
     def __init__(
         self, lengths: Sequence[int], batch_size: int, drop_last: bool, processes: int = 1, seed: int = 0
     ) -> None:
-        self.lengths = torch.tensor(lengths)
+        self.lengths = torch.tensor(lengths, dtype=torch.int64)
         self.batch_size, self.drop_last, self.processes, self.seed = batch_size, drop_last, processes, seed
         self.epoch = 0
 

@@ -40,7 +40,7 @@ def similarity(
         first: where this batch starts in them.
         temperature: of the softmax.
     """
-    own = torch.arange(first, first + len(student), device=student.device)[:, None]
+    own = torch.arange(first, first + len(student), dtype=torch.int64, device=student.device)[:, None]
 
     def rows(vectors: Tensor, everything: Tensor | None) -> Tensor:
         everything = vectors if everything is None else everything

@@ -92,7 +92,8 @@ class DistillationLoss(nn.Module):
         self.args = args
         self.progress = 0.0  # share of the training steps done, set by the trainer
         # factors that make the terms' gradients equally long; NaN until measured on the first batch
-        self.register_buffer("balance", torch.full((len(LOSSES),), torch.nan if args.balance_losses else 1.0))
+        factor = torch.nan if args.balance_losses else 1.0
+        self.register_buffer("balance", torch.full((len(LOSSES),), factor, dtype=torch.float32))
         self._teacher = (teacher,)  # out of sight: a module here would be trained, moved and saved
         self._taps = Taps(model), Taps(teacher) if teacher is not None else None
         self._check(model, teacher)

@@ -277,7 +277,8 @@ class TernaryDistiller(SentenceTransformerTrainer):
         for layer in self.layers():
             layer.frozen = metadata["frozen"] == "1"
         with torch.no_grad():
-            self.objective.balance.copy_(torch.tensor([float(b) for b in metadata["balance"].split(",")]))
+            balance = [float(b) for b in metadata["balance"].split(",")]
+            self.objective.balance.copy_(torch.tensor(balance, dtype=torch.float32))
 
 
 class _Schedule(TrainerCallback):

@@ -89,7 +89,7 @@ def batches(
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     tokenizer, longest = (getattr(model, name, None) for name in ("tokenizer", "max_seq_length"))
     for start in range(0, len(order), plan.chunk):
-        numbers = torch.tensor(order[start : start + plan.chunk])
+        numbers = torch.tensor(order[start : start + plan.chunk], dtype=torch.int64)
         chunk = [texts[i] for i in numbers.tolist()]
         with _tokenizers.setdefault(model, threading.Lock()):
             features = model.preprocess(chunk, prompt=prompt, **_task(task))

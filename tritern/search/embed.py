@@ -47,7 +47,8 @@ def embed(
     check_texts(texts)
     model.eval()
     if not texts:
-        return torch.empty(0, model.get_embedding_dimension() or 0, device=model.device)
+        width = model.get_embedding_dimension() or 0
+        return torch.empty(0, width, dtype=torch.float32, device=model.device)
     if len(texts) <= INLINE:
         return checked(_inline(model, texts, task, batching(model.device, task, tokens_per_batch)), texts)
     with bar(desc="Embedding", total=len(texts), unit=" texts", disable=not show_progress_bar) as shown:
