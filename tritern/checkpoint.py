@@ -21,7 +21,10 @@ DIGEST_KEY = "tritern_sha256"
 """Name of the digest in the safetensors metadata."""
 
 MANIFEST = "tritern_manifest.json"
-"""File beside a saved model with the sha256 of every other file that its vectors depend on."""
+"""File beside a saved model with the sha256 of every other file that the vectors of a text depend on."""
+
+EDITABLE = "config_sentence_transformers.json"
+"""Prompts, the similarity and the versions of a sentence-transformers model: its users choose them."""
 
 _MODULE_FOLDER = re.compile(r"(\w+_)?\d+_\w+")
 """How sentence-transformers names the folders of its modules: ``1_Pooling``, ``query_0_Transformer``."""
@@ -102,16 +105,60 @@ def _check_dtypes(owner: dict[str, Any]) -> None:
 def sealed(folder: str | Path) -> Iterator[None]:
     """Write a manifest of the files that the body writes into ``folder`` and its modules' folders.
 
-    Left out are model cards, logs, and safetensors files that carry a digest of their own.
+    Left out are model cards, logs, prompts, and safetensors files that carry a digest of their own.
     """
     folder = Path(folder)
     before = _files(folder)
     yield
     written = [name for name, state in _files(folder).items() if before.get(name) != state]
     sums = {name: _sha256(folder / name) for name in sorted(written) if not _has_digest(folder / name)}
-    temporary = folder / f"{MANIFEST}.{os.getpid()}"
-    temporary.write_text(json.dumps({"sha256": sums}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / MANIFEST)
+    _write(folder / MANIFEST, json.dumps({"sha256": sums}, indent=1) + "\n")
+
+
+@contextmanager
+def resealed(folder: str | Path) -> Iterator[list[str]]:
+    """Bring a model's manifests up to the files that are there, and back if the body raises.
+
+    Yields:
+        The names of the files that are not what was saved.
+
+    Raises:
+        CheckpointError: the folder has no manifest, or one that cannot be read.
+    """
+    folder = Path(folder)
+    roots = [Path(parent) for parent, names in _walk(folder) if MANIFEST in names]
+    if folder not in roots:
+        raise CheckpointError(
+            f"{folder} holds no {MANIFEST}: none of its files is sealed. Load the model and save it again "
+            "with model.save_pretrained(), which seals them"
+        )
+    before = {root / MANIFEST: (root / MANIFEST).read_text(encoding="utf-8") for root in roots}
+    known = {root: _manifest(root / MANIFEST) for root in roots}
+    now = {
+        root: {name: _sha256(root / name) for name in sums if (root / name).is_file()}
+        for root, sums in known.items()
+    }
+    changed = [
+        (root / name).relative_to(folder).as_posix()
+        for root, sums in now.items()
+        for name in sums
+        if sums[name] != known[root][name]
+    ]
+    try:
+        for root, sums in now.items():
+            _write(root / MANIFEST, json.dumps({"sha256": sums}, indent=1) + "\n")
+        yield list(dict.fromkeys(changed))
+    except BaseException:
+        for file, text in before.items():
+            _write(file, text)
+        raise
+
+
+def _write(file: Path, text: str) -> None:
+    """In one step, so that no reader finds half of it."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
 
 
 def verify_files(folder: str | Path) -> None:
@@ -132,8 +179,9 @@ def verify_files(folder: str | Path) -> None:
         for name, expected in sums.items():
             if (root / name).is_file() and _sha256(root / name) != expected:
                 raise CheckpointError(
-                    f"{root / name} is not the file that was saved (sha256 differs): copy it again. If it "
-                    f"was changed on purpose, delete {root / MANIFEST}, load the model and save it again."
+                    f"{root / name} is not the file that was saved (sha256 differs), and vectors depend on "
+                    "it. Copy it again; or, if it was changed on purpose, seal the folder as it is with "
+                    f"`tritern info {root} --seal`"
                 )
 
 
@@ -146,18 +194,18 @@ def _manifest(file: Path) -> dict[str, str]:
             raise ValueError("not a table of file names and sha256 sums")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}): it is damaged. Copy it again.") from None
-    return sums
+    return {name: total for name, total in sums.items() if PurePosixPath(name).name != EDITABLE}
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int, int]]:
     """Files that may be part of the model in a folder, with what changes when they are written."""
     found = {}
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [f for f in folders if _MODULE_FOLDER.fullmatch(f)]
+    for parent, names in _walk(folder):
         for name in names:
             # of the text files, the tokenizers' own only: others are notes and logs
             other_text = name.endswith(".txt") and name not in ("vocab.txt", "merges.txt")
-            if not (name.startswith(MANIFEST) or name.endswith(_NO_PART_OF_A_MODEL) or other_text):
+            other = name.startswith(MANIFEST) or name == EDITABLE or other_text
+            if not (other or name.endswith(_NO_PART_OF_A_MODEL)):
                 file = Path(parent, name)
                 try:
                     state = file.stat()
@@ -166,6 +214,13 @@ def _files(folder: Path) -> dict[str, tuple[int, int, int]]:
                 key = str(PurePosixPath(file.relative_to(folder)))
                 found[key] = (state.st_mtime_ns, state.st_size, state.st_ino)
     return found
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """A model's folder and those of its modules, with the names of the files in each."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [f for f in folders if _MODULE_FOLDER.fullmatch(f)]
+        yield parent, names
 
 
 def _has_digest(file: Path) -> bool:

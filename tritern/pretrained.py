@@ -76,8 +76,8 @@ def load(name: str | Path, *, device: str | None = None, **settings: Any) -> Sen
         name: ``"minilm-l6-ternary"``, which comes with the package and needs no network, or the folder or
             hub name of a saved ternary model.
         device: as of ``SentenceTransformer``; by default a CUDA GPU with kernels, otherwise the CPU.
-        **settings: further arguments of ``SentenceTransformer``, such as ``cache_folder``. What was saved in 16
-            bits is float32 on a CPU, unless ``model_kwargs`` name a ``dtype``.
+        **settings: further arguments of ``SentenceTransformer``, such as ``cache_folder``. What was saved in
+            16 bits is float32 on a CPU, unless ``model_kwargs`` name a ``dtype``.
 
     Raises:
         CheckpointError: a file is not what was saved. TriternError: no such model, or one that is not

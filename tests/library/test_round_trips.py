@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
 import tritern
 from tritern import CheckpointError, Int8Embedding, TernaryLinear, TriternError
-from tritern.checkpoint import MANIFEST, sealed
+from tritern.checkpoint import EDITABLE, MANIFEST, sealed
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_push_a_transformers_model_to_the_hub(saved, hub, tmp_path, monkeypatch,
 def test_a_manifest_lists_what_the_save_wrote(saved, tmp_path):
     sums = json.loads((saved / MANIFEST).read_text())["sha256"]
     files = {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()}
-    assert files - sums.keys() == {"README.md", "model.safetensors", MANIFEST}
+    assert files - sums.keys() == {"README.md", "model.safetensors", EDITABLE, MANIFEST}
     for name in ("notes.json", "run.log", "1_Pooling/old.json"):  # there before, or no part of a model
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")

@@ -1,5 +1,6 @@
 """What is saved is what is there, wherever it is saved; what could not be loaded again is refused."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ from sentence_transformers.sentence_transformer.modules import Dense
 from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel
 
 import tritern
-from tritern import TernaryLinear, TriternError
-from tritern.checkpoint import MANIFEST
+from tritern import CheckpointError, TernaryLinear, TriternError
+from tritern.checkpoint import EDITABLE, MANIFEST, resealed
 
 
 @pytest.fixture
@@ -73,6 +74,48 @@ def test_the_users_own_card_stays(saved, tmp_path):
     (saved / "README.md").write_text("---\ntags: [mine]\n---\n# My model\n")
     SentenceTransformer(str(saved), device="cpu").save_pretrained(str(tmp_path / "again"))
     assert "# My model" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_prompts_and_the_card_may_be_edited(saved, texts):
+    before = SentenceTransformer(str(saved), device="cpu").encode(["ba da " + text for text in texts])
+    (saved / "README.md").write_text("# Mine\n")
+    file = saved / EDITABLE
+    sums = json.loads((saved / MANIFEST).read_text())["sha256"]
+    for known in (sums, {**sums, EDITABLE: "0" * 64}):  # as folders were sealed once
+        (saved / MANIFEST).write_text(json.dumps({"sha256": known}))
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps({**config, "prompts": {"query": "ba da "}, "similarity_fn_name": "dot"}))
+        model = SentenceTransformer(str(saved), device="cpu")
+        assert model.similarity_fn_name == "dot"
+        assert np.array_equal(model.encode_query(texts), before)
+    model.save_pretrained(str(saved))
+    assert SentenceTransformer(str(saved), device="cpu").prompts["query"] == "ba da "
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json"],
+)
+def test_what_changes_vectors_is_sealed(saved, name):
+    file = saved / name
+    file.write_text(file.read_text() + "\n")
+    match = f"{file} is not the file that was saved.*`tritern info {saved} --seal`"
+    with pytest.raises(CheckpointError, match=match):
+        SentenceTransformer(str(saved), device="cpu")
+    manifest = (saved / MANIFEST).read_text()
+    with pytest.raises(RuntimeError, match="no good"):
+        with resealed(saved):
+            raise RuntimeError("no good")
+    assert (saved / MANIFEST).read_text() == manifest
+    with resealed(saved) as changed:
+        SentenceTransformer(str(saved), device="cpu")
+    assert changed == [name] and not list(saved.glob(f"{MANIFEST}.*"))
+    with resealed(saved) as changed:
+        assert changed == []
+    (saved / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=f"{saved} holds no {MANIFEST}.*save it again"):
+        with resealed(saved):
+            pass
 
 
 def test_folders_that_hold_something_already(tiny, sentences, tmp_path, monkeypatch):
