@@ -49,6 +49,7 @@ from tritern_kernels import (
     padded_k,
     quantize_activations,
     reference,
+    tables,
     tune,
     tuning,
 )
@@ -71,7 +72,7 @@ BASELINES = ("F.linear bf16", "F.linear fp16")
 
 def _config(mode: tuning.Mode, case: Case) -> tuning.KernelConfig:
     p = torch.cuda.get_device_properties(case.x.device)
-    return tuning.choose(mode, *case.shape, False, p.name, 10 * p.major + p.minor, p.multi_processor_count)
+    return tables.choose(mode, *case.shape, False, p.name, 10 * p.major + p.minor, p.multi_processor_count)
 
 
 def tritern_linear(case: Case, bits: int) -> Entry:

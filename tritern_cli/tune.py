@@ -19,8 +19,8 @@ EXAMPLES = """**Examples**
     tritern tune bge-base qwen3-embedding-0.6b --seconds 1200
     tritern tune --shape 4096x1024 --tokens 64 --tokens 4096 --output my-gpu.json
 
-Every valid configuration is compiled, checked and timed, which takes minutes; results go to a table that
-calls look up."""
+Every valid configuration is compiled, checked and timed, which takes minutes; results go to a table in
+~/.cache/tritern (or where the environment variable TRITERN_CACHE says), that later processes look up."""
 
 
 def tune(
@@ -40,7 +40,7 @@ def tune(
     seconds: Annotated[
         float | None, typer.Option(min=1, help="Stop before the next shape after this.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="The table; default: the package's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The table; default: in the user's cache.")] = None,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> Iterator[Result]:
@@ -55,15 +55,19 @@ def tune(
 
     if not torch.cuda.is_available():
         raise common.Refused("tuning times kernels on a CUDA GPU, and torch sees none here")
+    from tritern_kernels import tables
     from tritern_kernels import tune as kernels
-    from tritern_kernels import tuning
 
     known = [name for name in models or () if name in kernels.MODELS]
     for name in models or ():
         if name not in known:
             shapes += _shapes(str(common.model_name(name)), trust_remote_code)
     gpu = torch.cuda.get_device_name()
-    table = output or tuning.CONFIG_DIR / f"{tuning.gpu_slug(gpu)}.json"
+    try:
+        table = output or tables.user_table(gpu)
+        tables.check_table(table)
+    except ValueError as error:
+        raise common.Refused(f"{error} Or name another table with --output.") from None
     arguments = ["--json", str(table), *_option("--models", known), *_option("--shapes", shapes)]
     arguments += _option("--tokens", tokens) + _option("--modes", mode and [mode])
     kernels.main([*arguments, *(["--seconds", str(seconds)] if seconds else [])])

@@ -27,7 +27,7 @@ from typing import Any, get_args
 
 import triton
 
-from . import activations, dispatch, gemm, gemm_few, norms, ternarize, tuning
+from . import activations, dispatch, gemm, gemm_few, norms, tables, ternarize, tuning
 from .launch import INTERPRETED
 from .reference import RULES
 
@@ -70,7 +70,7 @@ class Row:
 
 
 def jobs(capability: int) -> Iterator[Job]:
-    """All kernels in all configurations that ``tuning.choose`` can return on sm_``capability``."""
+    """All kernels in all configurations that ``tables.choose`` can return on sm_``capability``."""
     for mode in ("int8", "16bit"):
         found: dict[tuning.KernelConfig, tuple[bool, ...]] = {}
         for config in tuning.formula_tiles(mode, capability):
@@ -81,8 +81,8 @@ def jobs(capability: int) -> Iterator[Job]:
             if few := tuning.few_tokens(mode, N, K, capability, 132):
                 found[few] = (False, True)
         if capability == 90:  # the GPUs with tables
-            tables = [e for path in tuning.CONFIG_DIR.glob("*.json") for e in tuning.load_table(path)]
-            for c in (e.config for e in tables if e.mode == mode):
+            measured = [e for path in tables.CONFIG_DIR.glob("*.json") for e in tables.load_table(path)]
+            for c in (e.config for e in measured if e.mode == mode):
                 found.setdefault(replace(c, group_m=8, split_k=min(c.split_k, 2), expand=False), (False,))
         for c, gelus in found.items():
             K = c.step if c.quantizing else 4096
@@ -283,6 +283,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: the interpreter does not compile. Unset it.")
+    if old := [c for c in options.capability or () if c < tuning.OLDEST_CAPABILITY]:
+        parser.error(f"--capability must be at least {tuning.OLDEST_CAPABILITY}; received {old[0]}")
     rows = check_all(tuple(options.capability or CAPABILITIES))
     bad = [r for r in rows if r.problem]
     sys.stdout.write(

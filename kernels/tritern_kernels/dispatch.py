@@ -25,7 +25,8 @@ from .formats import (
     to_packed_order,
 )
 from .reference import RULES, Rule
-from .tuning import KernelConfig, bucket, choose
+from .tables import choose
+from .tuning import KernelConfig, bucket
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATION_BITS = (8, 16)

@@ -5,9 +5,10 @@
 
 For every weight [N, K], number of tokens M and kind of activations, all valid candidates are compiled in
 parallel, checked (int8: the same bits as every other candidate; 16-bit: against float64) and timed in CUDA
-graphs, with weights that are out of the L2 cache where a large model's would be. The table goes to the
-package's own ``configs`` folder, or to --json FILE; entries of an older table for other shapes are kept.
-Calls look the table up; they never tune.
+graphs, with weights that are out of the L2 cache where a large model's would be. The table goes to the user's
+folder (``tables.user_folder``; TRITERN_CACHE names another), where later processes look it up over the one
+that comes with the package, or to --json FILE, such as one that is to come with the package. Entries of an older
+table for other shapes are kept. Calls look tables up; they never tune.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import activations, gemm, tuning
+from . import activations, gemm, tables, tuning
 from .formats import ATOM, padded_k
 from .launch import INTERPRETED
 from .ternarize import expand, ternarize
@@ -366,7 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="stop before the next shape after this"
     )
-    parser.add_argument("--json", type=Path, help="the table; default: this GPU's in the package")
+    parser.add_argument("--json", type=Path, help="the table; default: this GPU's in the user's folder")
     options = parser.parse_args(arguments)
     known = list(MODELS) if "all" in options.models else options.models
     if bad := [n for n in known if n not in MODELS] + [
@@ -382,7 +383,11 @@ def main(arguments: list[str] | None = None) -> int:
     shapes = [(M, N, K) for N, K in dict.fromkeys(weights) for M in dict.fromkeys(tokens)]
     if INTERPRETED or not torch.cuda.is_available():
         parser.error("tuning times kernels on a CUDA GPU; there is none, or TRITON_INTERPRET is set")
-    path = options.json or tuning.CONFIG_DIR / f"{tuning.gpu_slug(torch.cuda.get_device_name())}.json"
+    try:
+        path = options.json or tables.user_table(torch.cuda.get_device_name())
+        tables.check_table(path)
+    except (OSError, ValueError) as error:
+        parser.error(f"the table cannot be written: {error} Name another with --json.")
     entries: list[dict[str, Any]] = []
 
     def done(entry: dict[str, Any]) -> None:

@@ -1,23 +1,17 @@
-"""Kernel configurations: what is valid, which one to use.
+"""Kernel configurations: what is valid, and a formula for shapes that no table has.
 
-``choose`` looks in the table of the GPU, or of one with as many multiprocessors of the same kind
-(``configs/<gpu>.json``, nearest measured size), and otherwise applies a formula. Nothing is measured or
-compiled to choose: a new number of tokens never stalls a call.
+Nothing is measured or compiled to choose (``tables.choose``): a new number of tokens never stalls a call.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
-from pathlib import Path
 from typing import Literal
 
 from .formats import ATOM, padded_k
 
 Mode = Literal["int8", "16bit"]
-CONFIG_DIR = Path(__file__).parent / "configs"
 OLDEST_CAPABILITY = 80
 """Compute capability 8.0 (Ampere): older GPUs lack bf16 and asynchronous copies, and Triton has left them."""
 
@@ -96,6 +90,8 @@ class KernelConfig:
 
     def invalid(self, mode: Mode, K: int, capability: int, gelu: bool = False) -> str | None:
         """Why this configuration cannot run well, or None. The one statement of the constraints."""
+        if capability < OLDEST_CAPABILITY:
+            return f"sm_{capability} has no kernels; the oldest that has is sm_{OLDEST_CAPABILITY}"
         for name, low in (("block_m", 16), ("block_n", 16), ("block_k", ATOM)):
             value = getattr(self, name)
             if value < low or value & (value - 1):
@@ -134,7 +130,16 @@ class KernelConfig:
 
 
 def shared_memory_limit(capability: int) -> int:
-    """Bytes of shared memory a program may use on sm_``capability``; 99 KiB where unknown."""
+    """Bytes of shared memory a program may use on sm_``capability``; 99 KiB, the least of those known, for
+    others.
+
+    Raises:
+        ValueError: older than any GPU with kernels.
+    """
+    if capability < OLDEST_CAPABILITY:
+        raise ValueError(
+            f"capability must be at least {OLDEST_CAPABILITY}, the oldest with kernels; received {capability}"
+        )
     return SHARED_MEMORY.get(capability, 99) * 1024
 
 
@@ -205,93 +210,6 @@ def formula(
     return next(c for c in tiles if c.block_m == 64)
 
 
-@dataclass(frozen=True)
-class TableEntry:
-    """A measured choice for one shape."""
-
-    mode: Mode
-    M: int
-    N: int
-    K: int
-    config: KernelConfig
-
-
-def load_table(path: Path) -> tuple[TableEntry, ...]:
-    """Read a table: ``{"gpu", "capability", "processors", "triton", "date", "entries": [{"mode", "M", "N",
-    "K", "config": {...}}]}``.
-
-    Raises:
-        ValueError: the file is not a table, or an entry's configuration is unknown.
-    """
-    return _read(path)[1]
-
-
-def _read(path: Path) -> tuple[tuple[int | None, int | None], tuple[TableEntry, ...]]:
-    """A table's compute capability and number of multiprocessors, where it names them, and its entries."""
-    try:
-        table = json.loads(path.read_text())
-        entries = tuple(
-            TableEntry(e["mode"], e["M"], e["N"], e["K"], KernelConfig(**e["config"]))
-            for e in table["entries"]
-        )
-        return (table.get("capability"), table.get("processors")), entries
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a table of kernel configurations: {error!r}. Remove it to use the formula."
-        ) from None
-
-
-def nearest(
-    table: tuple[TableEntry, ...], mode: Mode, M: int, N: int, K: int, capability: int, gelu: bool = False
-) -> KernelConfig | None:
-    """The table's entry of the closest shape (sum of distances in log2) whose configuration is valid for
-    K.
-    """
-
-    def distance(e: TableEntry) -> float:
-        return abs(math.log2(e.M / M)) + abs(math.log2(e.N / N)) + abs(math.log2(e.K / K))
-
-    usable = [e for e in table if e.mode == mode and e.config.invalid(mode, K, capability, gelu) is None]
-    best = min(usable, key=distance, default=None)
-    return best.config if best is not None and distance(best) <= 2.0 else None
-
-
-def gpu_slug(name: str) -> str:
-    """File name of a GPU's table: 'NVIDIA H200' -> 'h200'."""
-    return name.lower().removeprefix("nvidia").strip().replace(" ", "-")
-
-
-@cache
-def _table(gpu: str, capability: int, processors: int) -> tuple[TableEntry, ...]:
-    """The GPU's table or that of a sister (an H100 has the multiprocessors of an H200)."""
-    path = CONFIG_DIR / f"{gpu_slug(gpu)}.json"
-    if path.exists():
-        return load_table(path)
-    for path in sorted(CONFIG_DIR.glob("*.json")):
-        kind, entries = _read(path)
-        if kind == (capability, processors):
-            return entries
-    return ()
-
-
-@lru_cache(maxsize=4096)
-def _choose(
-    mode: Mode, M: int, N: int, K: int, gelu: bool, gpu: str, capability: int, processors: int
-) -> KernelConfig:
-    found = nearest(_table(gpu, capability, processors), mode, M, N, K, capability, gelu)
-    found = found or formula(mode, M, N, K, capability, processors, gelu)
-    return replace(found, split_k=1) if M == MOST_TOKENS else found  # tickets are for up to M tokens
-
-
 def bucket(M: int) -> int:
     """The number of tokens that M counts as: the next power of two, from 16 to ``MOST_TOKENS``."""
     return min(1 << (max(M, 16) - 1).bit_length(), MOST_TOKENS)
-
-
-def choose(
-    mode: Mode, M: int, N: int, K: int, gelu: bool, gpu: str, capability: int, processors: int
-) -> KernelConfig:
-    """Configuration for M tokens; M counts as the next power of two, from 16 to ``MOST_TOKENS``, so that few
-    distinct kernels are ever needed.
-    """
-    return _choose(mode, bucket(M), N, K, gelu, gpu, capability, processors)

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from tritern_kernels import linear, tuning
+from tritern_kernels import linear, tables
 from tritern_kernels.dispatch import BertSizes, DecoderSizes, _device, block_plan
 from tritern_kernels.ternarize import expand, ternarize
 from tritern_kernels.training import transpose
@@ -65,7 +65,7 @@ def main() -> None:
         x, bias = torch.randn(M, K, device="cuda").half(), torch.randn(N, device="cuda").half()
         for bits in (8, 16):
             y = [linear(x, weight, bias, activation_bits=bits) for _ in range(2)]  # compiled, then planned
-            config = tuning.choose("int8" if bits == 8 else "16bit", M, N, K, False, *_device(0))
+            config = tables.choose("int8" if bits == 8 else "16bit", M, N, K, False, *_device(0))
             if not torch.equal(*y) or not y[0].isfinite().all():
                 sys.exit(f"wrong result: {M} x {N} x {K}, {bits} bits, {config}")
         expand(weight.packed, weight.scale, K, torch.bfloat16)

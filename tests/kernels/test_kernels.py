@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tritern_kernels import activations, gemm, norms, pack, padded_k, reference, tuning
+from tritern_kernels import activations, gemm, norms, pack, padded_k, reference, tables, tuning
 from tritern_kernels.formats import from_packed_order, to_packed_order
 from tritern_kernels.ternarize import expand, ternarize
 from tritern_kernels.tune import describe
@@ -314,7 +314,7 @@ def test_every_tile_on_the_gpu(M):
                 assert torch.equal(sums(x_packed, packed, config).to(torch.int32), exact), config
 
 
-TABLES = [e for path in sorted(tuning.CONFIG_DIR.glob("*.json")) for e in tuning.load_table(path)]
+TABLES = [e for path in sorted(tables.CONFIG_DIR.glob("*.json")) for e in tables.load_table(path)]
 TABLED = list(dict.fromkeys((e.mode, replace(e.config, expand=False)) for e in TABLES))
 
 
