@@ -1,9 +1,9 @@
 """Which configuration to use: tables of measured ones, those that come with the package and the user's.
 
 ``configs/<gpu>.json`` comes with the package; ``tune`` writes ``<gpu>.json`` to ``user_folder()``. A GPU
-takes entries from all tables of its own name and of its sisters: GPUs with as many multiprocessors of the same
-compute capability (an H100 has those of an H200). For one shape its own entry comes before a sister's, and
-the user's before the package's.
+takes entries from all tables of its own name and of its sisters: GPUs with as many multiprocessors of the
+same compute capability (an H100 has those of an H200). For one shape its own entry comes before a sister's,
+and the user's before the package's.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ For every weight [N, K], number of tokens M and kind of activations, all valid c
 parallel, checked (int8: the same bits as every other candidate; 16-bit: against float64) and timed in CUDA
 graphs, with weights that are out of the L2 cache where a large model's would be. The table goes to the user's
 folder (``tables.user_folder``; TRITERN_CACHE names another), where later processes look it up over the one
-that comes with the package, or to --json FILE, such as one that is to come with the package. Entries of an older
-table for other shapes are kept. Calls look tables up; they never tune.
+that comes with the package, or to --json FILE, such as one that is to come with the package. Entries of an
+older table for other shapes are kept. Calls look tables up; they never tune.
 """
 
 from __future__ import annotations
