@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +17,7 @@ EXAMPLES = """**Examples**
 
     tritern info
     tritern info minilm-ternary
+    tritern info minilm-ternary --seal
     tritern info all-MiniLM-L6-v2 --json | jq .summary.bits_per_weight"""
 
 
@@ -25,6 +28,12 @@ def info(
             metavar="MODEL", callback=common.model_name, help="Folder or hub name; without it: versions only."
         ),
     ] = None,
+    seal: Annotated[
+        bool,
+        typer.Option(
+            "--seal", help="Accept files of a ternary model's folder as they are now, if the model loads."
+        ),
+    ] = False,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> Iterator[Result]:
@@ -32,17 +41,26 @@ def info(
 
     Of a model that is not ternary: what convert, with its defaults, would make of it.
     """
+    if seal and (model is None or not Path(model).is_dir()):
+        raise typer.BadParameter("--seal goes with the folder of a ternary model")
     found = common.environment()
     if model is None:
         yield Result({"environment": found}, common.footer(found))
         return
 
     import tritern
+    from tritern.checkpoint import resealed
     from tritern.saving import is_ternary
 
-    loaded = common.load(model, device="cpu", trust_remote_code=trust_remote_code)
+    if seal:
+        common.check_writable(Path(model))
+    with resealed(model) if seal else nullcontext([]) as changed:
+        loaded = common.load(model, device="cpu", trust_remote_code=trust_remote_code)
     ternary = is_ternary(loaded)
     size = tritern.summary(loaded if ternary else tritern.patch(loaded))
     note = "" if ternary else f"{model} is not ternary; this is what `tritern convert` would make of it.\n"
-    data = {"model": model, "ternary": ternary, "summary": summary_data(size), "environment": found}
+    if seal:
+        note = f"Sealed anew: {', '.join(changed) or 'no file had changed'}.\n{note}"
+    data: dict[str, Any] = {"sealed": changed} if seal else {}
+    data |= {"model": model, "ternary": ternary, "summary": summary_data(size), "environment": found}
     yield Result(data, f"{note}{size}\n{common.footer(found)}")

@@ -288,6 +288,24 @@ def test_info(tiny_path, ternary_path):
     assert answer("info") == [{"environment": packed["environment"]}]
 
 
+def test_info_seals_what_was_changed_on_purpose(tiny_path, ternary_path, tmp_path):
+    folder = shutil.copytree(ternary_path, tmp_path / "copy")
+    config = folder / "sentence_bert_config.json"
+    good = config.read_text()
+    assert run("info", folder, "--seal").stdout.startswith("Sealed anew: no file had changed.\n")
+    config.write_text(json.dumps({**json.loads(good), "max_seq_length": 32}))
+    assert f"{config} is not the file that was saved" in error("info", folder)
+    (found,) = answer("info", folder, "--seal")
+    assert found["sealed"] == ["sentence_bert_config.json"] and load(folder).max_seq_length == 32
+    assert "sealed" not in answer("info", folder)[0]
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("encoder.layer.0.attention.self.query", "nowhere"))
+    assert "names the ternary layer 'nowhere'" in error("info", folder, "--seal")
+    assert f"{config} is not the file that was saved" in error("info", folder)
+    assert "holds no tritern_manifest.json: none of its files is sealed" in error("info", tiny_path, "--seal")
+    assert "--seal goes with the folder of a ternary model" in wrong_usage("info", "a/name", "--seal")
+
+
 def test_search_ranks_texts(ternary_path, tmp_path):
     corpus = ["ba da fa", "ga ka la ma", "ba da fa ga", "na pa ra"]
     (tmp_path / "c.csv").write_text("id,said\n" + "\n".join(f"{i}x,{t}" for i, t in enumerate(corpus)))
