@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
@@ -113,6 +114,17 @@ def sealed(folder: str | Path) -> Iterator[None]:
     written = [name for name, state in _files(folder).items() if before.get(name) != state]
     sums = {name: _sha256(folder / name) for name in sorted(written) if not _has_digest(folder / name)}
     _write(folder / MANIFEST, json.dumps({"sha256": sums}, indent=1) + "\n")
+    as_readable_as(folder / MANIFEST, (folder / name for name in written))
+
+
+def as_readable_as(model: Path, files: Iterable[Path]) -> None:
+    """Give safetensors files the mode of a file that was written in the usual way: safetensors makes them
+    readable by their owner alone.
+    """
+    mode = stat.S_IMODE(model.stat().st_mode)
+    for file in files:
+        if file.suffix == ".safetensors" and stat.S_IMODE(file.stat().st_mode) != mode:
+            file.chmod(mode)
 
 
 @contextmanager

@@ -104,6 +104,7 @@ def _check_output(output: Path, format: str, force: bool) -> None:
 
 def _save(model: SentenceTransformer, output: Path, format: str) -> None:
     import tritern
+    from tritern.checkpoint import as_readable_as
 
     if format == "gguf":
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -112,3 +113,4 @@ def _save(model: SentenceTransformer, output: Path, format: str) -> None:
     if format == "dense":
         tritern.dequantize(model)
     model.save_pretrained(str(output))
+    as_readable_as(output / "modules.json", output.rglob("model*.safetensors"))

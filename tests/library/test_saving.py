@@ -1,6 +1,7 @@
 """What is saved is what is there, wherever it is saved; what could not be loaded again is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel
 import tritern
 from tritern import CheckpointError, TernaryLinear, TriternError
 from tritern.checkpoint import EDITABLE, MANIFEST, resealed
+
+from .cli import run
 
 
 @pytest.fixture
@@ -74,6 +77,21 @@ def test_the_users_own_card_stays(saved, tmp_path):
     (saved / "README.md").write_text("---\ntags: [mine]\n---\n# My model\n")
     SentenceTransformer(str(saved), device="cpu").save_pretrained(str(tmp_path / "again"))
     assert "# My model" in (tmp_path / "again" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_are_as_readable_as_any_others(tiny, tiny_path, tmp_path, umask, mode):
+    tiny.append(Dense(32, 16))
+    before = os.umask(umask)
+    try:
+        tritern.patch(tiny).save_pretrained(str(tmp_path / "st"))
+        tiny[0].auto_model.save_pretrained(tmp_path / "auto", max_shard_size="10KB")
+        run("convert", tiny_path, tmp_path / "dense", "--format", "dense")
+    finally:
+        os.umask(before)
+    files = [f for f in tmp_path.rglob("*") if f.is_file()]
+    assert {f.stat().st_mode & 0o777 for f in files} == {mode}
+    assert len([f for f in files if f.suffix == ".safetensors"]) > 5
 
 
 def test_prompts_and_the_card_may_be_edited(saved, texts):
