@@ -203,7 +203,8 @@ def _fit(layer: Any, name: str, moments: Moments, config: TernaryConfig) -> Tern
     damping = (DAMPING + SCARCITY * len(H) / max(moments.tokens, 1)) * H.diagonal().mean()
     if not (damping > 0 and torch.isfinite(H).all() and torch.isfinite(C).all()):
         return None
-    H, C = H + damping * torch.eye(len(H), dtype=H.dtype, device=H.device), C + damping * layer.weight.double()
+    H = H + damping * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    C = C + damping * layer.weight.double()
     start = TernaryLinear.from_linear(layer, rule=config.rule, activation_bits=config.activation_bits)
     codes, scale = search(start.weight_scale, H, C)
     bias = layer.bias
