@@ -18,7 +18,7 @@ The objective is that of GPTQ (arXiv:2210.17323), with the original's outputs on
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from tritern_kernels.formats import pack
 from .config import TernaryConfig
 from .embedding import Int8Embedding
 from .errors import TriternError
+from .inputs import check_texts, many
 from .linear import TernaryLinear
 from .passes import Batch, Group, Stream, evaluating, trace
 from .progress import bar
@@ -51,8 +52,45 @@ starts again: together a tenth less squared error than one descent from the rule
 SWEEPS = 8
 """Times that a descent goes through all codes; more lower the error by less than a hundredth (MiniLM)."""
 
+_NO_INPUTS = (bytes, bytearray, int, float, type(None))
+"""Of these types no model takes an input: a text is missing or was not decoded."""
+
 COLUMNS = 128
 """Codes of so many inputs are revised before what follows from them is passed on to the rest of the row."""
+
+
+def checked(inputs: Iterable[Any]) -> list[Any]:
+    """What is calibrated on: different texts that are not empty, then other inputs, as they are.
+
+    Args:
+        inputs: texts, or what else ``model.preprocess`` takes, such as pairs of texts, images or dicts. It is
+            read once.
+
+    Raises:
+        TriternError: not an iterable of inputs, something that is no input or holds what is no character, or
+            too few.
+    """
+    found = list(many(inputs, "calibration_texts"))
+    for number, value in enumerate(found):
+        for text in [value] if isinstance(value, _NO_INPUTS) else _strings(value):
+            check_texts([text], number, name="calibration_texts", empty=True)
+    texts = dict.fromkeys(value for value in found if isinstance(value, str) and value.strip())
+    found = [*texts, *(value for value in found if not isinstance(value, str))]
+    if len(found) < LEAST_TEXTS:
+        raise TriternError(
+            f"calibration_texts must be at least {LEAST_TEXTS} different texts, a few hundred are better; "
+            f"received {len(found)} that are not empty"
+        )
+    return found
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The texts in an input: itself, or parts of a pair, a dict or a message."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
 
 
 def calibrate(
@@ -71,14 +109,14 @@ def calibrate(
         model: a sentence-transformers model, in full precision.
         layers: all names of each ``nn.Linear``.
         tables: all names of each ``nn.Embedding`` that will be int8, so that layers make up for that too.
-        inputs: texts, or what else ``model.preprocess`` takes.
+        inputs: as ``checked`` gives them.
         config: ``rule`` says by which scales the first codes are rounded.
 
     Returns:
         The layers by their first names.
 
     Raises:
-        TriternError: not a model that takes texts, or too few different texts.
+        TriternError: not a model that takes texts, or one that does not take these.
     """
     batches = _batches(model, inputs)
     student = copy.deepcopy(model).eval()
@@ -118,19 +156,13 @@ def _batches(model: Any, inputs: Sequence[Any], size: int = 32) -> list[Batch]:
             f"calibration_texts need a sentence-transformers model, which takes texts; received "
             f"{type(model).__name__}. Patch it inside a SentenceTransformer, or without calibration_texts."
         )
-    if isinstance(inputs, str):
-        raise TriternError("calibration_texts must be many texts, not one string")
-    texts = dict.fromkeys(i for i in inputs if isinstance(i, str) and i.strip())
-    inputs = [*texts, *(i for i in inputs if not isinstance(i, str))]
-    if len(inputs) < LEAST_TEXTS:
-        raise TriternError(
-            f"calibration_texts must be at least {LEAST_TEXTS} different texts, a few hundred are better; "
-            f"received {len(inputs)} that are not empty"
-        )
     prompts = list(dict.fromkeys(p or "" for p in (getattr(model, "prompts", None) or {}).values())) or [""]
     inputs = [prompts[i % len(prompts)] + x if isinstance(x, str) else x for i, x in enumerate(inputs)]
     inputs = sorted(inputs, key=lambda x: len(x) if isinstance(x, str) else 0)
-    batches = [model.preprocess(inputs[i : i + size]) for i in range(0, len(inputs), size)]
+    try:
+        batches = [model.preprocess(inputs[i : i + size]) for i in range(0, len(inputs), size)]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TriternError(f"calibration_texts: the model does not take them: {error}") from error
     device = next(model.parameters()).device
     return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()} for b in batches]
 

@@ -12,14 +12,14 @@ Item = TypeVar("Item")
 
 
 def many(values: Iterable[Item], name: str) -> Iterable[Item]:
-    """``values``, if they are an iterable of single things: no string, no bytes, no mapping.
+    """``values``, if they are an iterable of single things: no string, no bytes, no mapping, no table.
 
     Args:
         values: an argument of the user's.
         name: of that argument, for the error.
 
     Raises:
-        TriternError: iterating would give characters, numbers of bytes, keys, or is not possible.
+        TriternError: iterating would give characters, numbers of bytes, keys, columns, or is not possible.
     """
     if isinstance(values, (str, bytes, bytearray, memoryview)):
         kind = "string" if isinstance(values, str) else type(values).__name__
@@ -31,7 +31,12 @@ def many(values: Iterable[Item], name: str) -> Iterable[Item]:
             f"{name} must be a list or another iterable; received a {type(values).__name__}: pass a list of "
             "its keys or of its values"
         )
-    if not isinstance(values, Iterable):
+    if hasattr(values, "columns"):  # as of pandas, Polars or PyArrow
+        raise TriternError(
+            f"{name} must be a list or another iterable; received a {type(values).__name__}: pass one of its "
+            "columns"
+        )
+    if not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
         raise TriternError(f"{name} must be a list or another iterable; received {type(values).__name__}")
     return values
 

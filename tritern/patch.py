@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from tritern_kernels.dispatch import FLOATS
 from tritern_kernels.formats import check_shape
 
 from . import hf
-from .calibration import calibrate
+from .calibration import calibrate, checked
 from .choice import Choice, choose, choose_tables, common_name, matrices_of, others, starred
 from .config import TernaryConfig
 from .embedding import Int8Embedding
@@ -40,7 +40,7 @@ def patch(
     rule: str | None = None,
     activation_bits: int | None = None,
     embedding_bits: int | None = None,
-    calibration_texts: Sequence[Any] | None = None,
+    calibration_texts: Iterable[Any] | None = None,
 ) -> Model:
     """Make a model's linear layers ternary, in place, and return it.
 
@@ -63,8 +63,9 @@ def patch(
         model: the model; its weights must be loaded, finite, in float32, float16 or bfloat16.
         config: settings; the defaults of ``TernaryConfig`` if None.
         skip, rule, activation_bits, embedding_bits: replace the config's field of that name.
-        calibration_texts: at least 16 different texts, or other inputs of a sentence-transformers model. Its
-            prompts are put before them in turn.
+        calibration_texts: at least 16 different texts, or other inputs of a sentence-transformers model, such
+            as pairs, in any iterable; empty texts and repeated ones are left out. The model's prompts are put
+            before them in turn.
 
     Raises:
         TriternError: nothing to patch, already patched, already quantized otherwise, carrying adapters,
@@ -86,6 +87,7 @@ def patch(
         raise TriternError(
             "a bare nn.Linear cannot be replaced in place; use tritern.TernaryLinear.from_linear(layer)"
         )
+    texts = None if calibration_texts is None else checked(calibration_texts)
     chosen, tables = plan(model, config)
     _warn_of_the_rest(model, chosen)
 
@@ -95,9 +97,9 @@ def patch(
     linears = [(c.names, first.setdefault(id(c.module.weight), c.name)) for c in chosen]
     table_names = [c.names for c in tables]
     fitted: dict[str, TernaryLinear] = {}
-    if calibration_texts is not None:
+    if texts is not None:
         own = [c.names for c in chosen if sum(c.module.weight is d.module.weight for d in chosen) == 1]
-        fitted = calibrate(model, own, table_names, calibration_texts, config)
+        fitted = calibrate(model, own, table_names, texts, config)
     del chosen, tables  # so that each full-precision weight is freed as soon as its layer is replaced
 
     for names, source in bar(linears, desc="Ternarizing", unit="layer", delay=2, leave=False):
@@ -118,7 +120,7 @@ def patch(
         table = model.get_submodule(names[0])
         assert isinstance(table, nn.Embedding)
         put(model, names, Int8Embedding.from_embedding(table))
-    hf.attach(model, config, len(calibration_texts or ()))
+    hf.attach(model, config, len(texts or ()))
     return model
 
 

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -218,15 +219,65 @@ def test_refusals_leave_the_model_as_it_was(tiny, sentences):
     before = {n: id(m) for n, m in tiny.named_modules()}
     for texts, match in (
         (sentences[:15] + ["", " ", sentences[0]], "at least 16 different texts.*received 15 that"),
-        ("one text", "many texts, not one string"),
+        ("one text", "calibration_texts must be a list or another iterable; received one string"),
+        ([*sentences[:20], None], "calibration_texts must be strings; number 20 is NoneType"),
+        ((text.encode() for text in sentences[:20]), "number 0 is bytes .decode it"),
+        (np.array([*sentences[:20], np.nan], object), "number 20 is float"),
+        ([*sentences[:20], "a\ud800"], "number 20 holds what is no character"),
+        ([*sentences[:20], (sentences[0], "a\ud800")], "number 20 holds what is no character"),
+        ([*sentences[:20], {"text": "a\ud800"}], "number 20 holds what is no character"),
+        ([*sentences[:20], (sentences[0], None)], "the model does not take them: Unsupported input type"),
     ):
         with pytest.raises(TriternError, match=match):
             tritern.patch(tiny, calibration_texts=texts)
     with pytest.raises(TriternError, match="need a sentence-transformers model.*received BertModel"):
         tritern.patch(tiny[0].auto_model, calibration_texts=sentences)
-    with pytest.raises(ValueError, match="Unsupported input type: NoneType"):
-        tritern.patch(tiny, calibration_texts=[*sentences[:20], None])
     assert {n: id(m) for n, m in tiny.named_modules()} == before
+
+
+def test_texts_come_in_any_iterable_and_are_read_once(tiny_path, sentences):
+    pandas = pytest.importorskip("pandas")
+
+    def fitted(texts):
+        model = SentenceTransformer(tiny_path, device="cpu")
+        return tritern.patch(model, calibration_texts=texts)
+
+    expected = fitted(sentences[:20])
+    for texts in (
+        (text for text in sentences[:20]),
+        pandas.Series(sentences[:20], index=range(5, 25)),
+        np.array(sentences[:20]),
+        [*sentences[:20], "", sentences[0]],
+    ):
+        model = fitted(texts)
+        state = model.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in expected.state_dict().items())
+        assert "fitted to 20 texts" in " ".join(model._model_card_text.split())
+
+
+def test_other_inputs_of_the_model_are_taken(tiny, sentences):
+    pairs = [(a, b) for a, b in zip(sentences[:20], sentences[20:40])]
+    tritern.patch(tiny, calibration_texts=(pair for pair in pairs))
+    assert "fitted to 20 texts" in " ".join(tiny._model_card_text.split())
+
+
+def test_a_calibration_that_fails_half_way_leaves_the_model_as_it_was(tiny, sentences, monkeypatch):
+    def fit(*arguments, fit=calibration._fit, calls=[]):  # noqa: B006
+        calls.append(arguments)
+        return fit(*arguments) if len(calls) < 5 else 1 / 0
+
+    tiny.train()
+    vectors = tiny.encode(sentences[:9])
+    tiny.train()
+    before = {n: (id(m), m.training, dict(vars(m))) for n, m in tiny.named_modules()}
+    monkeypatch.setattr(calibration, "_fit", fit)
+    with pytest.raises(ZeroDivisionError):
+        tritern.patch(tiny, calibration_texts=sentences[:20], embedding_bits=8)
+    after = {n: (id(m), m.training, dict(vars(m))) for n, m in tiny.named_modules()}
+    assert str(after) == str(before) and not any(m._forward_hooks for m in tiny.modules())
+    assert (tiny.encode(sentences[:9]) == vectors).all()
+    monkeypatch.undo()
+    assert tritern.summary(tritern.patch(tiny, calibration_texts=sentences[:20])).layers
 
 
 def test_prompts_are_put_before_the_texts(tiny, sentences, monkeypatch):

@@ -7,7 +7,13 @@ from tritern import TriternError
 from tritern.inputs import check_texts, many, whole_number
 
 
-@pytest.mark.parametrize("values", ["pq", b"pq", bytearray(b"pq"), {"p": 1}, 3, None])
+class Table(list):
+    columns = ("text",)
+
+
+@pytest.mark.parametrize(
+    "values", ["pq", b"pq", bytearray(b"pq"), {"p": 1}, 3, None, np.array("pq"), Table(["text"])]
+)
 def test_iterables_are_of_single_things(values):
     with pytest.raises(TriternError, match="ids must be a list or another iterable; received"):
         many(values, "ids")
