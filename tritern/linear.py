@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tritern_kernels import PackedTernary, padded_k, ternarize_weight
 from tritern_kernels.dispatch import ACTIVATION_BITS, FLOATS, linear_unchecked
 from tritern_kernels.formats import check_shape
+from tritern_kernels.internals import recorded
 from tritern_kernels.reference import Rule
 
 from .errors import TriternError
@@ -169,7 +170,7 @@ class TernaryLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         arguments = self.weight, self.weight_scale, self.bias, self.in_features, self.activation_bits, False
-        if x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._fits(x):
+        if x.is_cuda and not torch.is_grad_enabled() and not recorded() and self._fits(x):
             return linear_unchecked(x, *arguments)
         return torch.ops.tritern.linear(x, *arguments)
 

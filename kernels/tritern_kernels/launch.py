@@ -1,19 +1,27 @@
 """Launching a Triton kernel with little work on the host.
 
 Triton looks at every argument at every call to find the compiled kernel. Here that is found by a short key,
-and the compiled kernel is launched directly.
+and the compiled kernel is launched directly: by Triton's own way where its launcher is not as known.
 """
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton import knobs
 
-INTERPRETED = bool(knobs.runtime.interpret)
+from .internals import changed, launches_directly
+
+try:
+    from triton import knobs
+
+    INTERPRETED = bool(knobs.runtime.interpret)
+except (ImportError, AttributeError):
+    knobs: Any = None
+    INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ASM = not INTERPRETED  # inline assembly does not run in the interpreter
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -26,14 +34,19 @@ def overlaps(device: int | None) -> bool:
 
 
 def hooked() -> bool:
-    """Whether somebody, such as a profiler, asked Triton to be told of launches."""
-    hook = knobs.runtime.launch_enter_hook
+    """Whether somebody, such as a profiler, asked Triton to be told of launches, or Triton does not say."""
+    try:
+        hook = knobs.runtime.launch_enter_hook
+    except AttributeError:
+        changed("triton.knobs.runtime", "Triton looks up every launch, which takes longer")
+        return True
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def current_stream(device: int) -> int:
     """The current stream of a device, as the driver names it."""
-    return torch._C._cuda_getCurrentRawStream(device)
+    quick = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return quick(device) if quick else torch.cuda.current_stream(device).cuda_stream
 
 
 def compile_and_run(
@@ -41,14 +54,17 @@ def compile_and_run(
     num_warps: int, num_stages: int = 3,
 ) -> Any:  # fmt: skip
     """Run ``kernel[grid](*arguments, *constants, PDL)`` on the current device and stream by Triton's own
-    way; the compiled kernel.
+    way; the compiled kernel, if ``run`` can launch it.
     """
     if INTERPRETED:
         kernel[grid](*arguments, *constants, False)
         return None
     pdl = overlaps(torch.cuda.current_device())
     options = {"launch_pdl": True} if pdl else {}
-    return kernel[grid](*arguments, *constants, pdl, num_warps=num_warps, num_stages=num_stages, **options)
+    compiled = kernel[grid](
+        *arguments, *constants, pdl, num_warps=num_warps, num_stages=num_stages, **options
+    )
+    return compiled if launches_directly(compiled) else None
 
 
 def run(compiled: Any, grid: tuple[int, int], stream: int, arguments: tuple[Any, ...]) -> None:
@@ -77,7 +93,9 @@ class Launch:
         self.compiled: Any = None
 
     def __call__(self, grid: tuple[int, int], stream: int, M: int, pointers: tuple[Any, ...]) -> None:
-        """Launch. The first call needs tensors, later ones take addresses, of memory aligned as theirs."""
+        """Launch. Once ``compiled`` is there, calls take addresses too, of memory aligned as the first
+        call's tensors.
+        """
         if self.compiled is not None:
             run(self.compiled, grid, stream, (*pointers, M, *self.tail))
             return

@@ -179,6 +179,19 @@ def test_a_decoder_blocks_first_and_later_calls(split, share_k, imitated):
     assert imitated and call._compiled
 
 
+@pytest.mark.parametrize("config", [TILE, replace(TILE, share_k=True, quantizing=True)])
+def test_without_tritons_launcher_every_call_goes_through_triton(config, imitated, monkeypatch):
+    monkeypatch.setattr(launch, "compile_and_run", lambda kernel, grid, a, c, *_: kernel[grid](*a, *c, False))
+    codes, scale = torch.randint(-1, 2, (70, 384), dtype=torch.int8), torch.rand(70)
+    call = plan.Plan(config, 8, 32, 70, 384, 384, torch.float32, False, False, torch.device("cpu"))
+    for M in (17, 5):
+        x = torch.randn(M, 384)
+        exact = reference.linear(x, codes, scale, None)
+        y = call(x, pack(codes), scale, None)
+        assert (y.double() - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+    assert not imitated
+
+
 def test_what_it_does_not_take(imitated):
     call = plan.Plan(
         TILE,

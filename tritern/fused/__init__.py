@@ -7,10 +7,15 @@ quantization, and each norm and each activation gives the next product's int8 ac
 
 from __future__ import annotations
 
+import warnings
+from inspect import signature
+
 import torch
 from torch import nn
 
+from tritern_kernels.devices import unsupported
 from tritern_kernels.dispatch import BertSizes, DecoderSizes
+from tritern_kernels.internals import changed
 
 from ..errors import TriternError
 from .bert import FusedBert
@@ -28,9 +33,9 @@ def fuse(model: nn.Module) -> int:
     SwiGLU and heads of a power of two, all with int8 activations and at most 8,192 hidden features; others
     stay as they are. Parameters and saved files stay the same.
     Results differ from the unfused model's in last bits of norms and activations, which int8 rounding now and
-    then turns into a step, so embed queries and documents the same way. In training, on a CPU, under autocast
-    or ``torch.compile``, with eager attention, a cache of keys and values or hooks inside a block, it runs
-    unfused.
+    then turns into a step, so embed queries and documents the same way. In training, on a CPU, under
+    autocast, ``torch.compile``, ``torch.jit.trace`` or an export, with eager attention, a cache of keys and
+    values or hooks inside a block, it runs unfused.
 
     Args:
         model: a model that ``tritern.patch`` or loading made ternary.
@@ -40,8 +45,13 @@ def fuse(model: nn.Module) -> int:
 
     Raises:
         TriternError: the model has no block that can be fused.
+
+    Warns:
+        UserWarning: the model is not on a GPU with kernels, or transformers has changed its blocks.
     """
     found = [(m, kind) for m in model.modules() if (kind := _kind(m))]
+    if not found and any(_kind_by_name(m) and not _as_known(m) for m in model.modules()):
+        return 0
     if not found:
         raise TriternError(
             "the model has no block to fuse: fuse() takes blocks of BERT, RoBERTa, XLM-RoBERTa, CamemBERT or "
@@ -58,7 +68,19 @@ def fuse(model: nn.Module) -> int:
     for block in blocks:
         after = following.get(block)
         prepare(block, after if after in blocks else None)
+    first, kind = found[0]
+    _warn_without_kernels(kind._tritern_family.parts(first).layers[0].weight.device)
     return len(found)
+
+
+def _warn_without_kernels(device: torch.device) -> None:
+    why = "it is on the CPU" if device.type == "cpu" else unsupported(device)
+    if why:
+        warnings.warn(
+            f"the fused blocks run unfused where the model is now: {why}. Fused ones need an NVIDIA GPU; a "
+            "model that is moved there later, with model.to('cuda'), need not be fused again.",
+            stacklevel=3,
+        )
 
 
 def fused_blocks(model: nn.Module) -> list[Fused]:
@@ -80,11 +102,33 @@ def run_on_zeros(block: Fused, texts: int, tokens: int, dtype: torch.dtype) -> N
 
 
 def _kind(block: nn.Module) -> type[Fused] | None:
+    kind = _kind_by_name(block)
+    if kind is None or not _as_known(block):
+        return None
+    family = kind._tritern_family
+    parts = family.parts(block)
+    return kind if parts.are_ternary() and family.fits(block, parts) else None
+
+
+def _kind_by_name(block: nn.Module) -> type[Fused] | None:
     if not type(block).__module__.startswith("transformers."):
         return None
-    for kind in _KINDS:
-        family = kind._tritern_family
-        if type(block).__name__ in family.blocks:
-            parts = family.parts(block)
-            return kind if parts.are_ternary() and family.fits(block, parts) else None
-    return None
+    name = type(block).__name__
+    return next((kind for kind in _KINDS if name in kind._tritern_family.blocks), None)
+
+
+def _as_known(block: nn.Module) -> bool:
+    """Whether a block has the modules, and its ``forward`` the parameters, that its family's fused one
+    has.
+    """
+    kind = _kind_by_name(block)
+    assert kind is not None
+    own = getattr(block, "_tritern_base", type(block))
+    try:
+        kind._tritern_family.parts(block)
+        known = list(signature(own.forward).parameters) == list(signature(kind.forward).parameters)
+    except (AttributeError, ValueError):
+        known = False
+    if not known:
+        changed(f"{own.__module__}.{own.__name__}", "such blocks are not fused")
+    return known

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tritern_kernels.dispatch import BertSizes, DecoderSizes
+from tritern_kernels.internals import changed, recorded
 
 from ..linear import TernaryLinear
 
@@ -143,7 +144,8 @@ def on_gpu(x: Tensor) -> bool:
 def serves(block: Any, x: Tensor) -> Parts | None:
     """The block's parts, if the fused steps can stand for its own."""
     if (
-        torch.compiler.is_compiling()
+        recorded()
+        or type(x) is not Tensor
         or not on_gpu(x)
         or block.training
         or torch.is_grad_enabled()
@@ -154,11 +156,9 @@ def serves(block: Any, x: Tensor) -> Parts | None:
         return None
     parts: Parts = block._tritern_family.parts(block)
     fits = (
-        parts.attention.config._attn_implementation != "eager"
+        _nothing_else_wanted(parts.attention.config)
         and parts.kinds() == block._tritern_kinds
         and parts.are_ternary()
-        and not _collecting_attentions()
-        and not nn.modules.module._has_any_global_hook()
         and not any(
             watched(m) or "forward" in vars(m)
             for m in (*parts.layers, *parts.norms, parts.activation, parts.attention, *parts.others)
@@ -175,11 +175,22 @@ def watched(module: nn.Module) -> bool:
     )
 
 
-def _collecting_attentions() -> bool:
-    from transformers.utils import output_capturing
+def _nothing_else_wanted(config: Any) -> bool:
+    """Whether attention is not eager, nobody collects attentions and nobody hooks into all modules. False
+    where that cannot be told.
+    """
+    try:
+        from transformers.utils import output_capturing
 
-    wanted = output_capturing._active_collector.get()
-    return wanted is not None and any("attentions" in name for name in wanted)
+        collected = output_capturing._active_collector.get()
+        return (
+            config._attn_implementation != "eager"
+            and not any("attentions" in name for name in collected or ())
+            and not nn.modules.module._has_any_global_hook()
+        )
+    except (ImportError, AttributeError, LookupError, TypeError) as error:
+        changed(f"transformers or torch ({error})", "fused blocks run unfused")
+        return False
 
 
 # ---------------------------------------------------------------- a block's run
