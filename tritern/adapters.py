@@ -9,12 +9,15 @@ from typing import Any
 try:
     from peft import LoraConfig, PeftModel
     from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTuner
 except ImportError as error:
     raise ImportError("tritern.lora needs peft: pip install 'tritern[lora]'") from error
 
+from torch import nn
+
 from .errors import TriternError
 from .linear import TernaryLinear
-from .saving import check_adapters
+from .saving import check_adapters, is_ternary
 
 
 class TernaryLoraLinear(Linear):
@@ -73,7 +76,44 @@ def lora(config: LoraConfig) -> LoraConfig:
         raise TriternError(f"config must be a peft.LoraConfig; received {type(config).__name__}")
     config._register_custom_module({TernaryLinear: TernaryLoraLinear})
     _extend_save()
+    explain()
     return config
+
+
+def _check_targets(targets: Any) -> None:
+    if targets == "all-linear":
+        raise TriternError(
+            "target_modules='all-linear' finds each nn.Linear and no ternary layer: name the layers, such as "
+            "target_modules=['query', 'value']"
+        )
+
+
+@cache
+def explain() -> None:
+    """From now on, what peft cannot adapt in a ternary model is refused with what can be done."""
+    plain = BaseTuner.inject_adapter
+
+    @wraps(plain)
+    def inject_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kw: Any) -> None:
+        try:
+            if is_ternary(model):
+                _check_targets(getattr(tuner.peft_config[adapter_name], "target_modules", None))
+            plain(tuner, model, adapter_name, *args, **kw)
+        except (TypeError, ValueError) as error:
+            if not hasattr(model, "peft_config") and getattr(model, "_hf_peft_config_loaded", False):
+                vars(model)["_hf_peft_config_loaded"] = False  # transformers set it beforehand
+            if "TernaryLinear" in str(error):
+                raise TriternError(
+                    "ternary layers take LoRA adapters only, from configurations that went through "
+                    "tritern.lora: model.add_adapter(tritern.lora(peft.LoraConfig(...)))"
+                ) from error
+            if "Int8Embedding" in str(error):
+                raise TriternError(
+                    "int8 tables take no adapters: name linear layers only in target_modules"
+                ) from error
+            raise
+
+    BaseTuner.inject_adapter = inject_adapter  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @cache

@@ -21,7 +21,7 @@ from .config import TernaryConfig
 from .embedding import Int8Embedding, multiplier
 from .errors import CheckpointError, TriternError
 from .linear import TernaryLinear
-from .saving import extend_save, is_ternary, model_card
+from .saving import extend, is_ternary, model_card
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -144,7 +144,7 @@ class TernaryHfQuantizer(HfQuantizer):
             from .patch import patch  # which imports this module
 
             return patch(model, self.quantization_config)
-        extend_save()
+        extend()
         for name, module in [*_named(model, TernaryLinear), *_named(model, Int8Embedding)]:
             _check_loaded(name, module)
         return model
@@ -259,7 +259,7 @@ def attach(model: nn.Module, config: TernaryConfig | None = None, calibrated_on:
                 settings = _described(module, config)
                 module.config.quantization_config = settings
                 module.hf_quantizer = TernaryHfQuantizer(settings, pre_quantized=False)  # type: ignore[assignment]
-    extend_save()
+    extend()
     if hasattr(model, "_model_card_text"):  # a sentence-transformers model
         vars(model)["_model_card_text"] = model_card(model, config or TernaryConfig(), calibrated_on)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache, wraps
 from pathlib import Path
@@ -20,10 +21,20 @@ from .errors import TriternError
 from .linear import TernaryLinear
 
 
+def extend() -> None:
+    """From the first ternary model on, saving ends with what is added for ternary models, and peft's refusals
+    of them say what to do.
+    """
+    _extend_save()
+    if "peft" in sys.modules:  # as after transformers loaded any model, where peft is installed
+        from .adapters import explain
+
+        explain()
+
+
 @cache
-def extend_save() -> None:
-    """From the first ternary model on, transformers' and sentence-transformers' ``save`` end with what is
-    added for ternary models. Other models are saved as ever.
+def _extend_save() -> None:
+    """transformers' and sentence-transformers' ``save`` for ternary models. Others are saved as ever.
 
     Classes are changed rather than the model, as a SentenceTransformer that was loaded from disk does not
     pass through this package's hands: the quantizer sees the transformers model inside only.

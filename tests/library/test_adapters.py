@@ -1,9 +1,10 @@
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from sentence_transformers import SentenceTransformer
 
 import tritern
@@ -90,11 +91,6 @@ def test_configurations_that_need_the_weights_are_refused(ternary):
         tritern.lora({})
 
 
-def test_without_registration_peft_says_what_it_does_not_know(ternary):
-    with pytest.raises(ValueError, match="Target module TernaryLinear.* is not supported"):
-        ternary.add_adapter(LoraConfig(**TARGETS))
-
-
 def test_a_model_that_carries_adapters_is_refused(tiny):
     tiny.add_adapter(LoraConfig(**TARGETS))
     before = {n: id(m) for n, m in tiny.named_modules()}
@@ -132,3 +128,45 @@ def test_adapters_of_a_loaded_model_are_saved_by_peft_too(ternary, tmp_path):
     model.save_pretrained(str(tmp_path / "adapter"))
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(tmp_path / "ternary")
+
+
+def added(model, config):
+    model.add_adapter(config)
+
+
+def wrapped(model, config):
+    get_peft_model(model[0].auto_model, config)
+
+
+@pytest.mark.parametrize("way", [added, wrapped])
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (LoraConfig(target_modules=["query"]), r"model.add_adapter\(tritern.lora\(peft.LoraConfig"),
+        (LoHaConfig(target_modules=["query"]), "take LoRA adapters only"),
+        (IA3Config(target_modules=["query"], feedforward_modules=[]), "take LoRA adapters only"),
+        (LoraConfig(target_modules=["word_embeddings"]), "int8 tables take no adapters"),
+        (tritern.lora(LoraConfig(target_modules=["word_embeddings"])), "int8 tables take no adapters"),
+        (LoraConfig(target_modules="all-linear"), "'all-linear' finds each nn.Linear and no ternary layer"),
+        (
+            tritern.lora(LoraConfig(target_modules="all-linear")),
+            "name the layers, such as target_modules=\\[",
+        ),
+    ],
+)
+def test_what_peft_refuses_names_the_way(tiny, texts, way, config, match):
+    model = tritern.patch(tiny, embedding_bits=8)
+    before = model.encode(texts)
+    with pytest.raises(TriternError, match=match):
+        way(model, config)
+    assert np.array_equal(model.encode(texts), before)
+    model.add_adapter(tritern.lora(LoraConfig(**TARGETS)))  # as if nothing had been tried
+
+
+def test_other_models_take_every_adapter_and_error_of_peft(tiny):
+    tritern.patch(copy.deepcopy(tiny))
+    with pytest.raises(ValueError, match="(?i)target modules") as refused:
+        get_peft_model(copy.deepcopy(tiny)[0].auto_model, LoraConfig(target_modules=["nowhere"]))
+    assert not isinstance(refused.value, TriternError)
+    get_peft_model(tiny[0].auto_model, LoraConfig(target_modules="all-linear"))
+    assert sum("lora_A" in name for name, _ in tiny.named_parameters()) == 13
