@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import (
     AutoModel,
     BertConfig,
@@ -12,6 +14,7 @@ from transformers import (
     ElectraConfig,
     LlamaConfig,
     MistralConfig,
+    PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
@@ -20,13 +23,16 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import output_capturing
 
 import tritern
+from tritern import fused, linear
 from tritern.fused import bert as berts
 from tritern.fused import common
 from tritern.fused import decoder as decoders
-from tritern_kernels import block, dispatch
+from tritern_kernels import block, dispatch, internals
 
+pytestmark = pytest.mark.filterwarnings("ignore:the fused blocks run unfused where the model is now")
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "intermediate_size": 64, "initializer_range": 0.2, "max_position_embeddings": 70, "pad_token_id": 0,
@@ -286,8 +292,8 @@ def test_attention_is_called_as_by_the_model(config, device, on_gpu):
         *shapes, kwargs = call
         return shapes, {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
 
-    for own, fused in zip(calls, calls[2:]):
-        assert plain(own) == plain(fused)
+    for own, of_fused in zip(calls, calls[2:]):
+        assert plain(own) == plain(of_fused)
 
 
 def test_everything_but_serving_runs_unfused(device, on_gpu):
@@ -342,6 +348,135 @@ def test_mixed_dtypes_run_unfused(device, on_gpu, monkeypatch):
         dense.bias.data = dense.bias.data.half()
         assert torch.allclose(model(**inputs).last_hidden_state, expected, atol=0.05)
     assert len(planned) == 3  # the second block's
+
+
+class FirstBlock(torch.nn.Module):
+    """A fused model's first block, of x [texts, 7, 32] alone."""
+
+    def __init__(self, make, device):
+        super().__init__()
+        model = make(device)
+        tritern.fuse(model)
+        self.block = blocks_of(model)[0].requires_grad_(False)
+        x = torch.zeros(2, 7, 32, device=device)
+        self.others = self.block._tritern_family.example(self.block, x)
+
+    def forward(self, x):
+        return self.block(x, **self.others)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("make", [bert, decoder])
+def test_a_traced_block_is_unfused(make, device, on_gpu):
+    """torch.jit.trace, and with it the older ONNX export, records operators: a launch would be missing."""
+    run, (x, y) = FirstBlock(make, device), torch.randn(2, 2, 7, 32, device=device)
+    with torch.inference_mode():
+        expected = run(y)
+        assert len(on_gpu) == 1
+        traced = torch.jit.trace(run, x, check_trace=False)
+        assert len(on_gpu) == 1
+        graph = make_fx(run)(x)
+        assert len(on_gpu) == 1
+    for recorded in (traced, graph):
+        # last bits of norms, now and then an int8 step
+        assert torch.nn.functional.cosine_similarity(recorded(y), expected, dim=-1).min() > 0.9995
+    assert str(traced.inlined_graph).count("tritern::linear") >= 6
+    assert graph.code.count("tritern.linear") >= 6
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_layer_is_an_operator(monkeypatch, device):
+    """Where a layer would launch by itself, it leaves an operator to what records."""
+    launched, x = [], torch.randn(2, 32, device=device)
+    layer = tritern.TernaryLinear.from_linear(torch.nn.Linear(32, 8)).to(device)
+    monkeypatch.setattr(
+        linear, "linear_unchecked", lambda *a: launched.append(a) or torch.ops.tritern.linear(*a)
+    )
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    with torch.no_grad():
+        layer(x)
+        assert len(launched) == 1
+        assert "tritern::linear" in str(torch.jit.trace(layer, x, check_trace=False).inlined_graph)
+        assert "tritern.linear" in make_fx(layer)(x).code
+        torch.func.vmap(layer)(x)
+    assert len(launched) == 1
+
+
+def _missing(self):
+    raise AttributeError("no such attribute")
+
+
+Collector = type(output_capturing._active_collector)
+CHANGES = {
+    "the collector is gone": lambda m: m.delattr(output_capturing, "_active_collector"),
+    "it is called otherwise": lambda m: m.setattr(Collector, "get", lambda self, default: default),
+    "it gives something else": lambda m: m.setattr(Collector, "get", lambda self: [1]),
+    "torch tells of no hooks": lambda m: m.delattr(torch.nn.modules.module, "_has_any_global_hook"),
+    "attention has no name": lambda m: m.setattr(
+        PreTrainedConfig, "_attn_implementation", property(_missing)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("make", [bert, decoder])
+def test_without_internals_of_transformers_blocks_run_unfused(change, make, device, on_gpu, monkeypatch):
+    run, x = FirstBlock(make, device), torch.randn(2, 7, 32, device=device)
+    internals.changed.cache_clear()
+    with torch.inference_mode():
+        expected = run(x)
+        assert len(on_gpu) == 1
+        CHANGES[change](monkeypatch)
+        with pytest.warns(UserWarning, match="not as tritern knows it: fused blocks run unfused") as warned:
+            try:
+                for _ in range(2):
+                    got = run(x)
+                    assert torch.nn.functional.cosine_similarity(got, expected, dim=-1).min() > 0.9995
+            except AttributeError as error:  # attention itself asks for its name
+                assert change == "attention has no name" and "no such attribute" in str(error)
+        assert len([w for w in warned if "tritern" in str(w.message)]) == 1
+        monkeypatch.undo()
+    assert len(on_gpu) == 1
+
+
+@pytest.mark.parametrize("make", [bert, decoder])
+@pytest.mark.parametrize("change", ["forward", "parts"])
+def test_blocks_that_transformers_has_changed_are_not_fused(change, make, device, on_gpu, monkeypatch):
+    model, inputs = make(device), batch(device)
+    kind = type(blocks_of(model)[0])
+    internals.changed.cache_clear()
+    if change == "forward":
+        before = kind.forward
+
+        def forward(self, hidden_states, attention_mask=None, something_new=None, **kwargs):
+            return before(self, hidden_states, attention_mask, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", forward)
+    else:
+        family = fused.FusedBert if make is bert else fused.FusedDecoder
+        monkeypatch.setattr(family._tritern_family, "parts", _missing)
+    with pytest.warns(
+        UserWarning, match=rf"{kind.__name__} is not as tritern knows it: such blocks"
+    ) as warned:
+        assert tritern.fuse(model) == 0
+    assert len(warned) == 1 and not any(isinstance(m, common.Fused) for m in model.modules())
+    with torch.inference_mode():
+        model(**inputs)
+    assert not on_gpu
+
+
+def test_fuse_says_where_nothing_runs_fused(monkeypatch):
+    model = bert("cpu")
+    with pytest.warns(UserWarning, match=r"it is on the CPU\..*model\.to\('cuda'\), need not be fused again"):
+        assert tritern.fuse(model) == 2
+    monkeypatch.setattr(fused, "unsupported", lambda device: "there are no kernels for 'mps' devices")
+    with pytest.warns(UserWarning, match="where the model is now: there are no kernels for 'mps' devices"):
+        fused._warn_without_kernels(torch.device("mps"))
+    monkeypatch.undo()
+    monkeypatch.setattr(fused, "unsupported", lambda device: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused._warn_without_kernels(torch.device("cuda", 0))
 
 
 def test_what_cannot_be_fused_is_said(device):
