@@ -1,14 +1,19 @@
-"""The int8 path on a CPU with what torch has: the GPU kernels' int32 sums, from one byte a weight.
+"""The product on a CPU, by libraries that torch brings: the GPU kernels' int32 sums, bit for bit.
 
-Where the CPU multiplies int8 slowly (no VNNI, no AMX), the same integers are multiplied in float32, which
-holds every partial sum exactly: the same bits.
+Processors differ by an order of magnitude in how fast they multiply int8, and no one flag tells. So each
+library's product is timed once a process and the fastest is taken. A weight is kept in the form which that
+product reads, made once. All int8 products give the same bits.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import time
+import warnings
+from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,90 +28,242 @@ ROWS = 1024
 LARGEST_EXACT_K = 2**24 // 127
 """Up to this K every partial sum of int8 activations times codes is an integer that float32 holds."""
 
-_unpacked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_127 = torch.tensor(
+    127.0, dtype=torch.float32, device="cpu"
+)  # 127.0 / t would be t.reciprocal() * 127: another rounding
+
+
+# ---------------------------------------------------------------- products
+
+
+class Product(NamedTuple):
+    """A way to multiply activations by codes.
+
+    Attributes:
+        prepare: codes int8 [N, K] -> what is kept of them.
+        multiply: activations [M, K], what is kept -> sums [M, N], int32 or float32.
+        operand: dtype of the activations. Where it is float32 they may be integers from -127 to 127.
+        bytes: kept for each weight.
+    """
+
+    prepare: Callable[[Tensor], Any]
+    multiply: Callable[[Tensor, Any], Tensor]
+    operand: torch.dtype
+    bytes: int
+
+
+def _int_mm(x: Tensor, codes: Tensor) -> Tensor:
+    if x.shape[1] == 1:  # torch 2.13 leaves the result as it found the memory
+        return x.int() * codes.t()
+    return torch.ops.aten._int_mm(x, codes.t())
+
+
+def _mm(x: Tensor, codes: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):  # which would round the sums
+        return torch.mm(x, codes.t())
+
+
+def _pack_fbgemm(codes: Tensor) -> Any:
+    with warnings.catch_warnings():  # torch may drop this product one day: it is then not among those timed
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor.*deprecated", UserWarning)
+        weight = torch._make_per_tensor_quantized_tensor(codes, 1.0, 0)  # pyright: ignore
+    return _with_fbgemm(lambda: torch.ops.quantized.linear_prepack(weight, None))
+
+
+def _with_fbgemm(pack: Callable[[], Any]) -> Any:
+    """What ``pack`` gives while torch's quantized engine is FBGEMM; on x86 it is by default."""
+    engine = torch.backends.quantized.engine
+    if engine in ("x86", "fbgemm"):
+        return pack()
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        return pack()
+    finally:
+        torch.backends.quantized.engine = engine
+
+
+PRODUCTS = {
+    "oneDNN int8": Product(lambda codes: codes, _int_mm, torch.int8, 1),
+    "FBGEMM int8": Product(  # x + 128 as uint8; no pair of products with codes -1, 0, 1 exceeds int16
+        _pack_fbgemm,
+        lambda x, kept: torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, 128, kept),
+        torch.float32,
+        1,
+    ),
+    "FBGEMM fp16": Product(  # codes in fp16, products and sums in float32
+        lambda codes: _with_fbgemm(lambda: torch.ops.quantized.linear_prepack_fp16(codes.float(), None)),
+        lambda x, kept: torch.ops.quantized.linear_dynamic_fp16(x, kept),
+        torch.float32,
+        2,
+    ),
+    "float32": Product(lambda codes: codes.float(), _mm, torch.float32, 4),
+}
+"""By name: the library and the dtype in which codes are kept."""
+
+_CHOICES = {8: ("oneDNN int8", "FBGEMM int8", "float32"), 16: ("FBGEMM fp16", "float32")}
+"""Products for int8 and for 16-bit activations."""
+
+CLEARLY_FASTER = 1.15
+"""So much a later one of the products for 16-bit activations must win by. Their sums differ in the last bits,
+so that of two that are level every process should take the same."""
+
+HOPELESS = 4
+"""A product so many times slower than another is not timed again: without VNNI torch multiplies int8 in a
+plain loop.
+"""
+
+
+@cache
+def fastest(activation_bits: int) -> tuple[str, ...]:
+    """Names of the products that are right on this processor, the fastest first; timed once a process."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    codes = torch.randint(-1, 2, (512, 512), generator=generator, device="cpu").to(torch.int8)
+    rows = torch.randint(-127, 128, (256, 512), generator=generator, device="cpu").float()
+    codes[0], rows[0] = 1, 127.0  # the largest sum
+    kept: dict[str, Any] = {}
+    for name in _CHOICES[activation_bits]:
+        form = _form_if_right(PRODUCTS[name], rows, codes)
+        if form is not None:
+            kept[name] = form
+    seconds = {name: [math.inf, math.inf] for name in kept}
+    for _ in range(5):  # in turn, so that other work on the machine meets all alike
+        quickest = min(times[0] for times in seconds.values())
+        for name, times in seconds.items():
+            if HOPELESS * quickest < times[0] < math.inf:
+                continue
+            for i, x in enumerate((rows, rows[:16])):  # documents, a query
+                start = time.perf_counter()
+                PRODUCTS[name].multiply(x.to(PRODUCTS[name].operand), kept[name])
+                times[i] = min(times[i], time.perf_counter() - start)
+    best = [min(column) for column in zip(*seconds.values())]
+    relative = {name: sum(map(operator.truediv, times, best)) for name, times in seconds.items()}
+    ranked = sorted(relative, key=relative.__getitem__)
+    first = next(iter(kept))
+    if activation_bits == 16 and relative[first] < CLEARLY_FASTER * relative[ranked[0]]:
+        ranked.sort(key=lambda name: name != first)
+    return tuple(ranked)
+
+
+def _form_if_right(product: Product, rows: Tensor, codes: Tensor) -> Any:
+    """What the product keeps of the codes; None if torch has it not, or its sums are wrong here."""
+    try:
+        form = product.prepare(codes)
+        sums = product.multiply(rows.to(product.operand), form)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return None
+    return form if torch.equal(sums.float(), _mm(rows, codes.float())) else None
+
+
+def product_for(activation_bits: int, K: int) -> str:
+    """Name of the product by which K features are multiplied here."""
+    if activation_bits == 8 and K > LARGEST_EXACT_K:
+        return "oneDNN int8"  # the others give the sums in float32
+    return fastest(activation_bits)[0]
+
+
+# ---------------------------------------------------------------- what is kept of a weight
+
+
+class _Kept(NamedTuple):
+    """Forms of a packed weight, by product; what tells that it has changed since they were made."""
+
+    K: int
+    version: int | None
+    copy: Tensor | None
+    forms: dict[str, Any]
+
+
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _forms(packed: Tensor, K: int) -> dict[str, Any]:
+    """Forms of the weight as it is now; none that were made before a change in place."""
+    kept = _kept.get(packed)
+    if kept is not None and kept.K == K:
+        same = torch.equal(kept.copy, packed) if kept.copy is not None else kept.version == packed._version
+        if same:
+            return kept.forms
+    # tensors made in inference mode count no versions: a copy shows changes, at two bits a weight
+    copied = packed.is_inference()
+    _kept[packed] = kept = _Kept(
+        K, None if copied else packed._version, packed.clone() if copied else None, {}
+    )
+    return kept.forms
+
+
+def _form(packed: Tensor, K: int, name: str) -> Any:
+    """The weight as a product reads it, made once and kept as long as the weight lives."""
+    forms = _forms(packed, K)
+    if name not in forms:
+        with torch.inference_mode(False):
+            codes = forms.get("oneDNN int8")
+            forms[name] = PRODUCTS[name].prepare(unpack(packed, K) if codes is None else codes)
+    return forms[name]
 
 
 def codes_of(packed: Tensor, K: int) -> Tensor:
     """Codes int8 [N, K] of a packed weight, unpacked once and kept as long as it lives."""
-    if packed.is_inference():  # no version counter: a change in place could not be noticed
-        return unpack(packed, K)
-    kept = _unpacked.get(packed)
-    if kept is None or kept[0] != packed._version or kept[1].shape[1] != K:
-        with torch.inference_mode(False):
-            kept = (packed._version, unpack(packed, K))
-        _unpacked[packed] = kept
-    return kept[1]
+    return _form(packed, K, "oneDNN int8")
 
 
 def remember(packed: Tensor, codes: Tensor) -> None:
     """Keep the codes int8 [N, K] that a packed weight was made of, so that they need not be unpacked."""
-    _unpacked[packed] = (packed._version, codes)
+    _forms(packed, codes.shape[1])["oneDNN int8"] = codes
+
+
+# ---------------------------------------------------------------- the operators
 
 
 def linear(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int, gelu: bool
 ) -> Tensor:
     """y [M, N] in x's dtype for x [M, K]."""
-    codes = _factor(codes_of(packed, x.shape[1]), activation_bits)
+    name = product_for(activation_bits, x.shape[1])
+    form = _form(packed, x.shape[1], name)
     y = x.new_empty((x.shape[0], packed.shape[0]))
-    for out, part in zip(y.split(ROWS), x.split(ROWS)):
-        x_q, scale_x = quantize(part) if activation_bits == 8 else (part, None)
-        _fill(out, x_q, scale_x, codes, scale, bias, gelu)
+    for out, part in _pieces(y, x):
+        rows, scale_x = _rounded(part) if activation_bits == 8 else (part.float(), None)
+        _fill(out, rows, scale_x, name, form, scale, bias, gelu)
     return y
+
+
+def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The rows of all tensors, ``ROWS`` at a time."""
+    return [tensors] if len(tensors[0]) <= ROWS else zip(*(t.split(ROWS) for t in tensors))
 
 
 def linear_int8(
     x_q: Tensor, scale_x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """``linear`` of activations that ``quantize`` has made int8: y [M, N] in ``dtype``, the same bits."""
-    codes = _factor(codes_of(packed, x_q.shape[1]), 8)
-    y = torch.empty((x_q.shape[0], packed.shape[0]), dtype=dtype)
-    for out, part, part_scale in zip(y.split(ROWS), x_q.split(ROWS), scale_x.split(ROWS)):
-        _fill(out, part, part_scale, codes, scale, bias, False)
-    return y
+    """``linear`` of activations that ``quantize`` has made int8: y [M, N] in ``dtype``, the same bits.
 
-
-def _factor(codes: Tensor, activation_bits: int) -> Tensor:
-    """Codes int8 [N, K] in the dtype in which they are multiplied: int8 or float32."""
-    in_int8 = activation_bits == 8 and (codes.shape[1] > LARGEST_EXACT_K or int8_is_fast())
-    return codes if in_int8 else codes.float()
-
-
-@cache
-def int8_is_fast() -> bool:
-    """Whether ``torch._int_mm`` beats a float32 product here.
-
-    Timed, once a process: instruction sets differ by an order of magnitude, and no one flag names them all.
+    For weights that change with every step: a product that has to pack them first is not taken.
     """
-    int8 = torch.ones(256, 256, dtype=torch.int8)
-    float32 = int8.float()
-    seconds = [math.inf, math.inf]
-    for _ in range(3):
-        for i, multiply in enumerate(
-            (lambda: torch.ops.aten._int_mm(int8, int8.t()), lambda: torch.mm(float32, float32.t()))
-        ):
-            start = time.perf_counter()
-            multiply()
-            seconds[i] = min(seconds[i], time.perf_counter() - start)
-    return seconds[0] < seconds[1]
+    K = x_q.shape[1]
+    unpacked = (name for name in fastest(8) if not name.startswith("FBGEMM"))
+    name = "oneDNN int8" if K > LARGEST_EXACT_K else next(unpacked)
+    form = _form(packed, K, name)
+    y = torch.empty((x_q.shape[0], packed.shape[0]), dtype=dtype)
+    for out, part, part_scale in _pieces(y, x_q, scale_x[:, None]):
+        _fill(out, part, part_scale, name, form, scale, bias, False)
+    return y
 
 
 def _fill(
     out: Tensor,
     x: Tensor,
     scale_x: Tensor | None,
-    codes: Tensor,
+    name: str,
+    form: Any,
     scale: Tensor,
     bias: Tensor | None,
     gelu: bool,
 ) -> None:
-    """Fill out [M, N] for x [M, K]: int8 with its scale [M], or floating point without."""
-    if scale_x is not None and codes.dtype == torch.int8:
-        y = torch.ops.aten._int_mm(x, codes.t()) * scale_x[:, None]  # int32 times float32: float32
-    else:
-        with torch.autocast("cpu", enabled=False):  # which would round the sums
-            y = torch.mm(x.float(), codes.t())
-        y = y if scale_x is None else y.mul_(scale_x[:, None])
+    """Fill out [M, N] for x [M, K]: integers with their scale [M, 1], or floating point without."""
+    product = PRODUCTS[name]
+    y = product.multiply(x.to(product.operand), form)
+    if scale_x is not None:
+        y = y.mul_(scale_x) if y.dtype == torch.float32 else y * scale_x
     target = out if out.dtype == torch.float32 else y
     y = torch.mul(y, scale, out=target) if bias is None else torch.addcmul(bias.float(), y, scale, out=target)
     y = torch.nn.functional.gelu(y) if gelu else y
@@ -116,14 +273,20 @@ def _fill(
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """``reference.quantize_activations`` in fewer passes: [M, K] in natural order."""
+    rows, scale = _rounded(x)
+    return rows.to(torch.int8), scale[:, 0]
+
+
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The integers of ``quantize`` in float32 [M, K], and the scale [M, 1]."""
     values = x.float()
     # amax and amin are ten times as fast as torch.aminmax(dim=1)
-    absmax = torch.maximum(values.amax(1), values.amin(1).neg_()).clamp_(min=SMALLEST_ABSMAX)
+    absmax = torch.maximum(values.amax(1, True), values.amin(1, True).neg_()).clamp_(min=SMALLEST_ABSMAX)
     scale = absmax * ONE_127TH
-    inverse = torch.full_like(absmax, 127.0).div_(absmax)
+    inverse = torch.div(_127, absmax)
     if not math.isfinite(float(absmax.sum())):
         finite = torch.isfinite(absmax)
         scale = torch.where(finite, scale, torch.nan)
-        values = torch.where(finite[:, None], values, 0.0)
+        values = torch.where(finite, values, 0.0)
         inverse = torch.where(finite, inverse, 0.0)
-    return (values * inverse[:, None]).round_().to(torch.int8), scale
+    return (values * inverse).round_(), scale

@@ -1,5 +1,7 @@
 """The public operations on this machine's device: numbers, gradients, torch.compile, errors."""
 
+import platform
+
 import pytest
 import torch
 
@@ -42,19 +44,80 @@ def test_cpu_sums_equal_the_reference(M, N, K):
     assert torch.equal(from_packed_order(q)[:, :K], x.to(torch.int8))
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="FBGEMM is for x86")
+def test_every_product_is_right_on_this_processor():
+    assert {*cpu.fastest(8), *cpu.fastest(16)} == set(cpu.PRODUCTS)
+
+
+@pytest.mark.parametrize("name", ["oneDNN int8", "FBGEMM int8", "float32"])
+@pytest.mark.parametrize("K", [1, 300, 4096, cpu.LARGEST_EXACT_K])
+def test_int8_products_give_the_same_sums(name, K):
+    """Also where they are the largest and odd, so that float32 could not hold the next one."""
+    if name not in cpu.fastest(8):
+        pytest.skip(f"this build of torch has no {name}")
+    codes = torch.randint(-1, 2, (5, K), dtype=torch.int8)
+    codes[0], codes[1] = 1, -1
+    x_q = torch.randint(-127, 128, (7, K), dtype=torch.int8)
+    x_q[0], x_q[1] = 127, -127
+    product = cpu.PRODUCTS[name]
+    sums = product.multiply(x_q.to(product.operand), product.prepare(codes))
+    assert torch.equal(sums.to(torch.int32), reference.int8_sums(x_q, codes))
+
+
 @pytest.mark.parametrize("K", [300, cpu.LARGEST_EXACT_K, cpu.LARGEST_EXACT_K + 1])
-def test_int8_and_float32_products_give_the_same_bits(monkeypatch, K):
-    """Also where the sums are the largest and odd, so that float32 could not hold the next one."""
-    w, x = weight(3, K), torch.randn(5, K)
+def test_outputs_do_not_depend_on_the_product(monkeypatch, K):
+    w, x = weight(3, K), torch.randn(2000, K) if K == 300 else torch.randn(5, K)
     w.packed[0] = pack(torch.ones(1, K, dtype=torch.int8))
     x[:2] = 1.0
-    results, dtypes = [], []
-    for fast in (False, True):
-        monkeypatch.setattr(cpu, "int8_is_fast", lambda fast=fast: fast)
+    x[2, 0] = torch.nan
+    results, taken = [], []
+    for name in cpu.fastest(8):
+        monkeypatch.setattr(cpu, "fastest", lambda bits, name=name: (name,))
         results.append(linear(x, w))
-        dtypes.append(cpu._factor(w.codes(), 8).dtype)
-    assert torch.equal(*results) and cpu._factor(w.codes(), 16).dtype == torch.float32
-    assert dtypes == [torch.float32 if K <= cpu.LARGEST_EXACT_K else torch.int8, torch.int8]
+        taken.append(cpu.product_for(8, K))
+    assert all(torch.equal(y.nan_to_num(7.0), results[0].nan_to_num(7.0)) for y in results)
+    assert results[0].isnan().any(1).nonzero().tolist() == [[2]]
+    assert len(set(taken)) == (1 if K > cpu.LARGEST_EXACT_K else len(taken))
+
+
+def test_training_does_not_pack_weights_that_change_with_every_step(monkeypatch):
+    w, x = weight(3, 300), torch.randn(5, 300)
+    expected = linear(x, w)
+    monkeypatch.setattr(cpu, "fastest", lambda bits: ("FBGEMM int8", "float32", "oneDNN int8"))
+    changed = w.packed.clone()
+    assert torch.equal(cpu.linear_int8(*cpu.quantize(x), changed, w.scale, None, x.dtype), expected)
+    assert list(cpu._kept[changed].forms) == ["float32"]
+
+
+def test_a_product_that_torch_has_not_is_left_out(monkeypatch):
+    def missing(codes):
+        raise AttributeError("no such operator")
+
+    wrong = cpu.PRODUCTS["oneDNN int8"]._replace(multiply=lambda x, codes: x.float() @ codes.float().t() + 1)
+    absent = cpu.PRODUCTS["FBGEMM int8"]._replace(prepare=missing)
+    monkeypatch.setattr(cpu, "PRODUCTS", {**cpu.PRODUCTS, "FBGEMM int8": absent, "oneDNN int8": wrong})
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+        assert cpu.fastest.__wrapped__(8) == ("float32",)
+
+
+def test_the_quantized_engine_stays_as_the_user_set_it(monkeypatch):
+    if "FBGEMM int8" not in cpu.fastest(8):
+        pytest.skip("this build of torch has no FBGEMM")
+    monkeypatch.setattr(torch.backends.quantized, "engine", "onednn")
+    codes = torch.ones(3, 128, dtype=torch.int8)
+    kept = cpu.PRODUCTS["FBGEMM int8"].prepare(codes)
+    assert torch.backends.quantized.engine == "onednn"
+    assert cpu.PRODUCTS["FBGEMM int8"].multiply(torch.ones(2, 128), kept).eq(128).all()
+
+
+def test_activations_may_be_laid_out_in_any_way():
+    """As FBGEMM reads memory as it lies."""
+    w, wide = weight(70, 300), torch.randn(9, 2, 400)
+    for x in (wide[:, 0, 50:350], wide[:, 1, :300].flip(0), wide[:1, :1, :300].expand(9, 2, 300)):
+        for bits in (8, 16):
+            assert torch.equal(
+                linear(x, w, activation_bits=bits), linear(x.contiguous(), w, activation_bits=bits)
+            )
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -171,11 +234,27 @@ def test_a_change_in_place_is_noticed():
 
 def test_the_unpacked_copy_goes_with_its_weight():
     w = weight(8, 128)
-    before = len(cpu._unpacked)
+    before = len(cpu._kept)
     linear(torch.randn(1, 128), w)
-    assert len(cpu._unpacked) == before + 1
+    assert len(cpu._kept) == before + 1
     del w
-    assert len(cpu._unpacked) == before
+    assert len(cpu._kept) == before
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_weight_is_prepared_once(monkeypatch, bits):
+    """Also one that was made in inference mode, as by a model loaded there."""
+    name, times = cpu.fastest(bits)[0], []
+    product = cpu.PRODUCTS[name]
+    counting = product._replace(prepare=lambda codes: (times.append(1), product.prepare(codes))[1])
+    monkeypatch.setitem(cpu.PRODUCTS, name, counting)
+    for inside in (False, True):
+        times.clear()
+        with torch.inference_mode(inside):
+            w = weight(8, 128)
+        for _ in range(3):
+            linear(torch.randn(2, 128), w, activation_bits=bits)
+        assert len(times) == 1
 
 
 def test_refusals():
