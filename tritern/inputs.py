@@ -1,10 +1,19 @@
-"""Checks of what users pass in: texts, other iterables, whole numbers. Every entrance uses these."""
+"""Checks of what users pass in: texts, other iterables, whole numbers, vectors, folders. Every entrance uses
+these.
+"""
 
 from __future__ import annotations
 
+import difflib
 import operator
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
+from torch import nn
 
 from .errors import TriternError
 
@@ -68,6 +77,30 @@ def check_texts(texts: Sequence[Any], first: int = 0, *, name: str = "texts", em
             ) from None
 
 
+def check_model(model: Any, name: str = "model") -> None:
+    """Refuse what is no model.
+
+    Args:
+        model: what should be an ``nn.Module``.
+        name: of the argument, for the error.
+
+    Raises:
+        TriternError: a model's name or folder, its class, or another type.
+    """
+    if isinstance(model, nn.Module):
+        return
+    allowed = f"{name} must be a torch.nn.Module or a SentenceTransformer"
+    if isinstance(model, (str, PathLike)):
+        called = repr(str(model))
+        raise TriternError(
+            f"{allowed}; received the name {called}: load it first, with SentenceTransformer({called}), or "
+            f"tritern.load({called}) if it is ternary"
+        )
+    if isinstance(model, type):
+        raise TriternError(f"{allowed}; received the class {model.__name__}: make a model of it first")
+    raise TriternError(f"{allowed}; received {type(model).__name__}")
+
+
 def whole_number(value: Any, name: str, least: int, most: int | None = None) -> int:
     """``value`` as an int.
 
@@ -91,3 +124,52 @@ def whole_number(value: Any, name: str, least: int, most: int | None = None) -> 
     if number < least or (most is not None and number > most):
         raise TriternError(f"{name} must be {allowed}; received {number}")
     return number
+
+
+def check_vectors(vectors: Any, name: str, count: int) -> None:
+    """Refuse an array that does not hold ``count`` vectors with a direction each.
+
+    Args:
+        vectors: what should be a NumPy array of floats or integers [count, width].
+        name: of the argument, for the error.
+        count: vectors that there must be.
+
+    Raises:
+        TriternError: another type, dtype or shape; a vector that is not finite in float32, or all zeros. The
+            error names its number.
+    """
+    if not isinstance(vectors, np.ndarray) or vectors.dtype.kind not in "fiu":
+        kind = f"an array of {vectors.dtype}" if isinstance(vectors, np.ndarray) else type(vectors).__name__
+        raise TriternError(f"{name} must be a NumPy array of numbers; received {kind}")
+    if vectors.ndim != 2 or len(vectors) != count or not vectors.shape[1]:
+        raise TriternError(
+            f"{name} must have shape [{count}, width], one row per text; received {list(vectors.shape)}"
+        )
+    with np.errstate(over="ignore"):
+        vectors = vectors.astype(np.float32)
+    for wrong, what in (
+        (~np.isfinite(vectors).all(1), "holds NaN or infinity (in float32)"),
+        (~vectors.any(1), "is all zeros: it has no direction"),
+    ):
+        if wrong.any():
+            raise TriternError(f"{name}: the vector number {int(wrong.argmax())} {what}")
+
+
+def check_folder(path: Path, name: str) -> None:
+    """Refuse a folder that cannot be made or written, before work is done for it. Nothing is made.
+
+    Raises:
+        TriternError: something else is there, or permission is missing.
+    """
+    there = next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))
+    if not there.is_dir():
+        raise TriternError(f"{name} must be a folder; {there} is a file: name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise TriternError(f"{name}: no permission to write {path} in {there}: name another, or allow it")
+
+
+def near(name: str, known: Iterable[str]) -> list[str]:
+    """At most four of the known names that a user may have meant: those that hold it, those spelt like it."""
+    known = list(known)
+    holding = sorted((k for k in known if name in k), key=len)
+    return list(dict.fromkeys([*holding, *difflib.get_close_matches(name, known, 3)]))[:4]

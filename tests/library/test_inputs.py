@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tritern import TriternError
-from tritern.inputs import check_texts, many, whole_number
+from tritern.inputs import check_folder, check_texts, check_vectors, many, near, whole_number
 
 
 class Table(list):
@@ -60,3 +60,46 @@ def test_the_range_is_kept():
         whole_number(0, "k", 1)
     with pytest.raises(TriternError, match="k must be from 1 to 3; received 4"):
         whole_number(np.int64(4), "k", 1, 3)
+
+
+@pytest.mark.parametrize(
+    "vectors, message",
+    [
+        ([[1.0]], "must be a NumPy array of numbers; received list"),
+        (np.array([["a"], ["b"]]), "must be a NumPy array of numbers; received an array of <U1"),
+        (np.ones(2), r"must have shape \[2, width\], one row per text; received \[2\]"),
+        (np.ones((3, 4)), r"must have shape \[2, width\], one row per text; received \[3, 4\]"),
+        (np.ones((2, 0)), r"must have shape .*received \[2, 0\]"),
+        (np.array([[1, 2], [1, np.nan]]), "the vector number 1 holds NaN or infinity"),
+        (np.array([[1, 1e300], [1, 1]]), "the vector number 0 holds NaN or infinity .in float32"),
+        (np.array([[1, 2], [0, 0]]), "the vector number 1 is all zeros"),
+    ],
+)
+def test_vectors_that_say_nothing_are_named(vectors, message):
+    with pytest.raises(TriternError, match=f"teacher:? {message}"):
+        check_vectors(vectors, "teacher", 2)
+
+
+def test_vectors_pass():
+    for dtype in (np.float16, np.float32, np.float64, np.int8):
+        check_vectors(np.ones((2, 3), dtype), "teacher", 2)
+
+
+def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
+    check_folder(tmp_path / "new" / "folder", "output_dir")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(TriternError, match="output_dir must be a folder; .*file is a file"):
+            check_folder(path, "output_dir")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(TriternError, match="output_dir: no permission to write .*new in "):
+        check_folder(tmp_path / "new", "output_dir")
+
+
+def test_names_that_were_meant():
+    known = ["max_steps", "learning_rate", "train_batch_size", "seed"]
+    assert near("steps", known) == ["max_steps"]
+    assert near("learnin_rate", known) == ["learning_rate"]
+    assert near("batch_size", known)[0] == "train_batch_size"
+    assert near("colour", known) == []
