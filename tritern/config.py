@@ -9,6 +9,18 @@ from tritern_kernels.dispatch import ACTIVATION_BITS
 from tritern_kernels.reference import RULES, Rule
 
 from .errors import TriternError
+from .inputs import many, whole_number
+
+
+def bits(value: int, name: str) -> int:
+    """8 or 16, as an int.
+
+    Raises:
+        TriternError: another number, or no whole number.
+    """
+    if (number := whole_number(value, name, 1)) not in ACTIVATION_BITS:
+        raise TriternError(f"{name} must be 8 or 16; received {number}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -41,13 +53,12 @@ class TernaryConfig:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise TriternError(f"rule must be one of {', '.join(map(repr, RULES))}; received {self.rule!r}")
-        if self.activation_bits not in ACTIVATION_BITS:
-            raise TriternError(f"activation_bits must be 8 or 16; received {self.activation_bits!r}")
-        if self.embedding_bits not in (8, 16):
-            raise TriternError(f"embedding_bits must be 8 or 16; received {self.embedding_bits!r}")
-        if isinstance(self.skip, str) or not all(isinstance(s, str) for s in self.skip):
-            raise TriternError(f"skip must be a sequence of module names or patterns; received {self.skip!r}")
-        object.__setattr__(self, "skip", tuple(self.skip))
+        for name in ("activation_bits", "embedding_bits"):
+            object.__setattr__(self, name, bits(getattr(self, name), name))
+        skip = self.skip if isinstance(self.skip, str) else tuple(many(self.skip, "skip"))
+        if isinstance(skip, str) or not all(isinstance(s, str) for s in skip):
+            raise TriternError(f"skip must be a sequence of module names or patterns; received {skip!r}")
+        object.__setattr__(self, "skip", skip)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, which transformers shows as part of a model's config."""

@@ -10,6 +10,7 @@ from torch import nn
 from . import hf
 from .embedding import Int8Embedding
 from .errors import TriternError
+from .inputs import check_model
 from .linear import TernaryLinear
 from .patch import put
 from .saving import kind_of
@@ -30,8 +31,7 @@ def dequantize(model: Model) -> Model:
         TriternError: not a model, nothing to dequantize, or layers with an RMSNorm of their own (as
             ``from_bitnet`` may give), which no plain model can hold. The model is then unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TriternError(f"model must be a ternary model; received {type(model).__name__}")
+    check_model(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     layers = replace_by_plain(model, dtype)
     hf.detach(model)

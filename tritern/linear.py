@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritern_kernels import PackedTernary, padded_k, ternarize_weight
-from tritern_kernels.dispatch import ACTIVATION_BITS, FLOATS, linear_unchecked
+from tritern_kernels.dispatch import FLOATS, linear_unchecked
 from tritern_kernels.formats import check_shape
 from tritern_kernels.internals import recorded
 from tritern_kernels.reference import Rule
 
+from .config import bits
 from .errors import TriternError
 
 
@@ -50,6 +51,14 @@ class RMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype, where its device has autocast (the meta device has none) and it is on."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 class TernaryLinear(nn.Module):
@@ -94,15 +103,13 @@ class TernaryLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation_bits not in ACTIVATION_BITS:
-            raise TriternError(f"activation_bits must be 8 or 16; received {activation_bits!r}")
         try:
             check_shape(out_features, in_features)
         except ValueError as error:
             raise TriternError(str(error)) from None
         self.in_features = in_features
         self.out_features = out_features
-        self.activation_bits = activation_bits
+        self.activation_bits = bits(activation_bits, "activation_bits")
         packed_shape = (out_features, padded_k(in_features) // 4)
         self.register_buffer("weight", torch.zeros(packed_shape, dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float32, device=device))
@@ -167,8 +174,7 @@ class TernaryLinear(nn.Module):
         """X [..., in_features] -> [..., out_features]."""
         if self.norm is not None:
             x = self.norm(x)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = autocast(x)
         arguments = self.weight, self.weight_scale, self.bias, self.in_features, self.activation_bits, False
         if x.is_cuda and not torch.is_grad_enabled() and not recorded() and self._fits(x):
             return linear_unchecked(x, *arguments)

@@ -20,6 +20,7 @@ from .choice import Choice, choose, choose_tables, common_name, matrices_of, oth
 from .config import TernaryConfig
 from .embedding import Int8Embedding
 from .errors import TriternError
+from .inputs import check_model, many
 from .linear import TernaryLinear
 from .progress import bar
 
@@ -75,18 +76,13 @@ def patch(
     Warns:
         UserWarning: most of the model's matrix weights are no ``nn.Linear``, as in mixtures of experts.
     """
+    check_model(model)
+    if config is not None and not isinstance(config, TernaryConfig):
+        raise TriternError(f"config must be a tritern.TernaryConfig; received {type(config).__name__}")
     changes: dict[str, Any] = {"rule": rule, "activation_bits": activation_bits}
     changes["embedding_bits"] = embedding_bits
-    changes["skip"] = None if skip is None else tuple([skip] if isinstance(skip, str) else skip)
+    changes["skip"] = None if skip is None else tuple([skip] if isinstance(skip, str) else many(skip, "skip"))
     config = replace(config or TernaryConfig(), **{k: v for k, v in changes.items() if v is not None})
-    if not isinstance(model, nn.Module):
-        raise TriternError(
-            f"model must be a torch.nn.Module or a SentenceTransformer; received {type(model).__name__}"
-        )
-    if isinstance(model, nn.Linear):
-        raise TriternError(
-            "a bare nn.Linear cannot be replaced in place; use tritern.TernaryLinear.from_linear(layer)"
-        )
     texts = None if calibration_texts is None else checked(calibration_texts)
     chosen, tables = plan(model, config)
     _warn_of_the_rest(model, chosen)
@@ -139,6 +135,10 @@ def plan(model: nn.Module, config: TernaryConfig) -> tuple[list[Choice], list[Ch
     Raises:
         TriternError: as ``patch``.
     """
+    if isinstance(model, nn.Linear):
+        raise TriternError(
+            "a bare nn.Linear cannot be replaced in place; use tritern.TernaryLinear.from_linear(layer)"
+        )
     linears = list(choose(model, config.skip))
     tables = list(choose_tables(model, config.skip))
     _check(model, config, linears, tables)

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from tritern_kernels import padded_k, ternarize_weight
 
 from .choice import SMALLEST_TABLE, choose, choose_tables, common_name, matrices_of, others, starred
+from .config import TernaryConfig
 from .embedding import Int8Embedding
+from .errors import TriternError
+from .inputs import check_model
 from .linear import TernaryLinear
+from .patch import plan
+from .progress import bar
 
 
 @dataclass(frozen=True)
 class LayerSummary:
     """One ternary layer: shape (N, K), bytes before (in the model's dtype) and after (codes and scales),
-    share of zeros.
+    share of zeros (None where the weights are on the meta device).
     """
 
     name: str
     shape: tuple[int, int]
     bytes_before: int
     bytes_after: int
-    zero_fraction: float
+    zero_fraction: float | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,12 @@ class SkippedLayer:
 class Summary:
     """Layers and sizes of a model; ``print`` shows it as a table. Sizes are of parameters and buffers,
     without biases for the linears, in bytes; ``before`` assumes the dtype of the model's remaining
-    parameters.
+    parameters. Shares of zeros are None where weights are on the meta device.
+
+    Attributes:
+        planned: of a model without ternary layers and int8 tables: what ``patch`` would make of it with its
+            defaults; None if there is nothing to patch.
+        refusal: why ``patch`` would refuse such a model as it is, or empty.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -58,46 +72,18 @@ class Summary:
     model_bytes_before: int
     model_bytes_after: int
     bits_per_weight: float
-    zero_fraction: float
+    zero_fraction: float | None
     dtype: torch.dtype = field(default=torch.float32)
     tables: tuple[TableSummary, ...] = ()
     skipped_tables: tuple[SkippedLayer, ...] = ()
+    planned: Summary | None = None
+    refusal: str = ""
 
     def __str__(self) -> str:
-        rows = [("layers", "count", "shape", "before", "after", "zeros")]
-        groups: dict[tuple[str, tuple[int, int]], list[LayerSummary]] = {}
-        for layer in self.layers:
-            groups.setdefault((starred(layer.name), layer.shape), []).append(layer)
-        for (_, shape), group in groups.items():
-            before, after = sum(g.bytes_before for g in group), sum(g.bytes_after for g in group)
-            zeros = sum(g.zero_fraction for g in group) / len(group)
-            rows.append(
-                (
-                    common_name([g.name for g in group]),
-                    str(len(group)),
-                    f"{shape[0]} x {shape[1]}",
-                    _size(before),
-                    _size(after),
-                    f"{zeros:.1%}",
-                )
-            )
-        before, after = self.linear_bytes_before, self.linear_bytes_after
-        rows.append(
-            (
-                "all ternary layers",
-                str(len(self.layers)),
-                "",
-                _size(before),
-                _size(after),
-                f"{self.zero_fraction:.1%}",
-            )
-        )
-        for t in self.tables:
-            shape = f"{t.shape[0]} x {t.shape[1]}"
-            rows.append((f"{t.name} (int8)", "1", shape, _size(t.bytes_before), _size(t.bytes_after), ""))
-        rows.append(
-            ("whole model", "", "", _size(self.model_bytes_before), _size(self.model_bytes_after), "")
-        )
+        if self.planned is not None:
+            until = f", once it is mended ({self.refusal})" if self.refusal else ""
+            return f"Not ternary; this is what tritern.patch would make of it{until}:\n{self.planned}"
+        rows = [("layers", "count", "shape", "before", "after", "zeros"), *self._rows()]
         widths = [max(len(r[i]) for r in rows) for i in range(6)]
         lines = [
             "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths)))
@@ -105,42 +91,72 @@ class Summary:
         ]
         lines.insert(1, "-" * len(lines[0]))
         lines.insert(-2, "-" * len(lines[0]))
-        dtype = str(self.dtype).removeprefix("torch.")
-        lines.append(
-            f"{self.bits_per_weight:.2f} bits per ternary weight; linears 1/{before / max(after, 1):.1f} "
-            f"and model 1/{self.model_bytes_before / max(self.model_bytes_after, 1):.1f} of {dtype}"
-        )
+        if self.refusal:
+            lines.insert(0, f"Not ternary, and tritern.patch refuses it: {self.refusal}")
+        else:
+            before, after, dtype = self.linear_bytes_before, self.linear_bytes_after, _name(self.dtype)
+            lines.append(
+                f"{self.bits_per_weight:.2f} bits per ternary weight; linears 1/{before / max(after, 1):.1f} "
+                f"and model 1/{self.model_bytes_before / max(self.model_bytes_after, 1):.1f} of {dtype}"
+            )
         lines += _skipped_lines("ternary", self.skipped) + _skipped_lines("int8", self.skipped_tables)
         return "\n".join(line.rstrip() for line in lines)
 
+    def _rows(self) -> Iterator[tuple[str, str, str, str, str, str]]:
+        """Of each kind of layers, of each table and of the whole."""
+        groups: dict[tuple[str, tuple[int, int]], list[LayerSummary]] = {}
+        for layer in self.layers:
+            groups.setdefault((starred(layer.name), layer.shape), []).append(layer)
+        for (_, (N, K)), group in groups.items():
+            before, after = sum(g.bytes_before for g in group), sum(g.bytes_after for g in group)
+            name, zeros = common_name([g.name for g in group]), _percent(_zeros(group))
+            yield name, str(len(group)), f"{N} x {K}", _size(before), _size(after), zeros
+        before, after = _size(self.linear_bytes_before), _size(self.linear_bytes_after)
+        yield "all ternary layers", str(len(self.layers)), "", before, after, _percent(self.zero_fraction)
+        for t in self.tables:
+            before, after = _size(t.bytes_before), _size(t.bytes_after)
+            yield f"{t.name} (int8)", "1", f"{t.shape[0]} x {t.shape[1]}", before, after, ""
+        yield "whole model", "", "", _size(self.model_bytes_before), _size(self.model_bytes_after), ""
+
 
 def summary(model: nn.Module) -> Summary:
-    """Summarize a patched (or loaded) model; an unpatched one has no layers and names what would be patched.
+    """Summarize a model: of a ternary one what it is, of any other also what ``patch`` would make of it.
+
+    The latter takes as long as patching does. Weights may be on the meta device.
 
     Args:
-        model: a SentenceTransformer or any ``nn.Module``.
+        model: a SentenceTransformer or any ``nn.Module``. It is not changed.
+
+    Raises:
+        TriternError: not a model.
     """
+    check_model(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    layers, zeros = [], 0.0
-    shared: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, TernaryLinear) and module.weight.data_ptr() not in shared:
-            shared.add(module.weight.data_ptr())
-            codes = module.packed().codes()
-            fraction = float((codes == 0).float().mean())
-            zeros += fraction * codes.numel()
-            after = module.weight.numel() + 4 * module.weight_scale.numel()
-            shape = (module.out_features, module.in_features)
-            layers.append(LayerSummary(name, shape, codes.numel() * dtype.itemsize, after, fraction))
-    ternary = bool(layers)
+    ternary = [(n, m) for n, m in model.named_modules() if isinstance(m, TernaryLinear)]
+    layers = [_ternary(name, module, dtype) for name, module in _first(ternary)]
+    tables = [_table(n, m) for n, m in model.named_modules() if isinstance(m, Int8Embedding)]
+    found = _summary(model, layers, tables, dtype)
+    if layers or tables:
+        return found
+    try:
+        plan(model, TernaryConfig())
+        refusal = ""
+    except TriternError as error:
+        refusal = str(error)
+    return replace(found, planned=_planned(model, dtype, counted=not refusal), refusal=refusal)
+
+
+def _summary(
+    model: nn.Module, layers: list[LayerSummary], tables: list[TableSummary], dtype: torch.dtype
+) -> Summary:
+    """With these layers and tables in the model."""
     skipped = [
         SkippedLayer(
-            c.name, c.reason or ("named in skip" if ternary else "not patched"), _bytes([c.module.weight])
+            c.name, c.reason or ("named in skip" if layers else "not patched"), _bytes([c.module.weight])
         )
         for c in choose(model)
     ]
     skipped += [SkippedLayer(c.name, c.reason, _bytes(matrices_of(c.module).values())) for c in others(model)]
-    tables = [_table(n, m) for n, m in model.named_modules() if isinstance(m, Int8Embedding)]
     skipped_tables = [  # a table that could be int8 is worth a line only beside one that is
         SkippedLayer(c.name, c.reason or "named in skip", _bytes([c.module.weight]))
         for c in choose_tables(model)
@@ -150,7 +166,6 @@ def summary(model: nn.Module) -> Summary:
     before, after = sum(la.bytes_before for la in layers), sum(la.bytes_after for la in layers)
     saved = sum(t.bytes_before - t.bytes_after for t in tables)
     total = _bytes({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
-    weights = sum(la.shape[0] * la.shape[1] for la in layers)
     return Summary(
         layers=tuple(layers),
         skipped=tuple(skipped),
@@ -158,12 +173,53 @@ def summary(model: nn.Module) -> Summary:
         linear_bytes_after=after,
         model_bytes_before=total - after + before + saved,
         model_bytes_after=total,
-        bits_per_weight=8 * after / weights if weights else 0.0,
-        zero_fraction=zeros / weights if weights else 0.0,
+        bits_per_weight=_bits_per_weight(layers),
+        zero_fraction=_zeros(layers),
         dtype=dtype,
         tables=tuple(tables),
         skipped_tables=tuple(skipped_tables),
     )
+
+
+def _planned(model: nn.Module, dtype: torch.dtype, counted: bool) -> Summary | None:
+    """What ``patch`` would make of a model; ``counted``: with shares of zeros."""
+    chosen = _first((c.name, c.module) for c in choose(model) if not c.reason)
+    if not chosen:
+        return None
+    layers = []
+    for name, module in bar(chosen, desc="Ternarizing", unit="layer", delay=2, leave=False):
+        N, K = module.weight.shape
+        zeros = _zeros_of(ternarize_weight(module.weight).codes()) if counted else None
+        after = N * padded_k(K) // 4 + 4 * N
+        layers.append(LayerSummary(name, (N, K), N * K * dtype.itemsize, after, zeros))
+    plain = _summary(model, [], [], dtype)
+    before, after = sum(la.bytes_before for la in layers), sum(la.bytes_after for la in layers)
+    return replace(
+        plain,
+        layers=tuple(layers),
+        skipped=tuple(s for s in plain.skipped if s.reason != "not patched"),
+        linear_bytes_before=before,
+        linear_bytes_after=after,
+        model_bytes_before=plain.model_bytes_after,
+        model_bytes_after=plain.model_bytes_after - before + after,
+        bits_per_weight=_bits_per_weight(layers),
+        zero_fraction=_zeros(layers),
+    )
+
+
+def _first(layers: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Names and layers without those that share the weight of an earlier one."""
+    first: dict[int, tuple[str, Any]] = {}
+    for name, layer in layers:
+        first.setdefault(id(layer.weight), (name, layer))
+    return list(first.values())
+
+
+def _ternary(name: str, layer: TernaryLinear, dtype: torch.dtype) -> LayerSummary:
+    N, K = layer.out_features, layer.in_features
+    zeros = None if layer.weight.is_meta else _zeros_of(layer.packed().codes())
+    after = layer.weight.numel() + 4 * layer.weight_scale.numel()
+    return LayerSummary(name, (N, K), N * K * dtype.itemsize, after, zeros)
 
 
 def _table(name: str, table: Int8Embedding) -> TableSummary:
@@ -172,6 +228,30 @@ def _table(name: str, table: Int8Embedding) -> TableSummary:
     return TableSummary(
         name, (table.num_embeddings, table.embedding_dim), before, _bytes([table.weight, scale])
     )
+
+
+def _zeros_of(codes: Tensor) -> float:
+    return 1 - int(codes.count_nonzero()) / codes.numel()
+
+
+def _zeros(layers: Sequence[LayerSummary]) -> float | None:
+    """Share of zeros among all codes of layers; None if that of one is not known."""
+    weights = [la.shape[0] * la.shape[1] for la in layers]
+    known = [la.zero_fraction * n for la, n in zip(layers, weights) if la.zero_fraction is not None]
+    return sum(known) / max(sum(weights), 1) if len(known) == len(layers) else None
+
+
+def _bits_per_weight(layers: Sequence[LayerSummary]) -> float:
+    weights = sum(la.shape[0] * la.shape[1] for la in layers)
+    return 8 * sum(la.bytes_after for la in layers) / max(weights, 1)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _skipped_lines(kind: str, skipped: tuple[SkippedLayer, ...]) -> list[str]:

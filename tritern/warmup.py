@@ -7,8 +7,8 @@ from torch import nn
 
 from tritern_kernels.tuning import MOST_TOKENS, bucket
 
-from .errors import TriternError
 from .fused import Fused, fused_blocks, kind_of, run_on_zeros
+from .inputs import check_model, whole_number
 from .linear import TernaryLinear
 from .passes import evaluating
 from .progress import bar
@@ -38,10 +38,10 @@ def warmup(
         The number of kinds of layers on a GPU (by sizes, bias and activations), fused blocks among them.
 
     Raises:
-        TriternError: ``max_tokens`` below 1.
+        TriternError: not a model, or ``max_tokens`` is no whole number of at least 1.
     """
-    if max_tokens < 1:
-        raise TriternError(f"max_tokens must be at least 1; received {max_tokens}")
+    check_model(model)
+    max_tokens = whole_number(max_tokens, "max_tokens", 1)
     if dtype is None:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float16)
     kinds: dict[tuple, TernaryLinear] = {}

@@ -57,8 +57,11 @@ def info(
     with resealed(model) if seal else nullcontext([]) as changed:
         loaded = common.load(model, device="cpu", trust_remote_code=trust_remote_code)
     ternary = is_ternary(loaded)
-    size = tritern.summary(loaded if ternary else tritern.patch(loaded))
-    note = "" if ternary else f"{model} is not ternary; this is what `tritern convert` would make of it.\n"
+    size = tritern.summary(loaded)
+    note = ""
+    if size.planned and not size.refusal:
+        size = size.planned
+        note = f"{model} is not ternary; this is what `tritern convert` would make of it.\n"
     if seal:
         note = f"Sealed anew: {', '.join(changed) or 'no file had changed'}.\n{note}"
     data: dict[str, Any] = {"sealed": changed} if seal else {}

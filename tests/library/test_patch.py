@@ -1,5 +1,8 @@
 import copy
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -150,10 +153,28 @@ def test_refusals_leave_the_model_as_it_was():
     late = Net()
     late.blocks[1].down.weight.data[3, 3] = float("inf")
     unchanged_after(late, "blocks.1.down.weight holds NaN or infinity")
-    with pytest.raises(
-        TriternError, match="must be a torch.nn.Module or a SentenceTransformer; received str"
-    ):
-        tritern.patch("all-MiniLM-L6-v2")
+
+
+@pytest.mark.parametrize("function", [tritern.patch, tritern.summary, tritern.dequantize, tritern.warmup])
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (
+            "some/model",
+            r"received the name 'some/model': load it.*SentenceTransformer\('some/model'\), or trit",
+        ),
+        (
+            Path("folder"),
+            r"received the name 'folder': load it .*or tritern.load\('folder'\) if it is ternary",
+        ),
+        (nn.Linear, "received the class Linear: make a model of it first"),
+        ({"weight": torch.ones(2, 2)}, "received dict"),
+        (None, "received NoneType"),
+    ],
+)
+def test_what_is_no_model_is_refused(function, model, match):
+    with pytest.raises(TriternError, match=f"model must be a torch.nn.Module or a Sentence.*; {match}"):
+        function(model)
 
 
 def test_config_refusals():
@@ -163,6 +184,21 @@ def test_config_refusals():
         TernaryConfig(activation_bits=2)
     with pytest.raises(TriternError, match="skip must be a sequence"):
         TernaryConfig(skip="pooler")
+    for value in (8.0, "8", True):
+        with pytest.raises(TriternError, match="activation_bits must be a whole number"):
+            TernaryConfig(activation_bits=value)
+        with pytest.raises(TriternError, match="activation_bits must be a whole number"):
+            TernaryLinear(8, 8, activation_bits=value)
+        with pytest.raises(TriternError, match="embedding_bits must be a whole number"):
+            TernaryConfig(embedding_bits=value)
+    config = TernaryConfig(activation_bits=np.int64(16), embedding_bits=np.int64(8), skip=["pooler"])
+    assert type(config.activation_bits) is type(config.embedding_bits) is int and config.skip == ("pooler",)
+    for skip in (5, b"pooler", {"pooler": 1}):
+        unchanged_after(Net(), "skip must be a list or another iterable; received", skip=skip)
+        with pytest.raises(TriternError, match="skip must be a list or another iterable; received"):
+            TernaryConfig(skip=skip)
+    unchanged_after(Net(), "skip must be a sequence of module names or patterns; received .5", skip=[5])
+    unchanged_after(Net(), "config must be a tritern.TernaryConfig; received str", config="mse")
 
 
 def test_a_model_quantized_by_another_method_is_refused():
@@ -191,8 +227,10 @@ def test_minilm_summary(minilm):
     full = sum(p.numel() * 4 for p in minilm.parameters())
     before = tritern.summary(minilm)
     assert before.layers == () and before.model_bytes_before == before.model_bytes_after
-    assert "not patched" in str(before)
+    planned = before.planned
+    assert str(before) == f"Not ternary; this is what tritern.patch would make of it:\n{planned}"
     summary = tritern.summary(tritern.patch(minilm))
+    assert planned == summary and summary.planned is None
     assert len(summary.layers) == 36 and [s.reason for s in summary.skipped] == ["pooler"]
     weights = 6 * (4 * 384 * 384 + 2 * 384 * 1536)
     scales = 6 * (4 * 384 + 1536 + 384)
@@ -203,6 +241,38 @@ def test_minilm_summary(minilm):
     text = str(summary)
     assert "attention.self.query" in text and "whole model" in text and "pooler" in text
     assert summary.linear_bytes_before / (2 * summary.linear_bytes_after) > 7.7  # against 16-bit weights
+
+
+def test_summary_on_the_meta_device(tiny, tiny_path):
+    from sentence_transformers import SentenceTransformer
+
+    plain = tritern.summary(SentenceTransformer(tiny_path, device="cpu").to("meta"))
+    assert "weight is on the meta device: load the weights" in plain.refusal
+    for meta, filled in (
+        (plain.planned, tritern.summary(tiny).planned),
+        (
+            tritern.summary(tritern.patch(copy.deepcopy(tiny)).to("meta")),
+            tritern.summary(tritern.patch(tiny)),
+        ),
+    ):
+        assert len(meta.layers) == 12 and meta.zero_fraction is None
+        assert "-" in str(meta).splitlines()[2].split()
+        layers = tuple(replace(layer, zero_fraction=None) for layer in filled.layers)
+        assert meta == replace(filled, layers=layers, zero_fraction=None)
+
+
+def test_summary_says_why_a_model_would_be_refused(tiny):
+    nothing = tritern.summary(nn.Sequential(nn.Conv1d(8, 8, 1)))
+    assert nothing.planned is None and "Not ternary, and tritern.patch refuses it: no linear layer" in str(
+        nothing
+    )
+    tiny[0].auto_model.encoder.layer[0].output.dense.weight.data[0, 0] = torch.nan
+    before = [id(m) for m in tiny.modules()]
+    damaged = tritern.summary(tiny)
+    assert "once it is mended (0.model.encoder.layer.0.output.dense.weight holds NaN" in str(damaged)
+    assert damaged.planned.zero_fraction is None and [id(m) for m in tiny.modules()] == before
+    with pytest.raises(TriternError, match="bare nn.Linear"):
+        raise TriternError(tritern.summary(nn.Linear(8, 8)).refusal)
 
 
 def test_peak_memory_stays_near_the_models_own(minilm):

@@ -20,7 +20,7 @@ from ..config import TernaryConfig
 from ..embedding import Int8Embedding, multiplied, multiplier
 from ..errors import TriternError
 from ..export import dequantize
-from ..linear import TernaryLinear
+from ..linear import TernaryLinear, autocast
 from ..patch import plan, put
 
 SMALLEST_SCALE = 1e-8
@@ -124,8 +124,7 @@ class TrainableTernaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., in_features] -> [..., out_features]."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = autocast(x)
         codes = self.refresh()
         if self.training and self.blend < 1:
             weight = blended_weight(self.weight, self.weight_scale, codes, self.blend, self.clip)
