@@ -175,20 +175,23 @@ class TernaryLinear(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         x = autocast(x)
-        arguments = self.weight, self.weight_scale, self.bias, self.in_features, self.activation_bits, False
-        if x.is_cuda and not torch.is_grad_enabled() and not recorded() and self._fits(x):
+        weight, scale, bias = self.weight, self.weight_scale, self.bias  # each looked up once: it takes time
+        arguments = weight, scale, bias, self.in_features, self.activation_bits, False
+        if not torch.is_grad_enabled() and self._fits(x, weight, scale, bias) and not recorded():
             return linear_unchecked(x, *arguments)
         return torch.ops.tritern.linear(x, *arguments)
 
-    def _fits(self, x: Tensor) -> bool:
-        """Whether the operator's checks would pass; plain tensors only, no subclasses."""
+    def _fits(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> bool:
+        """Whether the operator's checks would pass, on a device with kernels; plain tensors only."""
+        device = x.device
         return (
             type(x) is Tensor
             and x.dtype in FLOATS
+            and (x.is_cpu or x.is_cuda)
             and x.dim() > 0
             and x.shape[-1] == self.in_features
-            and x.device == self.weight.device == self.weight_scale.device
-            and (self.bias is None or (self.bias.device == x.device and self.bias.dtype in FLOATS))
+            and device == weight.device == scale.device
+            and (bias is None or (bias.device == device and bias.dtype in FLOATS))
         )
 
     def extra_repr(self) -> str:

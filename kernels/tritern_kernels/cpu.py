@@ -30,8 +30,6 @@ LARGEST_EXACT_K = 2**24 // 127
 
 _127 = torch.tensor(127.0, dtype=torch.float32, device="cpu")
 """As a tensor: the division of a number by a tensor multiplies by a rounded reciprocal."""
-    127.0, dtype=torch.float32, device="cpu"
-)  # 127.0 / t would be t.reciprocal() * 127: another rounding
 
 
 # ---------------------------------------------------------------- products

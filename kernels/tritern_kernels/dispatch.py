@@ -150,7 +150,7 @@ def _device(index: int) -> tuple[str, int, int]:
     return p.name, 10 * p.major + p.minor, p.multi_processor_count
 
 
-def _linear_cuda(
+def _linear(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
@@ -166,16 +166,18 @@ def _linear_cuda(
 def linear_unchecked(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, K: int, activation_bits: int, gelu: bool
 ) -> Tensor:
-    """``tritern::linear`` on CUDA, without its checks, its gradients and the cost of a call through torch's
-    dispatcher.
+    """``tritern::linear`` on CUDA and the CPU, without its checks, its gradients and the cost of a call
+    through torch's dispatcher.
     """
-    if x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            return linear_unchecked(x, packed, scale, bias, K, activation_bits, gelu)
     rows = x.reshape(-1, K)
     (M, _), N = rows.shape, packed.shape[0]
     if M == 0:
         return x.new_empty((*x.shape[:-1], N))
+    if x.is_cpu:
+        return cpu.linear(rows, packed, scale, bias, activation_bits, gelu).view(*x.shape[:-1], N)
+    if x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return linear_unchecked(x, packed, scale, bias, K, activation_bits, gelu)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     if activation_bits == 16 and rows.dtype == torch.float32:
         y = _unplanned(rows.bfloat16(), packed, scale, bias, x.dtype, 16, gelu)
@@ -311,23 +313,6 @@ def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- CPU
 
 
-def _linear_cpu(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    activation_bits: int,
-    gelu: bool,
-) -> Tensor:
-    _check_linear(x, packed, scale, bias, in_features, activation_bits)
-    N = packed.shape[0]
-    rows = x.reshape(-1, in_features)
-    if rows.shape[0] == 0:
-        return x.new_empty((*x.shape[:-1], N))
-    return cpu.linear(rows, packed, scale, bias, activation_bits, gelu).view(*x.shape[:-1], N)
-
-
 def _quantize_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
     _check_matrix(x)
     q, scale = cpu.quantize(x)
@@ -391,8 +376,8 @@ _library.define(
 )
 _library.define("quantize_activations(Tensor x) -> (Tensor, Tensor)")
 _library.define("dequantize(Tensor packed, Tensor scale, int in_features, ScalarType dtype) -> Tensor")
-_library.impl("linear", _linear_cpu, "CPU")
-_library.impl("linear", _linear_cuda, "CUDA")
+_library.impl("linear", _linear, "CPU")
+_library.impl("linear", _linear, "CUDA")
 _library.impl("quantize_activations", _quantize_cpu, "CPU")
 _library.impl("quantize_activations", _quantize_cuda, "CUDA")
 _library.impl("dequantize", _dequantize_impl, "CPU")
