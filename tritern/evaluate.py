@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import rankdata
+from torch import nn
 
 from .errors import TriternError
+from .inputs import check_texts, check_vectors, many, whole_number
+from .passes import evaluating
+from .pretrained import model_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+
+SAME = 1e-6
+"""Cosines that differ by less are the same: the rounding of float32."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +55,9 @@ class Fidelity:
 
 
 def evaluate(
-    model: SentenceTransformer,
-    teacher: SentenceTransformer | np.ndarray,
-    texts: Sequence[str],
+    model: SentenceTransformer | str | Path,
+    teacher: SentenceTransformer | np.ndarray | str | Path,
+    texts: Iterable[str],
     *,
     k: int = 10,
     batch_size: int = 64,
@@ -57,44 +67,100 @@ def evaluate(
     """Compare a model with a teacher on texts; cosine, top-k overlap and rank correlation.
 
     Args:
-        model: the model to judge.
-        teacher: the model it should agree with, or that model's vectors [len(texts), any width].
-        texts: at least k + 2 different texts. Time and memory grow with the square of their number for the
-            neighbours.
+        model: the model to judge, or its name or folder. It is left as it is, in its mode too.
+        teacher: the model it should agree with, its name or folder, or its vectors [len(texts), any width].
+        texts: at least k + 2 different texts, none empty. Time and memory grow with the square of their
+            number for the neighbours.
         k: neighbours to compare.
         batch_size, show_progress_bar, prompt: passed to ``encode``; a prompt of None is the model's default.
 
+    Returns:
+        The closeness. ``cosine`` and ``cosine_p5`` are NaN where the widths differ.
+
     Raises:
-        TriternError: too few texts, or teacher vectors whose number does not fit.
+        TriternError: too few texts, or some that are no strings or empty; a model that cannot be loaded;
+            vectors of the wrong number, not finite, all zeros, or all alike, whose neighbours say nothing.
     """
-    if isinstance(texts, str) or len(texts) < k + 2:
+    k, batch_size = whole_number(k, "k", 1), whole_number(batch_size, "batch_size", 1)
+    texts = text_list(texts)
+    if len(texts) < k + 2:
         raise TriternError(f"texts must hold at least k + 2 = {k + 2} strings; received {len(texts)}")
-    options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, "convert_to_numpy": True}
-    options |= {} if prompt is None else {"prompt": prompt}
-    ours = _normalized(np.asarray(model.encode(list(texts), **options), dtype=np.float32))
-    if isinstance(teacher, np.ndarray):
-        theirs = _normalized(teacher.astype(np.float32))
+    given = isinstance(teacher, np.ndarray)
+    if given:
+        check_vectors(teacher, "teacher", len(texts))
     else:
-        theirs = _normalized(np.asarray(teacher.encode(list(texts), **options), dtype=np.float32))
-    if len(theirs) != len(texts):
-        raise TriternError(f"teacher must hold one vector per text, {len(texts)}; received {len(theirs)}")
-    same_width = ours.shape == theirs.shape
-    cosine = (ours * theirs).sum(1) if same_width else np.full(len(texts), np.nan)
+        teacher = model_of(teacher, "teacher")
+    model = model_of(model, "model")
+    options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+    options |= {} if prompt is None else {"prompt": prompt}
+    pair = {}
+    for name, judged in (("model", model), ("teacher", teacher)):
+        vectors = judged if isinstance(judged, np.ndarray) else encoded(judged, texts, **options)
+        check_vectors(vectors, name if vectors is judged else f"vectors of the {name}", len(texts))
+        pair[name] = normalized(vectors)
+    result = fidelity(pair["model"], pair["teacher"], k)
+    for name, vectors in pair.items() if np.isnan(result.rank_correlation) else ():
+        if (number := next((i for i in range(len(texts)) if _alike(_others(vectors, i))), None)) is not None:
+            raise TriternError(
+                f"{name}: text number {number} is equally similar to all other texts: its neighbours have no "
+                "order. Are the texts different, and the model's weights loaded?"
+            )
+    return result
+
+
+def text_list(texts: Iterable[str]) -> list[str]:
+    """The texts, checked.
+
+    Raises:
+        TriternError: no iterable, or something in it that is no string or is empty.
+    """
+    if isinstance(texts, (str, Path)):
+        raise TriternError(
+            f"texts must be many strings; received one, {str(texts)[:60]!r}: read the texts of a file with "
+            "tritern.distillation.read_texts(file)"
+        )
+    texts = list(many(texts, "texts"))
+    check_texts(texts)
+    return texts
+
+
+def encoded(model: Any, texts: list[str], **options: Any) -> np.ndarray:
+    """A model's vectors, [len(texts), width]; the model stays in its mode, which ``encode`` would change."""
+    with evaluating(model) if isinstance(model, nn.Module) else nullcontext():
+        return np.asarray(model.encode(texts, convert_to_numpy=True, **options))  # pyright: ignore[reportCallIssue]
+
+
+def fidelity(ours: np.ndarray, theirs: np.ndarray, k: int) -> Fidelity:
+    """Closeness of normalized vectors [N, any width], N at least k + 2. What is not defined is NaN."""
+    cosine = (ours * theirs).sum(1) if ours.shape == theirs.shape else np.full(len(ours), np.nan)
     overlap, correlation = [], []
-    for i in range(len(texts)):
-        a, b = np.delete(ours @ ours[i], i), np.delete(theirs @ theirs[i], i)
+    for i in range(len(ours)):
+        a, b = _others(ours, i), _others(theirs, i)
         nearest = set(np.argpartition(-a, k)[:k].tolist())
         overlap.append(len(nearest.intersection(np.argpartition(-b, k)[:k].tolist())) / k)
-        correlation.append(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+        ranked = not (_alike(a) or _alike(b))
+        correlation.append(np.corrcoef(rankdata(a), rankdata(b))[0, 1] if ranked else np.nan)
     return Fidelity(
         cosine=float(cosine.mean()),
         cosine_p5=float(np.percentile(cosine, 5)),
         overlap=float(np.mean(overlap)),
         rank_correlation=float(np.mean(correlation)),
         k=k,
-        texts=len(texts),
+        texts=len(ours),
     )
 
 
-def _normalized(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    """float32 [N, width] of length 1; zeros stay zeros. In float64 no length overflows or vanishes."""
+    vectors = vectors.astype(np.float64)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.where(lengths == 0, 1, lengths)).astype(np.float32)
+
+
+def _others(vectors: np.ndarray, i: int) -> np.ndarray:
+    """Cosines of a text to all others."""
+    return np.delete(vectors @ vectors[i], i)
+
+
+def _alike(cosines: np.ndarray) -> bool:
+    return bool(np.ptp(cosines) <= SAME)

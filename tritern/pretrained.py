@@ -69,6 +69,36 @@ def widen(model: SentenceTransformer, dtype: Any) -> SentenceTransformer:
     return model
 
 
+def model_of(given: Any, argument: str) -> SentenceTransformer:
+    """The model given, or the one of the name given, ternary or not.
+
+    Args:
+        given: anything with ``encode``, or the folder or name of a sentence-transformers model.
+        argument: that it was given as, for the error.
+
+    Raises:
+        TriternError: another type, or no such model. CheckpointError: a file is not what was saved.
+    """
+    if not isinstance(given, (str, Path)):
+        if isinstance(given, type) or not callable(getattr(given, "encode", None)):
+            kind = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+            raise TriternError(
+                f"{argument} must be a SentenceTransformer, or the name or folder of one; received {kind}"
+            )
+        return given
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        return widen(SentenceTransformer(resolve(given), device=usable(None)), None)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        raise TriternError(
+            f"{argument}: cannot load {str(given)!r}; it must be the folder or hub name of a "
+            f"sentence-transformers model, or one of {', '.join(shipped())}: {error}"
+        ) from error
+
+
 def load(name: str | Path, *, device: str | None = None, **settings: Any) -> SentenceTransformer:
     """A ternary sentence-transformer, ready to encode.
 
