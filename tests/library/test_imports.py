@@ -90,3 +90,9 @@ assert seconds < 1.0, seconds
         [sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_every_public_name_is_listed_without_importing_what_it_needs():
+    script = "import sys, tritern; print(set(tritern.__all__) - set(dir(tritern)), 'peft' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "set() False", done.stderr
