@@ -34,7 +34,7 @@ class Int8Embedding(nn.Module):
         embedding_dim: values in a row.
         padding_idx: kept for those who ask; it changes nothing in inference.
         device: where the buffers live.
-        dtype: of the scales and of the output.
+        dtype: of the scales and of the output; torch's default if None.
 
     Raises:
         TriternError: another dtype than float32, float16 or bfloat16.
@@ -53,7 +53,8 @@ class Int8Embedding(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dtype is not None and dtype not in FLOATS:
+        dtype = dtype or torch.get_default_dtype()
+        if dtype not in FLOATS:
             raise TriternError(f"dtype must be float32, float16 or bfloat16; received {dtype}: cast it first")
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.embed_scale, self.original = 1.0, nn.Embedding

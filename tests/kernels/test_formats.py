@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 
@@ -61,6 +63,26 @@ def test_packed_ternary_dequantizes():
     weight = PackedTernary(pack(codes), scale, (5, 130))
     assert torch.equal(weight.dequantize(), codes.float() * scale[:, None])
     assert weight.dequantize(torch.float16).dtype == torch.float16
+
+
+def test_packed_ternary_is_compared_by_its_bits():
+    codes, scale = random_codes(5, 130), torch.rand(5)
+    weight, same = (PackedTernary(pack(codes), scale.clone(), (5, 130)) for _ in range(2))
+    assert weight == weight and weight == same and hash(weight) == hash(same)
+    assert {weight, same, pickle.loads(pickle.dumps(weight))} == {weight}
+    other = codes.clone()
+    other[4, 129] = 1 - other[4, 129].abs()
+    for different in (
+        PackedTernary(pack(other), scale, (5, 130)),
+        PackedTernary(pack(codes), scale.nextafter(torch.tensor(2.0)), (5, 130)),
+        PackedTernary(pack(random_codes(5, 130)), scale, (5, 129)),
+        PackedTernary(pack(codes[:4]), scale[:4], (4, 130)),
+        PackedTernary(pack(codes).to("meta"), scale.to("meta"), (5, 130)),
+        codes, "weight", None,
+    ):  # fmt: skip
+        assert weight != different and not weight == different
+    meta = [PackedTernary(pack(codes).to("meta"), scale.to("meta"), (5, 130)) for _ in range(2)]
+    assert meta[0] == meta[0] and meta[0] != meta[1] and meta.index(meta[1]) == 1
 
 
 def test_the_largest_k_cannot_overflow():

@@ -102,6 +102,12 @@ def test_refusals(table):
         table.load_state_dict({**state, "weight": torch.ones(60, 33)})
     with pytest.raises(RuntimeError, match="weight_scale must be torch.float32 or.*holds torch.int8"):
         table.load_state_dict({**state, "weight_scale": torch.ones(60, dtype=torch.int8)})
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(TriternError, match="dtype must be float32, float16 or bfloat16; received"):
+            Int8Embedding(60, 33)
+    finally:
+        torch.set_default_dtype(torch.float32)
     with pytest.raises(TriternError, match="embedding_bits must be 8 or 16; received 4"):
         TernaryConfig(embedding_bits=4)
 

@@ -39,9 +39,8 @@ def test_round_trip_to_linear(pair):
     layer = pair[1].eval()
     dense = layer.to_linear()
     assert type(dense) is nn.Linear and dense.weight.requires_grad and not dense.training
-    assert same(TernaryLinear.from_linear(dense), layer) or torch.allclose(
-        TernaryLinear.from_linear(dense).weight_scale, layer.weight_scale
-    )
+    assert torch.equal(dense.weight, layer.packed().codes() * layer.weight_scale[:, None])
+    assert same(TernaryLinear.from_linear(dense), layer)  # to the bit: sums of equal numbers are exact
     assert dense.bias is not layer.bias and torch.equal(dense.bias, layer.bias)
     half = layer.to_linear(torch.float16)
     assert half.weight.dtype == half.bias.dtype == torch.float16
@@ -76,6 +75,24 @@ def test_moving_to_meta_and_back(pair):
     layer = layer.to_empty(device="cpu")
     layer.load_state_dict(pair[1].state_dict())
     assert same(layer, pair[1])
+
+
+@pytest.mark.parametrize("activation_bits", [8, 16])
+def test_shapes_on_the_meta_device(activation_bits):
+    layer = TernaryLinear(130, 50, activation_bits=activation_bits, norm_eps=1e-3, device="meta")
+    x = torch.empty(2, 3, 130, dtype=torch.bfloat16, device="meta")
+    y = layer(x)
+    assert y.is_meta and (y.shape, y.dtype) == ((2, 3, 50), torch.bfloat16)
+    assert layer.packed().dequantize().shape == (50, 130)
+    x = torch.empty(3, 130, device="meta", requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.is_meta and layer.bias.grad.shape == (50,)
+    with pytest.raises(ValueError, match=r"x must have shape \[..., 130\]"):
+        TernaryLinear(130, 50, device="meta")(torch.empty(3, 129, device="meta"))
+    with pytest.raises(ValueError, match="x is on cpu and the weight on meta"):
+        TernaryLinear(130, 50, device="meta")(torch.empty(3, 130))
+    with pytest.raises(ValueError, match="x is on meta and the weight on cpu"):
+        TernaryLinear(130, 50)(x)
 
 
 def test_copies_give_the_same_bits(pair):
