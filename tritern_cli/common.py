@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -89,37 +89,33 @@ def load(
     from transformers.utils.logging import disable_progress_bar
 
     from tritern import CheckpointError
-    from tritern.pretrained import resolve, usable, widen
+    from tritern.pretrained import resolve, shipped, usable, widen
 
     if not sys.stderr.isatty():
         disable_progress_bar()
     settings = {"dtype": getattr(torch, dtype)} if dtype else {}
-    device = usable(device)
+    path, device = resolve(name), usable(device)
     try:
         model = SentenceTransformer(
-            resolve(name), device=device, trust_remote_code=trust_remote_code, model_kwargs=settings
+            path, device=device, trust_remote_code=trust_remote_code, model_kwargs=settings
         )
         return widen(model, dtype)
     except CheckpointError:
         raise
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
-        where = "" if Path(resolve(name)).is_dir() else " (no folder here, so taken for a name on the hub)"
+        known = f"no folder here, so taken for a name on the hub; tritern comes with {', '.join(shipped())}"
+        where = "" if Path(path).is_dir() else f" ({known})"
         on = f" on {device}" if device else ""
         raise Refused(f"cannot load model {name}{where}{on}: {error}") from error
 
 
 def read(source: str, *, column: str | None = None, limit: int | None = None) -> list[str]:
     """The texts of a file, a data set on the hub or standard input, without empty ones."""
+    from tritern.reading import read_texts
+
     if source == "-":
         texts = list(islice(lines(), limit))
-    elif column is None and source.endswith(".txt") and Path(source).is_file():  # needs no extra
-        with open(source, "rb") as file:
-            texts = list(islice(lines(file, source), limit))
     else:
-        try:
-            from tritern.distillation import read_texts
-        except ImportError as error:
-            raise ImportError(f"texts: {error}, or give a .txt file") from error
         texts = read_texts(source, column=column, limit=limit)
     texts = [text for text in map(str.strip, texts) if text]
     if not texts:
@@ -127,16 +123,11 @@ def read(source: str, *, column: str | None = None, limit: int | None = None) ->
     return texts
 
 
-def lines(stream: Iterable[bytes] | None = None, name: str = "standard input") -> Iterator[str]:
-    """Lines of a file or of standard input, as they come."""
-    for number, line in enumerate(stream or typer.get_binary_stream("stdin"), 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise Refused(
-                f"{name}, line {number}: not UTF-8 ({error.reason}); convert it, for example with "
-                "iconv -f latin1 -t utf-8"
-            ) from None
+def lines() -> Iterator[str]:
+    """Lines of standard input, as they come."""
+    from tritern import reading
+
+    return reading.lines(typer.get_binary_stream("stdin"), "standard input")
 
 
 def check_output(output: Path, force: bool, how: str = "") -> None:

@@ -1,6 +1,8 @@
-"""Inputs of the command line."""
+"""Inputs of the command line, and files of texts."""
 
 import pytest
+
+from tritern.reading import read_texts
 
 from .cli import run
 
@@ -17,3 +19,16 @@ def ternary_path(tmp_path_factory, tiny_path):
     path = tmp_path_factory.mktemp("ternary") / "model"
     assert run("convert", tiny_path, path).exit_code == 0
     return path
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """The texts of a file with this name and content."""
+    monkeypatch.chdir(tmp_path)
+
+    def read(name, content, **settings):
+        with open(name, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+        return read_texts(name, **settings)
+
+    return read

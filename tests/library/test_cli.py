@@ -406,11 +406,8 @@ def test_texts_that_cannot_be_read(ternary_path, texts_file, tmp_path, monkeypat
     assert "standard input, line 2: not UTF-8" in error(*command, "-", input=b"a\n\xff\n")
     assert "has no text column 'body'" in error(*command, texts_file, "--column", "body")
     assert "k + 2 = 12" in error(*command, "-", input="one\ntwo")
-    for name in [n for n in sys.modules if n.startswith("tritern.distillation")]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    (tmp_path / "a.csv").write_text("text\none\n")
-    assert "pip install 'tritern[train]', or give a .txt file" in error(*command, tmp_path / "a.csv")
+    assert "'a-data-set' is no file, and a data set needs more packages" in error(*command, "a-data-set")
     plain = tmp_path / "plain.txt"
     plain.write_bytes(b"\xef\xbb\xbfone\r\n\ntwo\nthree\n")
     assert common.read(str(plain), limit=3) == ["one", "two"]

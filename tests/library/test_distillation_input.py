@@ -1,7 +1,5 @@
 """What distillation is given, and what it says when that will not do."""
 
-import gzip
-import json
 from functools import cached_property
 
 import pytest
@@ -13,69 +11,12 @@ from transformers import TrainingArguments
 
 import tritern
 from tritern import TernaryConfig, TriternError
-from tritern.distillation import TernaryDistillationArguments, TernaryDistiller, read_texts
+from tritern.distillation import TernaryDistillationArguments, TernaryDistiller
 from tritern.distillation.data import LengthBatches, clean, joined, prefixed, token_counts
 from tritern.distillation.layers import TrainableTernaryLinear
 
 SMALL = {"per_device_train_batch_size": 16, "max_steps": 2, "disable_tqdm": True, "save_strategy": "no"}
 SMALL |= {"use_cpu": True, "gradient_accumulation_steps": 1}
-
-
-def test_texts_from_files_of_all_kinds(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    texts = ["one text", "käse, naïve", "third"]
-    (tmp_path / "a.txt").write_text("\n".join(texts), encoding="utf-8")
-    with gzip.open(tmp_path / "a.txt.gz", "wt", encoding="utf-8") as file:
-        file.write("\n".join(texts))
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": 1, "text": t}) for t in texts))
-    (tmp_path / "a.csv").write_text("id,body\n" + "\n".join(f'{i},"{t}"' for i, t in enumerate(texts)))
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "other": texts[::-1]}), tmp_path / "a.parquet")
-    (tmp_path / "a.tsv").write_text("id\tbody\n" + "\n".join(f"{i}\t{t}" for i, t in enumerate(texts)))
-    for name in ("a.txt", "a.txt.gz", "a.jsonl", "a.csv", "a.tsv", "a.parquet"):
-        assert read_texts(tmp_path / name) == texts, name
-        assert read_texts(tmp_path / name, limit=2) == texts[:2], name
-    assert read_texts(tmp_path / "a.parquet", column="other") == texts[::-1]
-    with pytest.raises(TriternError, match="no text column 'title'; its columns with strings: text"):
-        read_texts(tmp_path / "a.jsonl", column="title")
-    (tmp_path / "gap.csv").write_text("id,text\n1,first\n2,\n3,third\n")
-    assert read_texts(tmp_path / "gap.csv") == ["first", "", "third"]
-    (tmp_path / "late.csv").write_text("title,id,text\nA,1,\nB,2,a text\n")
-    assert read_texts(tmp_path / "late.csv") == ["", "a text"]
-    assert read_texts(tmp_path / "late.csv", column="text", limit=2) == ["", "a text"]
-    many = [f"text {i}" for i in range(2500)]
-    (tmp_path / "many.txt").write_text("\n".join(many))
-    assert read_texts(tmp_path / "many.txt") == many
-    assert read_texts(tmp_path / "many.txt", limit=1500) == many[:1500]
-    with pytest.raises(TriternError, match="limit must be at least 1; received 0"):
-        read_texts(tmp_path / "a.txt", limit=0)
-
-
-def test_texts_that_cannot_be_read(tmp_path):
-    (tmp_path / "bad.txt").write_bytes(b"fine\nalso fine\n" + b"na\xefve\n")
-    with pytest.raises(TriternError, match="bad.txt, line 3: not UTF-8 .*byte 0xef.*iconv"):
-        read_texts(tmp_path / "bad.txt")
-    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "na\xefve"}\n')
-    with pytest.raises(TriternError, match="bad.jsonl, line 2: not UTF-8 .*byte 0xef"):
-        read_texts(tmp_path / "bad.jsonl")
-    (tmp_path / "cut.jsonl").write_text('{"text": "fine"}\n{"text": "fi\n')
-    with pytest.raises(TriternError, match="cut.jsonl cannot be read as json: "):
-        read_texts(tmp_path / "cut.jsonl")
-    whole = gzip.compress("".join(f"line {i * i}\n" for i in range(5000)).encode())
-    (tmp_path / "cut.txt.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(TriternError, match="cut.txt.gz cannot be read as text: "):
-        read_texts(tmp_path / "cut.txt.gz")
-    (tmp_path / "cut.parquet").write_bytes(b"PAR1\xef\xff")
-    with pytest.raises(TriternError, match="cut.parquet cannot be read as parquet: "):
-        read_texts(tmp_path / "cut.parquet")
-    (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(TriternError, match="empty.txt is empty"):
-        read_texts(tmp_path / "empty.txt")
-    with pytest.raises(TriternError, match="missing.txt is not there; name a file"):
-        read_texts(tmp_path / "missing.txt")
-    with pytest.raises(TriternError, match="is a folder; name a file"):
-        read_texts(tmp_path)
 
 
 def test_clean_leaves_out_what_teaches_nothing(caplog):

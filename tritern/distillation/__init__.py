@@ -9,8 +9,8 @@ try:
 except ImportError as error:
     raise ImportError(f"{error}: distillation needs more packages: pip install 'tritern[train]'") from error
 
+from ..reading import read_texts
 from .arguments import TernaryDistillationArguments
-from .data import read_texts
 from .layers import TrainableTernaryLinear
 from .run import FidelityEvaluator, distill
 from .trainer import TernaryDistiller

@@ -1,4 +1,4 @@
-"""Texts to train on: where they come from and in what order they are seen."""
+"""Texts to train on: which are kept and in what order they are seen."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,96 +21,9 @@ from ..errors import TriternError
 
 logger = logging.getLogger(__name__)
 
-_BUILDERS = {
-    ".txt": "text",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-}
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _SHORTEST = 3
-_LOOKED_AT = 1000  # rows, to tell which columns hold strings: cells may be empty
 JOINED_RATIO = 0.05
 """Share of training texts that are made by joining several: longer ones than most lines hold."""
-
-
-def read_texts(source: str | Path, *, column: str | None = None, limit: int | None = None) -> list[str]:
-    """Texts of a file or of a data set.
-
-    Args:
-        source: a file with one text a line (.txt), or .jsonl, .csv or .parquet with a text column, each also
-            compressed (.gz, .zst, .bz2, .xz); otherwise the name of a data set on the hub, its train split.
-        column: where the text is; default: ``text``, or else the first column that holds strings.
-        limit: read no more than so many. Empty cells give empty strings.
-
-    Raises:
-        TriternError: nothing there, no such column, bytes that are not UTF-8 (with the line), a file that its
-            ending does not describe.
-    """
-    from datasets import load_dataset
-
-    path = Path(source)
-    suffixes = [s for s in path.suffixes if s not in _COMPRESSED]
-    kind = _BUILDERS.get(suffixes[-1] if suffixes else "")
-    if limit is not None and limit < 1:
-        raise TriternError(f"limit must be at least 1; received {limit}")
-    if path.is_file():
-        kind = kind or "text"
-        options: dict[str, Any] = {"sep": "\t"} if suffixes[-1:] == [".tsv"] else {}
-        try:
-            rows = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
-            return _column(rows, column, limit, source)
-        except TriternError:
-            raise
-        except Exception as error:  # of Unicode, pyarrow, pandas, of every decompressor
-            raise TriternError(_unreadable(path, kind, error)) from None
-    if path.exists() or kind or path.is_absolute():
-        raise TriternError(f"texts: {source} is {'a folder' if path.is_dir() else 'not there'}; name a file")
-    try:
-        rows = load_dataset(str(source), split="train", streaming=True)
-    except Exception as error:  # whatever the hub answers
-        raise TriternError(
-            f"texts: {source!r} is no file, and loading it as a data set failed: {error}"
-        ) from error
-    return _column(rows, column, limit, source)
-
-
-def _column(rows: Iterable[dict], column: str | None, limit: int | None, source: str | Path) -> list[str]:
-    rows = iter(rows)
-    head = list(islice(rows, min(_LOOKED_AT, limit or _LOOKED_AT)))
-    if not head:
-        raise TriternError(f"texts: {source} is empty")
-    values = {name: next((r[name] for r in head if r[name] is not None), None) for name in head[0]}
-    strings = [name for name, value in values.items() if isinstance(value, str)]
-    name = column or ("text" if "text" in strings else next(iter(strings), None))
-    if name not in strings:
-        raise TriternError(
-            f"texts: {source} has no text column {column or 'text'!r}; its columns with strings: "
-            f"{', '.join(strings) or 'none'}"
-        )
-    rest = islice(rows, None if limit is None else limit - len(head))
-    return [row[name] or "" for row in chain(head, rest)]  # an empty cell is None
-
-
-def _unreadable(path: Path, kind: str, error: Exception) -> str:
-    """What is wrong with a file that could not be read: most often bytes that are not UTF-8."""
-    where, cause = str(path), error
-    if path.suffix not in _COMPRESSED and kind != "parquet":
-        with path.open("rb") as file:
-            for number, content in enumerate(file, 1):
-                try:
-                    content.decode("utf-8")
-                except UnicodeDecodeError as found:
-                    where, cause = f"{path}, line {number}", found
-                    break
-    if not isinstance(cause, UnicodeDecodeError):
-        return f"texts: {path} cannot be read as {kind}: {error or type(error).__name__}"
-    return (
-        f"texts: {where}: not UTF-8 ({cause.reason}, byte {cause.object[cause.start]:#04x}). Convert the "
-        "file, for example with iconv -f latin1 -t utf-8, or remove the line."
-    )
 
 
 def clean(texts: Iterable[str], least: int) -> list[str]:

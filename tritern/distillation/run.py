@@ -26,11 +26,12 @@ from ..config import TernaryConfig
 from ..errors import TriternError
 from ..evaluate import Fidelity, evaluate
 from ..pretrained import resolve
+from ..reading import read_texts
 from ..saving import is_ternary
 from ..summary import summary
 from .arguments import TernaryDistillationArguments
 from .card import model_card
-from .data import JOINED_RATIO, clean, joined, prefixed, read_texts
+from .data import JOINED_RATIO, clean, joined, prefixed
 from .trainer import TernaryDistiller
 
 logger = logging.getLogger(__name__)
