@@ -126,13 +126,30 @@ def whole_number(value: Any, name: str, least: int, most: int | None = None) -> 
     return number
 
 
-def check_vectors(vectors: Any, name: str, count: int) -> None:
+def true_or_false(value: Any, name: str) -> bool:
+    """``value`` as a bool.
+
+    Args:
+        value: a bool, or NumPy's.
+        name: of the argument, for the error.
+
+    Raises:
+        TriternError: another type: every string but the empty one, "False" too, would be true.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TriternError(f"{name} must be True or False; received {value!r} ({type(value).__name__})")
+    return bool(value)
+
+
+def check_vectors(vectors: Any, name: str, count: int, first: int = 0, *, zeros: bool = False) -> None:
     """Refuse an array that does not hold ``count`` vectors with a direction each.
 
     Args:
         vectors: what should be a NumPy array of floats or integers [count, width].
         name: of the argument, for the error.
         count: vectors that there must be.
+        first: number of the first of them, for the error.
+        zeros: accept vectors of zeros, which have no direction.
 
     Raises:
         TriternError: another type, dtype or shape; a vector that is not finite in float32, or all zeros. The
@@ -146,13 +163,13 @@ def check_vectors(vectors: Any, name: str, count: int) -> None:
             f"{name} must have shape [{count}, width], one row per text; received {list(vectors.shape)}"
         )
     with np.errstate(over="ignore"):
-        vectors = vectors.astype(np.float32)
+        vectors = vectors.astype(np.float32, copy=False)
     for wrong, what in (
         (~np.isfinite(vectors).all(1), "holds NaN or infinity (in float32)"),
-        (~vectors.any(1), "is all zeros: it has no direction"),
+        (~vectors.any(1) & (not zeros), "is all zeros: it has no direction"),
     ):
         if wrong.any():
-            raise TriternError(f"{name}: the vector number {int(wrong.argmax())} {what}")
+            raise TriternError(f"{name}: the vector number {first + int(wrong.argmax())} {what}")
 
 
 def check_folder(path: Path, name: str) -> None:
@@ -173,3 +190,9 @@ def near(name: str, known: Iterable[str]) -> list[str]:
     known = list(known)
     holding = sorted((k for k in known if name in k), key=len)
     return list(dict.fromkeys([*holding, *difflib.get_close_matches(name, known, 3)]))[:4]
+
+
+def named(name: str, known: Iterable[str]) -> str:
+    """An unknown name, with those that may have been meant, for an error."""
+    meant = near(name, known)
+    return f"{name} (did you mean {' or '.join(meant)}?)" if meant else name

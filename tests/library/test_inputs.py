@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from tritern import TriternError
-from tritern.inputs import check_folder, check_texts, check_vectors, many, near, whole_number
+from tritern.inputs import (
+    check_folder,
+    check_texts,
+    check_vectors,
+    many,
+    near,
+    true_or_false,
+    whole_number,
+)
 
 
 class Table(list):
@@ -62,6 +70,16 @@ def test_the_range_is_kept():
         whole_number(np.int64(4), "k", 1, 3)
 
 
+@pytest.mark.parametrize("value", ["False", "", 0, 1, None, 1.0])
+def test_other_types_are_not_true_or_false(value):
+    with pytest.raises(TriternError, match="exact must be True or False; received"):
+        true_or_false(value, "exact")
+
+
+def test_true_and_false_pass():
+    assert [true_or_false(v, "exact") for v in (True, False, np.True_, np.False_)] == [True, False] * 2
+
+
 @pytest.mark.parametrize(
     "vectors, message",
     [
@@ -78,6 +96,14 @@ def test_the_range_is_kept():
 def test_vectors_that_say_nothing_are_named(vectors, message):
     with pytest.raises(TriternError, match=f"teacher:? {message}"):
         check_vectors(vectors, "teacher", 2)
+
+
+def test_vectors_are_numbered_from_the_first():
+    with pytest.raises(TriternError, match="the vector number 7 is all zeros"):
+        check_vectors(np.array([[1, 2], [0, 0]]), "vectors", 2, 6)
+    check_vectors(np.array([[1, 2], [0, 0]]), "vectors", 2, zeros=True)
+    with pytest.raises(TriternError, match="the vector number 1 holds NaN"):
+        check_vectors(np.array([[0, 0], [0, np.nan]]), "vectors", 2, zeros=True)
 
 
 def test_vectors_pass():
