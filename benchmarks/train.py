@@ -37,8 +37,8 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, float]:
 
     from tritern import TernaryConfig
     from tritern.distillation import TernaryDistillationArguments, TernaryDistiller, read_texts
+    from tritern.distillation.kept import without_dropout
     from tritern.distillation.objective import DistillationLoss
-    from tritern.distillation.trainer import without_dropout
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -65,7 +65,6 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, float]:
         student = SentenceTransformer(options.model)
         if arm == "full precision":
             teacher = SentenceTransformer(options.model).eval().requires_grad_(False)
-            without_dropout(student)
             collator = SentenceTransformerTrainer.data_collator_class(
                 student.preprocess, max_length=args.max_length
             )
@@ -76,7 +75,8 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, float]:
         else:
             config = TernaryConfig(embedding_bits=8, activation_bits=16 if "16" in arm else 8)
             trainer = TernaryDistiller(student, args, data, config=config, callbacks=[clock])
-        trainer.train()
+        with without_dropout(student):
+            trainer.train()
     half = len(clock.ends) // 2
     seconds = (clock.ends[-1] - clock.ends[half]) / (len(clock.ends) - 1 - half)
     resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

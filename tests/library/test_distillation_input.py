@@ -24,9 +24,9 @@ def test_clean_leaves_out_what_teaches_nothing(caplog):
     assert "left out 4 texts" in caplog.text
     with pytest.raises(TriternError, match="needs at least 3 different texts .* received 2 .of 4"):
         clean(["one", "two", "two", ""], 3)
-    with pytest.raises(TypeError, match="number 1 is int"):
+    with pytest.raises(TriternError, match="texts must be strings; number 1 is int"):
         clean(["one", 2], 1)
-    with pytest.raises(TypeError, match="not one"):
+    with pytest.raises(TriternError, match="texts must be a list or another iterable; received one string"):
         clean("one", 1)
 
 

@@ -11,8 +11,9 @@ except ImportError as error:
 
 from ..reading import read_texts
 from .arguments import TernaryDistillationArguments
+from .fidelity import FidelityEvaluator
 from .layers import TrainableTernaryLinear
-from .run import FidelityEvaluator, distill
+from .run import distill
 from .trainer import TernaryDistiller
 
 __all__ = [

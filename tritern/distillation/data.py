@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import TriternError
+from ..inputs import check_texts, many
 
 logger = logging.getLogger(__name__)
 
@@ -30,27 +32,21 @@ def clean(texts: Iterable[str], least: int) -> list[str]:
     """Texts without surrounding white space, without empty, very short and repeated ones.
 
     Raises:
-        TypeError: something that is not a string. TriternError: fewer than ``least`` are left.
+        TriternError: no iterable of strings, or fewer than ``least`` are left.
     """
-    if isinstance(texts, str):
-        raise TypeError("texts must be many strings, not one; to read a file use read_texts(path)")
-    kept: dict[str, None] = {}
-    total = 0
-    for total, text in enumerate(texts, 1):
-        if not isinstance(text, str):
-            raise TypeError(f"texts must be strings; number {total - 1} is {type(text).__name__}")
-        text = text.strip()
-        if len(text) >= _SHORTEST:
-            kept[text] = None
-    if len(kept) < total:
-        out = total - len(kept)
+    texts = list(many(texts, "texts"))
+    check_texts(texts, empty=True)
+    stripped = (text.strip() for text in texts)
+    kept = list(dict.fromkeys(text for text in stripped if len(text) >= _SHORTEST))
+    if out := len(texts) - len(kept):
         logger.warning("left out %d texts that are empty, below %d characters or repeated", out, _SHORTEST)
     if len(kept) < least:
         raise TriternError(
             f"distillation needs at least {least} different texts of {_SHORTEST} characters or more; "
-            f"received {len(kept)} (of {total}). Lower per_device_train_batch_size or holdout, or bring more."
+            f"received {len(kept)} (of {len(texts)}). Lower per_device_train_batch_size or holdout, or bring "
+            "more."
         )
-    return list(kept)
+    return kept
 
 
 def joined(texts: Sequence[str], ratio: float, seed: int = 0) -> list[str]:
@@ -64,7 +60,7 @@ def joined(texts: Sequence[str], ratio: float, seed: int = 0) -> list[str]:
     Raises:
         TriternError: a ratio that is not from 0 to 1.
     """
-    if not 0 <= ratio <= 1:
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 <= ratio <= 1:
         raise TriternError(f"joined_ratio is a share of the texts, from 0 to 1; received {ratio}")
     generator, source = random.Random(seed), iter(texts)
     result = []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..choice import blocks_of
 from ..errors import TriternError
 from ..linear import TernaryLinear
+from ..passes import evaluating
 from .layers import TrainableTernaryLinear
 from .losses import LOSSES, Outputs, terms
 
@@ -183,8 +184,11 @@ class DistillationLoss(nn.Module):
         if teacher.device != device:
             teacher.to(device)
         dtype = self.args.teacher_dtype()
-        autocast = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-        with torch.inference_mode(), autocast, taps.open() as (hidden, qkv):
+        # nothing is cached: a cast of inference mode would outlast it
+        autocast = torch.autocast(
+            device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
+        )
+        with evaluating(teacher), torch.inference_mode(), autocast, taps.open() as (hidden, qkv):
             pooled = teacher(dict(features))["sentence_embedding"]
         # tensors of inference mode cannot take part in a backward pass, their copies can
         wanted = self.args.loss_weights()

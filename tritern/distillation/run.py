@@ -6,17 +6,16 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import sentence_transformers
 import torch
 import transformers
-from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers.trainer import TRAINER_STATE_NAME
@@ -24,14 +23,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import TernaryConfig
 from ..errors import TriternError
-from ..evaluate import Fidelity, evaluate
-from ..pretrained import resolve
+from ..evaluate import Fidelity
+from ..inputs import check_folder, check_texts, many, named, whole_number
+from ..pretrained import model_of
 from ..reading import read_texts
 from ..saving import is_ternary
 from ..summary import summary
 from .arguments import TernaryDistillationArguments
 from .card import model_card
-from .data import JOINED_RATIO, clean, joined, prefixed
+from .data import JOINED_RATIO
+from .fidelity import FidelityEvaluator
+from .kept import random_kept
+from .split import check_holdout, split, split_with_vectors
 from .trainer import TernaryDistiller
 
 logger = logging.getLogger(__name__)
@@ -40,167 +43,185 @@ RECORD_FILE = "distillation.json"
 """What a run was given, what it did and how close the model came."""
 
 
-class FidelityEvaluator(BaseEvaluator):
-    """Closeness to the teacher on texts, for sentence-transformers' trainer: ``tritern.evaluate`` as an
-    evaluator. Its primary metric is the top-10 overlap.
-
-    Args:
-        texts: at least 12, with their prompts, if any, before them.
-        teacher: the teacher or its vectors.
-        name: prefix of the metrics.
-    """
-
-    def __init__(
-        self, texts: Sequence[str], teacher: SentenceTransformer | np.ndarray, name: str = "fidelity"
-    ) -> None:
-        super().__init__()
-        self.texts, self.name = list(texts), name
-        self.teacher = teacher if isinstance(teacher, np.ndarray) else teacher.encode(self.texts, prompt="")
-        self.primary_metric = "overlap"
-        self.latest: Fidelity | None = None
-
-    def __call__(
-        self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1
-    ) -> dict[str, float]:
-        """Metrics ``{name}_cosine``, ``{name}_overlap`` and ``{name}_rank_correlation``."""
-        self.latest = evaluate(model, self.teacher, self.texts, prompt="")
-        values = {k: getattr(self.latest, k) for k in ("cosine", "overlap", "rank_correlation")}
-        return self.prefix_name_to_metrics(values, self.name)
-
-
 def distill(
-    model: SentenceTransformer | str,
+    model: SentenceTransformer | str | Path,
     texts: Iterable[str] | str | Path,
     output_dir: str | Path,
     *,
-    teacher: SentenceTransformer | np.ndarray | None = None,
+    teacher: SentenceTransformer | np.ndarray | str | Path | None = None,
     config: TernaryConfig | None = None,
     column: str | None = None,
     limit: int | None = None,
-    prefixes: Sequence[str] | None = None,
+    prefixes: Iterable[str] | None = None,
     holdout: int = 256,
     joined_ratio: float | None = None,
     evaluator: BaseEvaluator | None = None,
-    callbacks: Sequence[Any] = (),
-    resume: bool | str = False,
+    callbacks: Iterable[Any] = (),
+    resume: bool | str | Path = False,
     **settings: Any,
 ) -> SentenceTransformer:
     """Train a ternary form of a model on raw texts to give the vectors of the original.
 
     The model is changed in place and returned, packed; ``output_dir`` receives it with a model card and
-    ``distillation.json``, the record of the run.
+    ``distillation.json``, the record of the run. Everything else of the caller's stays as it is: the teacher,
+    the model's dropout and mode, the state of the global random generators.
 
     A model that is ternary already is trained on from where it is, to fit other texts: with its original as
     the teacher, no blend from full precision and two fifths of the learning rate, if not set.
 
     Args:
-        model: a sentence-transformer, or its name or path.
-        texts: strings, or a source for ``read_texts``. No labels are needed; take text like that to be
-            embedded later. Repeated and very short ones are left out.
+        model: a sentence-transformer, or its name or folder.
+        texts: strings, in any iterable, or a source for ``read_texts``. No labels are needed; take text like
+            that to be embedded later. Repeated and very short ones are left out.
         output_dir: folder for the model and the checkpoints of the run.
-        teacher: model with the same tokenizer, or the vectors of ``texts`` [len(texts), width]; by default
-            the model itself, before training.
+        teacher: model with the same tokenizer, its name or folder, or the vectors of ``texts`` [len(texts),
+            width]; by default the model itself, before training.
         config: what becomes ternary and how; by default ``TernaryConfig(embedding_bits=8)``. A ternary model
             stays as it is.
-        column, limit: of ``read_texts``, where ``texts`` is a source.
+        column, limit: of ``read_texts``, where ``texts`` is a source. ``limit`` takes the first ones.
         prefixes: put before the texts in turn; by default the model's own prompts, an empty one among them,
             and with teacher vectors none: pass those that the texts had when the vectors were made. Pass ()
             for none.
-        holdout: texts kept out of training, to measure closeness on; 0: none.
+        holdout: texts kept out of training, to measure closeness on; 0: none. They are drawn from all of the
+            texts, by ``data_seed`` or else ``seed``, and are the same however the texts are ordered.
         joined_ratio: share of the training texts made by joining several into a longer one; default 0.05, or
             0 with teacher vectors.
         evaluator: evaluates during training instead of closeness on the holdout (see ``eval_strategy``).
         callbacks: of transformers' Trainer, such as ``EarlyStoppingCallback``.
         resume: go on from the last checkpoint in ``output_dir``, or from the one named. The same arguments
             give the same numbers as a run without interruption.
-        **settings: fields of ``TernaryDistillationArguments``, such as ``max_steps``,
+        **settings: fields of ``TernaryDistillationArguments``, such as ``max_steps`` (or ``steps``),
             ``per_device_train_batch_size``, ``learning_rate``, ``save_steps``.
 
     Returns:
         The model.
 
     Raises:
-        TriternError: an unsuitable model, texts or teacher; not enough memory; a loss that is not finite.
+        TriternError: an unsuitable model, teacher, setting or folder; texts that are too few or no strings;
+            not enough memory; a loss that is not finite.
     """
     start = time.perf_counter()
-    output_dir = Path(output_dir)
-    model = SentenceTransformer(resolve(model)) if isinstance(model, str) else model
-    if further := is_ternary(model):
-        settings = {"blend_ratio": 0.0, **settings}
-    else:
-        config = config or TernaryConfig(embedding_bits=8)
-    args = _arguments(output_dir, settings, evaluator)
-    checkpoint = _checkpoint(output_dir, resume)
-    source = str(texts) if isinstance(texts, (str, Path)) else "texts given to the call"
-    if isinstance(texts, (str, Path)):
-        texts = read_texts(texts, column=column, limit=limit)
-    elif column is not None or limit is not None:
-        raise TriternError("column and limit go with a file or data set; texts are given already")
-    texts = list(texts)
-    vectors = teacher if isinstance(teacher, np.ndarray) else None
-    if prefixes is None and vectors is None:
-        found = list(dict.fromkeys(prompt or "" for prompt in model.prompts.values()))
-        prefixes = found if any(found) else []
-    prefixes = list(prefixes or ())
-    if joined_ratio is None:
-        joined_ratio = 0.0 if vectors is not None else JOINED_RATIO
-    if vectors is None:
-        train, held = _split(texts, prefixes, holdout, joined_ratio, args)
-        guide: Any = teacher or model
-        held_vectors = guide.encode(held, prompt="", show_progress_bar=False) if held else None
-    else:
-        train, held = _split_with_vectors(texts, vectors, prefixes, holdout, joined_ratio)
-        held_vectors = vectors[:holdout]
-    if len(train) < (least := args.train_batch_size * args.world_size):
-        raise TriternError(
-            f"{len(train)} training texts are left after holdout ({holdout}) and joining, and a batch takes "
-            f"{least}: lower per_device_train_batch_size, holdout or joined_ratio, or bring more"
+    output_dir, holdout = _folder(output_dir), check_holdout(holdout)
+    if column is not None or limit is not None:
+        if not isinstance(texts, (str, Path)):
+            raise TriternError("column and limit go with a file or data set; texts are given already")
+    if config is not None and not isinstance(config, TernaryConfig):
+        raise TriternError(f"config must be a tritern.TernaryConfig; received {type(config).__name__}")
+    if prefixes is not None:
+        prefixes = list(many(prefixes, "prefixes"))
+        check_texts(prefixes, name="prefixes", empty=True)
+    callbacks = list(many(callbacks, "callbacks"))
+    with random_kept():
+        vectors = teacher if isinstance(teacher, np.ndarray) else None
+        guide = None if teacher is None or vectors is not None else _model(teacher, "teacher")
+        model = _model(model, "model")
+        if further := is_ternary(model):
+            settings = {"blend_ratio": 0.0, **settings}
+        else:
+            config = config or TernaryConfig(embedding_bits=8)
+        args = _arguments(output_dir, settings, evaluator)
+        checkpoint = _checkpoint(output_dir, resume)
+        source = str(texts) if isinstance(texts, (str, Path)) else "texts given to the call"
+        if isinstance(texts, (str, Path)):
+            texts = read_texts(texts, column=column, limit=limit)
+        if prefixes is None and vectors is None:
+            found = list(dict.fromkeys(prompt or "" for prompt in model.prompts.values()))
+            prefixes = found if any(found) else []
+        if joined_ratio is None:
+            joined_ratio = 0.0 if vectors is not None else JOINED_RATIO
+        options: tuple[Any, ...] = (list(prefixes or ()), holdout, joined_ratio, args)
+        texts = list(many(texts, "texts"))
+        parts = split(texts, *options) if vectors is None else split_with_vectors(texts, vectors, *options)
+        if len(parts.train) < (least := args.train_batch_size * args.world_size):
+            raise TriternError(
+                f"{len(parts.train)} training texts are left after holdout ({holdout}) and joining, and a "
+                f"batch takes {least}: lower per_device_train_batch_size, holdout or joined_ratio, or bring "
+                "more"
+            )
+        closeness = None
+        if parts.held:
+            theirs: Any = (guide or model) if parts.vectors is None else parts.vectors
+            closeness = FidelityEvaluator(parts.held, theirs)
+        trainer = TernaryDistiller(
+            model,
+            args,
+            parts.train,
+            teacher=guide if vectors is None else "labels",
+            config=config,
+            evaluator=evaluator or closeness,
+            callbacks=callbacks,
         )
-    closeness = FidelityEvaluator(held, held_vectors) if held and held_vectors is not None else None
-    trainer = TernaryDistiller(
-        model,
-        args,
-        train,
-        teacher="labels" if vectors is not None else teacher,  # pyright: ignore[reportArgumentType]
-        config=config,
-        evaluator=evaluator or closeness,
-        callbacks=list(callbacks),
-    )
-    fidelity: dict[str, Any] = {}
+        stage = "ternary, as given" if further else "ternary, not trained"
+        fidelity = _trained(trainer, checkpoint, closeness, stage)
+    record = _record(trainer, guide if vectors is None else vectors, fidelity, time.perf_counter() - start)
+    if further and guide is not None:  # a version of it, by way of another
+        record["trained_on_from"], record["model"] = record["model"], _name(guide)
+        record["base_model"] = guide.model_card_data.base_model or record["base_model"]
+    record["data"] |= {"source": source, "column": column, "limit": limit, "holdout": holdout}
+    record["data"] |= {"prefixes": options[0], "joined_ratio": joined_ratio}
+    record["resumed_from"] = Path(checkpoint).name if checkpoint else None
+    if trainer.is_world_process_zero():
+        _save(model, record, output_dir)
+    return model
+
+
+def _model(given: Any, argument: str) -> SentenceTransformer:
+    model = model_of(given, argument)
+    if not isinstance(model, SentenceTransformer):
+        or_vectors = ", or a NumPy array of its vectors" if argument == "teacher" else ""
+        raise TriternError(
+            f"{argument} must be a SentenceTransformer, or the name or folder of one{or_vectors}; received "
+            f"{type(model).__name__}"
+        )
+    return model
+
+
+def _folder(output_dir: Any) -> Path:
+    if not isinstance(output_dir, (str, Path)) or not str(output_dir):
+        raise TriternError(f"output_dir must be the name of a folder; received {output_dir!r}")
+    check_folder(Path(output_dir), "output_dir")
+    return Path(output_dir)
+
+
+def _trained(
+    trainer: TernaryDistiller, checkpoint: str | None, closeness: FidelityEvaluator | None, stage: str
+) -> dict[str, Fidelity]:
+    """Train and pack; the closeness before, called ``stage``, and after."""
+    found: dict[str, Fidelity] = {}
 
     def judge(stage: str) -> None:
         if closeness:
-            closeness(model)
-            fidelity[stage] = closeness.latest
+            closeness(trainer.model)
+            found[stage] = cast(Fidelity, closeness.latest)
             logger.info("%s: %s", stage, closeness.latest)
 
-    judge("ternary, as given" if further else "ternary, not trained")
+    judge(stage)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.pack()
     judge("ternary, distilled")
-    record = _record(trainer, teacher, fidelity, time.perf_counter() - start)
-    if further and isinstance(teacher, SentenceTransformer):  # a version of it, by way of another
-        record["trained_on_from"], record["model"] = record["model"], _name(teacher)
-        record["base_model"] = teacher.model_card_data.base_model or record["base_model"]
-    record["data"] |= {"source": source, "column": column, "limit": limit, "holdout": holdout}
-    record["data"] |= {"prefixes": prefixes, "joined_ratio": joined_ratio}
-    record["resumed_from"] = Path(checkpoint).name if checkpoint else None
-    if trainer.is_world_process_zero():
-        vars(model)["_model_card_text"] = model_card(record)
-        model.model_card_data.tags = [t for t in model.model_card_data.tags if t != "generated_from_trainer"]
-        model.save_pretrained(str(output_dir))
-        (output_dir / RECORD_FILE).write_text(json.dumps(_finite(record), indent=1) + "\n", encoding="utf-8")
-    return model
+    return found
+
+
+def _save(model: SentenceTransformer, record: dict[str, Any], folder: Path) -> None:
+    vars(model)["_model_card_text"] = model_card(record)
+    model.model_card_data.tags = [t for t in model.model_card_data.tags if t != "generated_from_trainer"]
+    model.save_pretrained(str(folder))
+    (folder / RECORD_FILE).write_text(json.dumps(_finite(record), indent=1) + "\n", encoding="utf-8")
 
 
 def _arguments(
     output_dir: Path, settings: dict[str, Any], evaluator: BaseEvaluator | None
 ) -> TernaryDistillationArguments:
-    unknown = set(settings) - {f.name for f in fields(TernaryDistillationArguments)}
-    if unknown:
+    settings, known = dict(settings), {f.name for f in fields(TernaryDistillationArguments)}
+    if (steps := settings.pop("steps", None)) is not None:
+        if "max_steps" in settings:
+            raise TriternError(
+                f"steps ({steps}) and max_steps ({settings['max_steps']}) are the same setting: pass one"
+            )
+        settings["max_steps"] = whole_number(steps, "steps", 1)
+    if unknown := [named(name, known) for name in sorted(set(settings) - known)]:
         raise TriternError(
-            f"unknown settings: {', '.join(sorted(unknown))}; see "
-            "tritern.distillation.TernaryDistillationArguments"
+            f"unknown settings: {', '.join(unknown)}; see tritern.distillation.TernaryDistillationArguments"
         )
     if "resume_from_checkpoint" in settings:
         raise TriternError("resume_from_checkpoint has no effect here: pass resume=True, or resume=PATH")
@@ -208,55 +229,17 @@ def _arguments(
     settings.setdefault("report_to", "none")
     try:
         return TernaryDistillationArguments(output_dir=str(output_dir), **settings)
-    except ValueError as error:
+    except TriternError:
+        raise
+    except (TypeError, ValueError) as error:
         raise TriternError(f"settings: {error}") from error
 
 
-def _split(
-    texts: list[str],
-    prefixes: Sequence[str],
-    holdout: int,
-    joined_ratio: float,
-    args: TernaryDistillationArguments,
-) -> tuple[Dataset, list[str]]:
-    """The training set and the texts held out of it."""
-    _check_holdout(holdout)
-    texts = clean(texts, holdout + args.train_batch_size * args.world_size)
-    train = prefixed(joined(texts[holdout:], joined_ratio, args.seed), prefixes)
-    return Dataset.from_dict({"text": train}), prefixed(texts[:holdout], prefixes)
-
-
-def _split_with_vectors(
-    texts: list[str], vectors: np.ndarray, prefixes: Sequence[str], holdout: int, joined_ratio: float
-) -> tuple[Dataset, list[str]]:
-    _check_holdout(holdout)
-    if vectors.ndim != 2 or len(vectors) != len(texts):
-        raise TriternError(
-            f"teacher vectors must have shape [{len(texts)}, width], one row per text; received "
-            f"{list(vectors.shape)}"
-        )
-    if not np.isfinite(vectors).all():
-        raise TriternError("teacher vectors hold NaN or infinity")
-    if joined_ratio:
-        raise TriternError("joined_ratio must be 0 with teacher vectors: joined texts have none")
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"texts must be strings; number {i} is {type(text).__name__}")
-        if not text.strip():
-            raise TriternError(f"texts: number {i} is empty; remove it and its teacher vector")
-    texts = prefixed(texts, prefixes)
-    train = {"text": texts[holdout:], "label": list(vectors[holdout:].astype(np.float32))}
-    return Dataset.from_dict(train), texts[:holdout]
-
-
-def _check_holdout(holdout: int) -> None:
-    if holdout and holdout < 12:
-        raise TriternError(f"holdout must be 0 or at least 12; received {holdout}")
-
-
-def _checkpoint(folder: Path, resume: bool | str) -> str | None:
-    if isinstance(resume, str):
-        return resume
+def _checkpoint(folder: Path, resume: bool | str | Path) -> str | None:
+    if isinstance(resume, (str, Path)):
+        return str(resume)
+    if not isinstance(resume, bool):
+        raise TriternError(f"resume must be True, False or the folder of a checkpoint; received {resume!r}")
     found = [f for f in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if f.name.rpartition("-")[2].isdigit()]
     found.sort(key=lambda f: int(f.name.rpartition("-")[2]))
     whole = [f for f in found if (f / TRAINER_STATE_NAME).is_file()]  # which is written last

@@ -26,6 +26,7 @@ from ..errors import CheckpointError, TriternError
 from ..saving import is_ternary
 from .arguments import TernaryDistillationArguments, suggested_learning_rate
 from .data import LengthBatches, token_counts
+from .kept import cuts_and_padding, device_kept, modes_kept, without_dropout
 from .layers import TrainableTernaryLinear, make_trainable, pack_trained, packed_form, reopen
 from .objective import DistillationLoss
 
@@ -64,7 +65,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
     Args:
         model: the student; its linear layers become trainable ternary ones at once. One that is ternary
             already is trained on from where it is, with its original as the ``teacher``.
-        args: settings.
+        args: settings; they stay as they are.
         train_dataset: one text column; with ``teacher="labels"`` also ``label``, the teacher's vectors.
         teacher: a model with the same tokenizer; None: a frozen copy of ``model``; ``"labels"``: the vectors
             in the data set's ``label`` column.
@@ -108,10 +109,13 @@ class TernaryDistiller(SentenceTransformerTrainer):
                 "the student is cast to float32, where small steps are not lost; bf16=True computes in bf16"
             )
             model.float()
+        args = copy.copy(args)  # the caller may start another run by it
+        self._tokenizer_as_before = cuts_and_padding(model.tokenizer)
         own = teacher is None or teacher is model
         frozen = copy.deepcopy(model) if own else None if isinstance(teacher, str) else teacher
         if frozen is not None:
             _check_tokenizer(model, frozen)
+        if own and frozen is not None:
             frozen.eval().requires_grad_(False)
         self._teacher = frozen
         # before the layers are replaced, which take their hooks along: a refusal leaves the model as it was
@@ -128,13 +132,9 @@ class TernaryDistiller(SentenceTransformerTrainer):
             backward_dtype=args.backward_dtype(),
             through_tables=args.train_int8_embeddings,
         )
-        for module in model.modules():
-            if isinstance(module, nn.Embedding) and not args.train_embeddings:
-                module.requires_grad_(False)
         if args.learning_rate is None:
             args.learning_rate = suggested_learning_rate(sum(p.numel() for p in model.parameters()))
             args.learning_rate *= FURTHER_RATE if further else 1
-        without_dropout(model)
         self._length = min((n for n in (args.max_length, model.max_seq_length) if n), default=None)
         if "data_collator" not in kwargs:
             kwargs["data_collator"] = self.data_collator_class(
@@ -188,9 +188,17 @@ class TernaryDistiller(SentenceTransformerTrainer):
         return self.lr_scheduler
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As of the parent; running out of memory says which settings to lower."""
+        """As of the parent, without dropout; running out of memory says which settings to lower.
+
+        Dropout, modes, gradients asked for and the tokenizer are afterwards as they were, as is the teacher.
+        """
+        model: Any = self.model
         try:
-            return super().train(*args, **kwargs)  # where auto_find_batch_size tries again
+            with without_dropout(model), modes_kept(model), device_kept(self._teacher):
+                for module in model.modules():
+                    if isinstance(module, nn.Embedding) and not self.args.train_embeddings:
+                        module.requires_grad_(False)
+                return super().train(*args, **kwargs)  # where auto_find_batch_size tries again
         except RuntimeError as error:
             known = "allocate memory", "No executable batch size"
             if not (isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in known)):
@@ -201,6 +209,8 @@ class TernaryDistiller(SentenceTransformerTrainer):
                 f"step, each compared with fewer), max_length (now {self.args.max_length}), or set "
                 "gradient_checkpointing=True."
             ) from error
+        finally:
+            self._tokenizer_as_before()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One step; a loss that is not finite ends the run and keeps the batch."""
@@ -254,6 +264,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
             balance = ",".join(str(float(b)) for b in self.objective.balance)
             metadata = {"frozen": str(int(frozen)), "balance": balance, "run": json.dumps(self.identity())}
             save_model(self.model, str(folder / STATE_FILE), metadata)
+        self._tokenizer_as_before()
         with packed_form(self.model, self.ternary_config, self.converted):
             super()._save(str(folder), state_dict)
 
@@ -307,13 +318,3 @@ def _check_tokenizer(model: SentenceTransformer, teacher: SentenceTransformer) -
             "student and teacher must have the same tokenizer; their vocabularies differ. Encode the texts "
             "with the teacher first and pass its vectors instead."
         )
-
-
-def without_dropout(model: nn.Module) -> None:
-    """Turn dropout off in training too: modules and the float attributes that attention reads."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
