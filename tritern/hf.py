@@ -315,12 +315,19 @@ def _check_loaded(name: str, layer: TernaryLinear | Int8Embedding) -> None:
         return  # offloaded by accelerate
     try:
         if isinstance(layer, TernaryLinear):
-            check_codes(layer.packed().packed)
+            for part in _parts(layer.packed().packed):
+                check_codes(part)
         elif layer.weight.dtype != torch.int8:
             raise TypeError(f"the table must be int8; received {layer.weight.dtype}")
-        check_scale(layer.weight_scale)
+        for part in _parts(layer.weight_scale):
+            check_scale(part)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{name}: {error}") from None
+
+
+def _parts(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    """On a CPU so small that torch starts no threads: a process forked later would wait for them for ever."""
+    return tensor.flatten().split(1 << 14) if tensor.device.type == "cpu" else [tensor]
 
 
 def _named(model: nn.Module, kind: type[Module]) -> list[tuple[str, Module]]:

@@ -56,6 +56,23 @@ numpy.save(sys.argv[2], SentenceTransformer(sys.argv[1], device="cpu").encode(TE
     assert np.array_equal(np.load(tmp_path / "vectors.npy"), vectors)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
+def test_loading_starts_no_threads_that_a_forked_process_would_miss():
+    """Servers load a model, fork their workers and encode there; torch's threads are not in a fork."""
+    code = """
+import os, torch, tritern
+torch.set_num_threads(9)
+before = len(os.listdir("/proc/self/task"))
+started = lambda: len(os.listdir("/proc/self/task")) - before
+tritern.load("minilm-l6-ternary", device="cpu")
+assert started() < 8, started()  # a progress bar's alone
+torch.ones(1 << 20).add(1)
+assert started() >= 8
+"""
+    result = in_new_process(code)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
 def test_loading_without_the_import_fails(saved):
     code = """
 import sys
