@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,23 @@ def resolve(name: str | Path) -> str:
 
     A model in a folder of that name in the working directory comes first, as everywhere in
     sentence-transformers.
+
+    Raises:
+        TriternError: no name at all, or one spelt almost like that of a shipped model, which the hub is not
+            asked for.
     """
-    name = str(name)
-    here = (Path(name) / "modules.json").is_file()
-    return str(_FOLDER / name) if name in shipped() and not here else name
+    if not isinstance(name, (str, Path)) or not str(name):
+        raise TriternError(f"name must be the name or folder of a model; received {name!r}")
+    name, known = str(name), shipped()
+    if name in known:
+        return name if (Path(name) / "modules.json").is_file() else str(_FOLDER / name)
+    near = get_close_matches(name.lower(), known, 1, cutoff=0.8)
+    if near and Path(name).name == name and not Path(name).exists():
+        raise TriternError(
+            f"there is no model {name!r}: tritern comes with {', '.join(known)}; did you mean {near[0]!r}? "
+            "A model on the hub is named with its owner, as owner/name"
+        )
+    return name
 
 
 def usable(device: str | torch.device | None) -> str | None:
@@ -54,8 +68,14 @@ def usable(device: str | torch.device | None) -> str | None:
         warnings.warn(f"the model is put on the CPU, not on {chosen}: {why}; {SUPPORTED}", stacklevel=3)
         return "cpu"
     try:
-        check_device(torch.device(device))
-    except (RuntimeError, TypeError, ValueError) as error:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise TriternError(
+            f"device must be 'cpu', 'cuda', a GPU such as 'cuda:1', or None; received {device!r}"
+        ) from None
+    try:
+        check_device(where)
+    except ValueError as error:
         raise TriternError(f"device={str(device)!r}: {error}") from None
     return str(device)
 
@@ -88,15 +108,21 @@ def model_of(given: Any, argument: str) -> SentenceTransformer:
         return given
     from sentence_transformers import SentenceTransformer
 
+    path, device = resolve(given), usable(None)
     try:
-        return widen(SentenceTransformer(resolve(given), device=usable(None)), None)
+        return widen(SentenceTransformer(path, device=device), None)
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:
         raise TriternError(
             f"{argument}: cannot load {str(given)!r}; it must be the folder or hub name of a "
-            f"sentence-transformers model, or one of {', '.join(shipped())}: {error}"
+            f"sentence-transformers model, or one of {', '.join(shipped())}: {_first_line(error)}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong, without the advice of transformers and huggingface_hub that follows."""
+    return str(error).strip().partition("\n")[0]
 
 
 def load(name: str | Path, *, device: str | None = None, **settings: Any) -> SentenceTransformer:
@@ -123,7 +149,7 @@ def load(name: str | Path, *, device: str | None = None, **settings: Any) -> Sen
     except (OSError, ValueError) as error:
         raise TriternError(
             f"cannot load {str(name)!r}: it must be the folder or hub name of a saved ternary model, or the "
-            f"name of one that comes with tritern ({', '.join(shipped())}): {error}"
+            f"name of one that comes with tritern ({', '.join(shipped())}): {_first_line(error)}"
         ) from error
     if not is_ternary(model):
         raise TriternError(

@@ -25,8 +25,9 @@ def test_load_refuses_a_device_without_kernels(no_gpus):
         tritern.load(NAME, device="mps")
     with pytest.raises(tritern.TriternError, match="device='cuda': .*sees 0 CUDA GPUs here"):
         tritern.load(NAME, device="cuda")
-    with pytest.raises(tritern.TriternError, match="device='gpu': .*device type"):
-        tritern.load(NAME, device="gpu")
+    for device in ("gpu", "", True, ["cpu"]):
+        with pytest.raises(tritern.TriternError, match="device must be 'cpu', 'cuda'.*; received"):
+            tritern.load(NAME, device=device)
 
 
 def test_load_takes_the_cpu_where_sentence_transformers_would_take_mps(monkeypatch):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 
 import tritern
 from tritern import CheckpointError, TriternError
-from tritern.pretrained import resolve, shipped
+from tritern.pretrained import model_of, resolve, shipped
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -97,6 +98,43 @@ def test_what_is_no_ternary_model_is_refused(tiny_path, tmp_path, monkeypatch):
     missing = str(tmp_path / "missing")
     with pytest.raises(TriternError, match=rf"cannot load '.*missing'.*comes with tritern \({NAME}\)"):
         tritern.load(missing, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "name", ["minilm-l6-ternery", "MiniLM-L6-Ternary", "minilm_l6_ternary", "minilm-ternary"]
+)
+def test_a_misspelt_name_is_answered_before_the_hub_is_asked(name, tmp_path, monkeypatch):
+    import sentence_transformers
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", None)
+    message = rf"there is no model '{name}': tritern comes with {NAME}; did you mean '{NAME}'\?"
+    for load in (tritern.load, partial(model_of, argument="teacher")):
+        with pytest.raises(TriternError, match=message):
+            load(name)
+    assert f"there is no model '{name}'" in error("info", name)
+    (tmp_path / name).mkdir()
+    assert resolve(name) == name and resolve(f"owner/{name}") == f"owner/{name}"
+
+
+@pytest.mark.parametrize("name", ["", None, 3, torch.nn.Linear(2, 2)])
+def test_what_is_no_name_is_refused(name):
+    with pytest.raises(TriternError, match="name must be the name or folder of a model; received"):
+        tritern.load(name)
+
+
+def test_the_known_names_come_before_what_the_hub_says(monkeypatch):
+    import sentence_transformers
+
+    def offline(*args, **kwargs):
+        raise OSError("We couldn't connect to the hub.\nCheck your internet connection, or see how ...")
+
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", offline)
+    said = rf"comes with tritern \({NAME}\): We couldn't connect to the hub.$"
+    with pytest.raises(TriternError, match=f"cannot load 'no-such-model': it must be the folder or.*{said}"):
+        tritern.load("no-such-model", device="cpu")
+    said = f"taken for a name on the hub; tritern comes with {NAME}) on cpu: We couldn't connect to the hub."
+    assert said in error("info", "no-such-model")
 
 
 @pytest.fixture
