@@ -18,9 +18,10 @@ from safetensors.torch import load_model, save_file, save_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.sampler import BatchSamplers
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..checkpoint import sealed
 from ..config import TernaryConfig
 from ..errors import CheckpointError, TriternError
 from ..saving import is_ternary
@@ -264,9 +265,11 @@ class TernaryDistiller(SentenceTransformerTrainer):
             balance = ",".join(str(float(b)) for b in self.objective.balance)
             metadata = {"frozen": str(int(frozen)), "balance": balance, "run": json.dumps(self.identity())}
             save_model(self.model, str(folder / STATE_FILE), metadata)
-        self._tokenizer_as_before()
-        with packed_form(self.model, self.ternary_config, self.converted):
+        with packed_form(self.model, self.ternary_config, self.converted), sealed(folder):
             super()._save(str(folder), state_dict)
+            self._tokenizer_as_before()  # it was used in training, and by the model card
+            if isinstance(self.processing_class, PreTrainedTokenizerBase):
+                self.processing_class.save_pretrained(str(folder))
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
         file = Path(checkpoint_path) / STATE_FILE
