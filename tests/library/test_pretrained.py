@@ -83,7 +83,7 @@ def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch, tiny):
 
 
 def test_the_command_line_knows_it(tmp_path, sentences, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "t.txt").write_text("\n".join(sentences[:20]))
     (shown,) = answer("info", NAME)
     assert "minilm-l6-ternary" in json.dumps(shown) and "36" in json.dumps(shown)
@@ -92,7 +92,7 @@ def test_the_command_line_knows_it(tmp_path, sentences, monkeypatch):
 
 
 def test_what_is_no_ternary_model_is_refused(tiny_path, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(TriternError, match=r"model is no ternary model; tritern.patch\(SentenceTransformer"):
         tritern.load(tiny_path, device="cpu")
     missing = str(tmp_path / "missing")
