@@ -5,10 +5,10 @@
     python benchmarks/encode.py --instruction-set AVX2        as on a processor that has no more
 
 Every arm runs in a process of its own, several rounds in turn, so that drift of the machine meets all arms
-alike; the table shows medians over the rounds, of times and of the ratios within a round. Text: paragraphs of Python's own language reference
-(pydoc_data), or --texts FILE. Memory is the growth of the process's resident size from just before the model
-is loaded, when all libraries are: after loading and one query (held), and at its highest, with
-a batch's activations (peak); on a GPU also the most that torch held there.
+alike; the table shows medians over the rounds, of times and of the ratios within a round. Text: paragraphs of
+Python's own language reference (pydoc_data), or --texts FILE. Memory is the growth of the process's resident
+size from just before the model is loaded, when all libraries are: after loading and one query (held), and at
+its highest, with a batch's activations (peak); on a GPU also the most that torch held there.
 """
 
 from __future__ import annotations
@@ -246,10 +246,11 @@ def table(rows: dict[str, dict[str, Any]], baseline: str) -> str:
         speed_of_query = f"({r['query_speed']:.2f}x)" if "query_speed" in r else ""
         held = f"({r['held_mb'] / base['held_mb']:.2f}x)" if "held_mb" in base else ""
         peak = f"({r['peak_mb'] / base['peak_mb']:.2f}x)" if "held_mb" in base else ""
+        gpu = f"   GPU {r['gpu_peak_mb']:.0f} MB" if "gpu_peak_mb" in r else ""
         lines.append(
             f"{arm:22s} {r['sentences_per_second']:8.1f} {ratio:>7s} {r['query_p50_ms']:7.2f} ms "
-            f"{speed_of_query:>7s} {r['query_p99_ms']:6.1f} ms {r['held_mb']:6.0f} MB {held:>6s} {r['peak_mb']:6.0f} MB {peak:>6s}"
-            + (f"   GPU {r['gpu_peak_mb']:.0f} MB" if "gpu_peak_mb" in r else "")
+            f"{speed_of_query:>7s} {r['query_p99_ms']:6.1f} ms {r['held_mb']:6.0f} MB {held:>6s} "
+            f"{r['peak_mb']:6.0f} MB {peak:>6s}{gpu}"
         )
     return "\n".join(lines)
 
