@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .embedding import Int8Embedding
 from .errors import TriternError
+from .inputs import check_file
 from .linear import TernaryLinear
 
 POOLING = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
@@ -48,11 +49,11 @@ def export_gguf(model: nn.Module, path: str | Path) -> None:
         path: of the file; one that is there already is replaced once the new one is whole.
 
     Raises:
-        TriternError: another model, family, tokenizer or pooling, layers with an RMSNorm of their own, or
-            values beyond float16. Nothing is written then.
+        TriternError: another model, family, tokenizer or pooling, layers with an RMSNorm of their own,
+            values beyond float16, or a path that cannot be written. Nothing is written then.
         ImportError: the gguf package is not installed.
     """
-    gguf, path = _gguf(), Path(path)
+    gguf, path = _gguf(), check_file(path, "path")
     transformer, pooling = _parts(model)
     arch = transformer.config.model_type
     if arch not in ("bert", "qwen3"):

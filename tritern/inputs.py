@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import numpy as np
@@ -172,17 +173,45 @@ def check_vectors(vectors: Any, name: str, count: int, first: int = 0, *, zeros:
             raise TriternError(f"{name}: the vector number {first + int(wrong.argmax())} {what}")
 
 
-def check_folder(path: Path, name: str) -> None:
+def check_folder(folder: Any, name: str) -> Path:
     """Refuse a folder that cannot be made or written, before work is done for it. Nothing is made.
 
     Raises:
-        TriternError: something else is there, or permission is missing.
+        TriternError: no path, something else is there, or nothing can be written there.
     """
+    if not isinstance(folder, (str, PathLike)) or not str(folder):
+        raise TriternError(f"{name} must be the name of a folder; received {folder!r}")
+    path = Path(folder)
     there = next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))
     if not there.is_dir():
         raise TriternError(f"{name} must be a folder; {there} is a file: name another")
     if not os.access(there, os.W_OK | os.X_OK):
         raise TriternError(f"{name}: no permission to write {path} in {there}: name another, or allow it")
+    try:
+        with TemporaryFile(dir=there):  # permission alone says little, as on file systems of the kernel's
+            pass
+    except OSError as error:
+        raise TriternError(
+            f"{name}: nothing can be written in {there} ({error.strerror}): name another than {path}"
+        ) from error
+    return path
+
+
+def check_file(file: Any, name: str) -> Path:
+    """Refuse a file that cannot be made or written, before work is done for it. Nothing is made.
+
+    Raises:
+        TriternError: no path, a folder is there, its folder is not there, or nothing can be written there.
+    """
+    if not isinstance(file, (str, PathLike)) or not str(file):
+        raise TriternError(f"{name} must be the name of a file; received {file!r}")
+    path = Path(file)
+    if path.is_dir():
+        raise TriternError(f"{name} must be a file; {path} is a folder: name a file in it")
+    if not path.parent.exists():
+        raise TriternError(f"{name}: the folder {path.parent} is not there: make it, or name another")
+    check_folder(path.parent, f"the folder of {name}")
+    return path
 
 
 def near(name: str, known: Iterable[str]) -> list[str]:

@@ -18,6 +18,7 @@ from .choice import of_peft
 from .config import TernaryConfig
 from .embedding import Int8Embedding
 from .errors import TriternError
+from .inputs import check_folder
 from .linear import TernaryLinear
 
 
@@ -70,8 +71,9 @@ def _sealing(save_pretrained: Callable[..., None]) -> Callable[..., None]:
             attach(model)
         folder = given["save_directory"]
         writes = model.should_save_on_this_rank(given.get("is_main_process", True))
-        if not writes or Path(folder).is_file():
+        if not writes:
             return save_pretrained(*call.args, **call.kwargs)
+        check_folder(folder, "save_directory")
         push = given.pop("push_to_hub", False)
         with sealed(folder):
             save_pretrained(*call.args, **call.kwargs)
@@ -96,6 +98,7 @@ def _with_requirement(plain: Callable[..., None]) -> Callable[..., None]:
             raise TriternError(
                 "safe_serialization must be True for ternary models: they are saved without pickles"
             )
+        check_folder(path, "path")
         patched_while_loading = next(_patched_here(model), None) is not None
         if patched_while_loading and "tritern" not in (model._model_card_text or ""):
             model._model_card_text = model_card(model, _settings(model))

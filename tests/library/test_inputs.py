@@ -5,6 +5,7 @@ import pytest
 
 from tritern import TriternError
 from tritern.inputs import (
+    check_file,
     check_folder,
     check_texts,
     check_vectors,
@@ -121,6 +122,19 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(TriternError, match="output_dir: no permission to write .*new in "):
         check_folder(tmp_path / "new", "output_dir")
+
+
+def test_files_that_cannot_be_written(tmp_path):
+    assert check_file(str(tmp_path / "new.gguf"), "path") == tmp_path / "new.gguf"
+    for path, match in [
+        (tmp_path, "path must be a file; .* is a folder: name a file in it"),
+        (tmp_path / "new" / "file", "path: the folder .*new is not there: make it, or name another"),
+        ("/proc/file", "the folder of path: nothing can be written in /proc"),
+        (None, "path must be the name of a file; received None"),
+    ]:
+        with pytest.raises(TriternError, match=match):
+            check_file(path, "path")
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_that_were_meant():

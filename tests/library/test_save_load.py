@@ -381,7 +381,22 @@ def test_what_cannot_be_patched_while_loading(tiny_path, tmp_path):
         AutoModel.from_pretrained(tmp_path, quantization_config=TernaryConfig())
 
 
-def test_an_unwritable_path(minilm, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        tritern.patch(minilm).save_pretrained(str(tmp_path / "file" / "model"))
+@pytest.mark.parametrize(
+    ("folder", "match"),
+    [
+        ("file", "must be a folder; .*file is a file: name another"),
+        ("file/model", "must be a folder; .*file is a file: name another"),
+        ("/proc/none/model", "nothing can be written in /proc .*: name another than /proc/none/model"),
+        ("", "must be the name of a folder; received ''"),
+        (3, "must be the name of a folder; received 3"),
+    ],
+)
+def test_folders_that_cannot_be_written(tiny, tmp_path, monkeypatch, folder, match):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    tritern.patch(tiny)
+    with pytest.raises(TriternError, match=f"path {match}|path: {match}"):
+        tiny.save_pretrained(folder)
+    with pytest.raises(TriternError, match=f"save_directory {match}|save_directory: {match}"):
+        tiny[0].auto_model.save_pretrained(folder)
+    assert [f.name for f in Path().iterdir()] == ["file"]

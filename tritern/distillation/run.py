@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import time
 from collections.abc import Iterable
-from dataclasses import MISSING, Field, asdict, fields
-from datetime import datetime, timezone
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import sentence_transformers
-import torch
-import transformers
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -28,19 +22,15 @@ from ..inputs import check_folder, check_texts, many, named, whole_number
 from ..pretrained import model_of
 from ..reading import read_texts
 from ..saving import is_ternary
-from ..summary import summary
 from .arguments import TernaryDistillationArguments
-from .card import model_card
 from .data import JOINED_RATIO
 from .fidelity import FidelityEvaluator
 from .kept import random_kept
-from .split import check_holdout, split, split_with_vectors
+from .record import name_of, record_of, save
+from .split import Split, check_holdout, split, split_with_vectors
 from .trainer import TernaryDistiller
 
 logger = logging.getLogger(__name__)
-
-RECORD_FILE = "distillation.json"
-"""What a run was given, what it did and how close the model came."""
 
 
 def distill(
@@ -101,18 +91,15 @@ def distill(
             not enough memory; a loss that is not finite.
     """
     start = time.perf_counter()
-    output_dir, holdout = _folder(output_dir), check_holdout(holdout)
-    if column is not None or limit is not None:
-        if not isinstance(texts, (str, Path)):
-            raise TriternError("column and limit go with a file or data set; texts are given already")
-    if config is not None and not isinstance(config, TernaryConfig):
-        raise TriternError(f"config must be a tritern.TernaryConfig; received {type(config).__name__}")
+    output_dir, holdout = check_folder(output_dir, "output_dir"), check_holdout(holdout)
+    callbacks = list(many(callbacks, "callbacks"))
     if prefixes is not None:
         prefixes = list(many(prefixes, "prefixes"))
         check_texts(prefixes, name="prefixes", empty=True)
-    callbacks = list(many(callbacks, "callbacks"))
+    if config is not None and not isinstance(config, TernaryConfig):
+        raise TriternError(f"config must be a tritern.TernaryConfig; received {type(config).__name__}")
+    vectors = teacher if isinstance(teacher, np.ndarray) else None
     with random_kept():
-        vectors = teacher if isinstance(teacher, np.ndarray) else None
         guide = None if teacher is None or vectors is not None else _model(teacher, "teacher")
         model = _model(model, "model")
         if further := is_ternary(model):
@@ -121,27 +108,14 @@ def distill(
             config = config or TernaryConfig(embedding_bits=8)
         args = _arguments(output_dir, settings, evaluator)
         checkpoint = _checkpoint(output_dir, resume)
-        source = str(texts) if isinstance(texts, (str, Path)) else "texts given to the call"
-        if isinstance(texts, (str, Path)):
-            texts = read_texts(texts, column=column, limit=limit)
-        if prefixes is None and vectors is None:
-            found = list(dict.fromkeys(prompt or "" for prompt in model.prompts.values()))
-            prefixes = found if any(found) else []
+        if prefixes is None:
+            prefixes = [] if vectors is not None else _prompts(model)
         if joined_ratio is None:
             joined_ratio = 0.0 if vectors is not None else JOINED_RATIO
-        options: tuple[Any, ...] = (list(prefixes or ()), holdout, joined_ratio, args)
-        texts = list(many(texts, "texts"))
-        parts = split(texts, *options) if vectors is None else split_with_vectors(texts, vectors, *options)
-        if len(parts.train) < (least := args.train_batch_size * args.world_size):
-            raise TriternError(
-                f"{len(parts.train)} training texts are left after holdout ({holdout}) and joining, and a "
-                f"batch takes {least}: lower per_device_train_batch_size, holdout or joined_ratio, or bring "
-                "more"
-            )
-        closeness = None
-        if parts.held:
-            theirs: Any = (guide or model) if parts.vectors is None else parts.vectors
-            closeness = FidelityEvaluator(parts.held, theirs)
+        source = str(texts) if isinstance(texts, (str, Path)) else "texts given to the call"
+        parts = _parts(_read(texts, column, limit), vectors, prefixes, holdout, joined_ratio, args)
+        theirs: Any = (guide or model) if parts.vectors is None else parts.vectors
+        closeness = FidelityEvaluator(parts.held, theirs) if parts.held else None
         trainer = TernaryDistiller(
             model,
             args,
@@ -153,16 +127,45 @@ def distill(
         )
         stage = "ternary, as given" if further else "ternary, not trained"
         fidelity = _trained(trainer, checkpoint, closeness, stage)
-    record = _record(trainer, guide if vectors is None else vectors, fidelity, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    record = record_of(trainer, guide if vectors is None else vectors, fidelity, seconds)
     if further and guide is not None:  # a version of it, by way of another
-        record["trained_on_from"], record["model"] = record["model"], _name(guide)
+        record["trained_on_from"], record["model"] = record["model"], name_of(guide)
         record["base_model"] = guide.model_card_data.base_model or record["base_model"]
     record["data"] |= {"source": source, "column": column, "limit": limit, "holdout": holdout}
-    record["data"] |= {"prefixes": options[0], "joined_ratio": joined_ratio}
+    record["data"] |= {"prefixes": prefixes, "joined_ratio": joined_ratio}
     record["resumed_from"] = Path(checkpoint).name if checkpoint else None
     if trainer.is_world_process_zero():
-        _save(model, record, output_dir)
+        save(model, record, output_dir)
     return model
+
+
+def _read(texts: Iterable[str] | str | Path, column: str | None, limit: int | None) -> list[str]:
+    if isinstance(texts, (str, Path)):
+        return read_texts(texts, column=column, limit=limit)
+    if column is not None or limit is not None:
+        raise TriternError("column and limit go with a file or data set; texts are given already")
+    return list(many(texts, "texts"))
+
+
+def _prompts(model: SentenceTransformer) -> list[str]:
+    """The different prompts of a model, an empty one among them, or nothing."""
+    found = list(dict.fromkeys(prompt or "" for prompt in model.prompts.values()))
+    return found if any(found) else []
+
+
+def _parts(
+    texts: list[str], vectors: np.ndarray | None, prefixes: list[str], holdout: int, joined_ratio: float,
+    args: TernaryDistillationArguments,
+) -> Split:  # fmt: skip
+    options = prefixes, holdout, joined_ratio, args
+    parts = split(texts, *options) if vectors is None else split_with_vectors(texts, vectors, *options)
+    if len(parts.train) < (least := args.train_batch_size * args.world_size):
+        raise TriternError(
+            f"{len(parts.train)} training texts are left after holdout ({holdout}) and joining, and a batch "
+            f"takes {least}: lower per_device_train_batch_size, holdout or joined_ratio, or bring more"
+        )
+    return parts
 
 
 def _model(given: Any, argument: str) -> SentenceTransformer:
@@ -174,13 +177,6 @@ def _model(given: Any, argument: str) -> SentenceTransformer:
             f"{type(model).__name__}"
         )
     return model
-
-
-def _folder(output_dir: Any) -> Path:
-    if not isinstance(output_dir, (str, Path)) or not str(output_dir):
-        raise TriternError(f"output_dir must be the name of a folder; received {output_dir!r}")
-    check_folder(Path(output_dir), "output_dir")
-    return Path(output_dir)
 
 
 def _trained(
@@ -200,13 +196,6 @@ def _trained(
     trainer.pack()
     judge("ternary, distilled")
     return found
-
-
-def _save(model: SentenceTransformer, record: dict[str, Any], folder: Path) -> None:
-    vars(model)["_model_card_text"] = model_card(record)
-    model.model_card_data.tags = [t for t in model.model_card_data.tags if t != "generated_from_trainer"]
-    model.save_pretrained(str(folder))
-    (folder / RECORD_FILE).write_text(json.dumps(_finite(record), indent=1) + "\n", encoding="utf-8")
 
 
 def _arguments(
@@ -254,70 +243,3 @@ def _checkpoint(folder: Path, resume: bool | str | Path) -> str | None:
             "name another folder"
         )
     return last
-
-
-def _finite(value: Any) -> Any:
-    """The same without NaN and infinity, which JSON does not have: None instead."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _record(
-    trainer: TernaryDistiller, teacher: Any, fidelity: dict[str, Any], seconds: float
-) -> dict[str, Any]:
-    from .. import __version__
-
-    args, size = trainer.args, summary(trainer.model)
-    teacher_name = "the model itself" if teacher is None else "given vectors"
-    cuda = args.device.type == "cuda"
-    return {
-        "model": _name(trainer.model),
-        "base_model": trainer.model.model_card_data.base_model,
-        "teacher": _name(teacher) if isinstance(teacher, SentenceTransformer) else teacher_name,
-        "config": asdict(trainer.ternary_config),
-        "data": {"texts": len(trainer.train_dataset)},  # pyright: ignore[reportArgumentType]
-        "settings": _changed(args),
-        "steps": trainer.state.global_step,
-        "seconds": round(seconds, 1),
-        "layers": len(size.layers),
-        "bits_per_weight": round(size.bits_per_weight, 3),
-        "bytes": {"in full precision": size.model_bytes_before, "ternary": size.model_bytes_after},
-        "fidelity": {stage: asdict(f) for stage, f in fidelity.items()},
-        "device": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "sentence_transformers": sentence_transformers.__version__,
-            "tritern": __version__,
-        },
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "log": trainer.state.log_history,
-    }
-
-
-_NOT_OF_THE_RUN = (
-    *("output_dir", "logging_dir", "prompts", "router_mapping", "learning_rate_mapping", "report_to"),
-    *("accelerator_config", "disable_tqdm", "hub_token", "prediction_loss_only"),
-)
-
-
-def _changed(args: TernaryDistillationArguments) -> dict[str, Any]:
-    """Settings that are not transformers' own defaults, as plain values."""
-    # the fields are asked: making another set of arguments would reset accelerate's state of the processes
-    plain = {f.name: _default(f) for f in fields(SentenceTransformerTrainingArguments)}
-    settings = {k: v for k, v in args.to_dict().items() if k not in _NOT_OF_THE_RUN}
-    # what is not set may have become False or [] in the making
-    return {k: v for k, v in settings.items() if k not in plain or (plain[k] != v and (plain[k] or v))}
-
-
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
-
-
-def _name(model: SentenceTransformer) -> str:
-    data, inner = model.model_card_data, getattr(model[0], "auto_model", None)
-    path = getattr(inner, "name_or_path", None)
-    return data.base_model or data.model_id or (Path(path).name if path else type(model[0]).__name__)
