@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -148,6 +149,11 @@ def check_writable(path: Path) -> None:
         raise Refused(f"cannot write {path}: {there} is a file")
     if not os.access(there, os.W_OK):
         raise Refused(f"cannot write {path}: no permission to write {there}")
+    try:
+        with TemporaryFile(dir=there if there.is_dir() else there.parent):
+            pass
+    except OSError as error:
+        raise Refused(f"cannot write {path}: {error.strerror} in {there}") from None
 
 
 def environment() -> dict[str, str | None]:

@@ -74,6 +74,8 @@ def search(
     if index and index.exists() and not (index / ROWS_FILE).is_file():
         if index.is_file() or any(index.iterdir()):
             raise common.Refused(f"{index} is there and no index: name another folder for --index")
+    if index:
+        common.check_writable(index)
     corpus = [] if made else common.read(texts, column=column, limit=limit)
     loaded = common.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -242,6 +243,20 @@ def test_convert_where_nothing_can_be_written(monkeypatch, tiny_path, tmp_path, 
     assert f"no permission to write {tmp_path}" in error("convert", tiny_path, tmp_path / name)
     gguf = error("convert", tiny_path, tmp_path / f"{name}.gguf", "--format", "gguf")
     assert f"no permission to write {tmp_path}" in gguf
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux")
+def test_outputs_are_checked_before_work_is_done(monkeypatch, tiny_path, ternary_path, texts_file):
+    monkeypatch.setattr(common, "load", lambda *args, **settings: pytest.fail("a model was loaded"))
+    for command in (
+        ["convert", tiny_path, "/proc/none/model"],
+        ["convert", tiny_path, "/proc/none.gguf", "--format", "gguf"],
+        ["distill", tiny_path, texts_file, "/proc/none/model"],
+        ["search", ternary_path, texts_file, "q", "--index", "/proc/none"],
+    ):
+        assert re.search(
+            "error: cannot write /proc/none.*: No such file or directory in /proc", error(*command)
+        )
 
 
 # ---------------------------------------------------------------- eval, info, search
