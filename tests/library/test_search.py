@@ -214,9 +214,14 @@ def test_vectors_made_before(folder, model, corpus):
         index.add(texts[50:], vectors=3 * vectors[50:])  # compared by cosine: lengths do not count
         assert [h[0].text for h in index.search(texts, 1)] == texts
         for wrong, message in (
-            (vectors[:4], "vectors must be one for each text; received 4 for 5 texts"),
-            (vectors[:6], "vectors must be one for each text; received 6 for 5 texts"),
-            (vectors[:5] * np.nan, "vectors must be finite; some of 0 to 4 are not"),
+            (vectors[:4], r"vectors must have shape \[5, width\], one row per text; received \[4, 32\]"),
+            (vectors[:6], r"vectors must have shape \[5, width\], one row per text; received \[6, 32\]"),
+            (vectors[0], r"vectors must have shape \[5, width\], one row per text; received \[32\]"),
+            (vectors[:5] * np.nan, "vectors: the vector number 0 holds NaN"),
+            (vectors[:5] * np.arange(5)[:, None], "vectors: the vector number 0 is all zeros"),
+            (vectors[:5].astype(str), "vectors must be a NumPy array of numbers; received an array of <U"),
+            (vectors[:5].tolist(), "vectors must be a NumPy array of numbers; received list"),
+            ({"a": vectors[:5]}, "vectors must be a NumPy array of numbers; received dict"),
             (vectors[:5, :8], r"vectors must be \[5, 32\]; received \[5, 8\]"),
         ):
             with pytest.raises(tritern.TriternError, match=message):
@@ -245,7 +250,7 @@ def test_another_models_index_is_refused(built, tiny_path, model):
         ([], "texts is empty"),
         ("one text", "received one string"),
         (["good", b"bytes"], "number 1 is bytes"),
-        (["good", ""], "text number 1 is empty"),
+        (["good", ""], "texts: number 1 is empty"),
         (["\ud800"], "no character"),
     ],
 )
@@ -259,7 +264,7 @@ def test_other_bad_input(built, model, corpus, tmp_path):
     for settings, message in (
         ({"kind": "flatt"}, "kind must be one of flat, .*received 'flatt'"),
         ({"kind": "PQ7"}, "received 'PQ7' for vectors of width 32"),
-        ({"rescore": 0}, "rescore must be at least 1; received 0"),
+        ({"rescore": 0}, "rescore must be from 1 to 1000000; received 0"),
         ({"gpus": 1}, "gpus must be 0 to 0, all that faiss sees; received 1"),
     ):
         with pytest.raises(tritern.TriternError, match=message):
@@ -273,9 +278,9 @@ def test_other_bad_input(built, model, corpus, tmp_path):
         for k in (0, -1):
             with pytest.raises(tritern.TriternError, match=f"k must be at least 1; received {k}"):
                 index.search(["lo"], k)
-        with pytest.raises(tritern.TriternError, match="text number 1 is empty"):
+        with pytest.raises(tritern.TriternError, match="queries: number 1 is empty"):
             index.search(["lo", " "])
-        with pytest.raises(tritern.TriternError, match=r"queries must be \[queries, 32\]; received \[3, 8\]"):
+        with pytest.raises(tritern.TriternError, match=r"\[queries, 32\]; received \[3, 8\]"):
             index.search_vectors(torch.zeros(3, 8))
         assert index.search([]) == []
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import TriternError
+from ..inputs import check_texts, check_vectors, many
 from ..progress import bar
-from .batches import check_texts
 from .embed import embed_windows
-from .store import Id, Store
+from .store import Id, Store, unique
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -26,21 +27,39 @@ WINDOW = {"cpu": 4096, "cuda": 32768}
 Write = Callable[[Sequence[Id], Sequence[str], Tensor], None]
 
 
-def items_of(texts: Iterable[str], ids: Iterable[Any] | None, first: int) -> Iterator[tuple[Any, str]]:
-    """Ids and texts; without ids, numbers from ``first``."""
-    if isinstance(texts, (str, bytes)):
-        raise TriternError("texts must be strings in a list or another iterable; received one string")
+def items_of(
+    texts: Iterable[str], ids: Iterable[Any] | None, numbers: Iterable[int]
+) -> Iterator[tuple[Any, str]]:
+    """Ids and texts; without ids, numbers from ``numbers``. What lies in lists is checked before all else.
+
+    Raises:
+        TriternError: they are no iterables of single things; a text or an id in a list is not good; there are
+            more ids than texts, or fewer, where both numbers are known.
+    """
+    texts = many(texts, "texts")
+    if isinstance(texts, (list, tuple)):
+        check_texts(texts)
     if ids is None:
-        yield from zip(itertools.count(first), texts)
-        return
+        return zip(numbers, texts)
+    ids = many(ids, "ids")
+    if isinstance(ids, Sized) and isinstance(texts, Sized) and len(ids) != len(texts):
+        raise _unequal(min(len(ids), len(texts)), len(ids) < len(texts))
+    if isinstance(ids, (list, tuple)):
+        unique(ids)
+    return _pairs(texts, ids)
+
+
+def _pairs(texts: Iterable[str], ids: Iterable[Any]) -> Iterator[tuple[Any, str]]:
     end = object()
     for number, (id, text) in enumerate(itertools.zip_longest(ids, texts, fillvalue=end)):
         if id is end or text is end:
-            fewer, more = ("ids", "texts") if id is end else ("texts", "ids")
-            raise TriternError(
-                f"there must be one id for every text; after {number} {fewer} there are more {more}"
-            )
+            raise _unequal(number, id is end)
         yield id, text  # pyright: ignore[reportReturnType]
+
+
+def _unequal(number: int, more_texts: bool) -> TriternError:
+    fewer, more = ("ids", "texts") if more_texts else ("texts", "ids")
+    return TriternError(f"there must be one id for every text; after {number} {fewer} there are more {more}")
 
 
 def rest(store: Store, items: Iterator[tuple[Any, str]]) -> Iterator[tuple[Any, str]]:
@@ -68,15 +87,21 @@ def add(
     items: Iterator[tuple[Any, str]],
     write: Write,
     *,
+    first: int,
     tokens_per_batch: int | None,
     total: int | None,
     show_progress_bar: bool,
 ) -> None:
-    """Embed texts and hand them to ``write``, in order; a window is written while the next is embedded."""
+    """Embed texts and hand them to ``write``, in order; a window is written while the next is embedded.
+
+    Args:
+        first: number of the first text among those given, and of those that are done.
+        total: of those given, where it is known.
+        store, model, items, write, tokens_per_batch, show_progress_bar: what is needed.
+    """
     under_way: deque[tuple[Sequence[Id], Sequence[str]]] = deque()
-    windows = _windows(store, items, WINDOW.get(model.device.type, WINDOW["cuda"]), under_way)
-    start = store.rows if total is not None and total >= store.rows else 0
-    shown = bar(desc="Embedding", total=total, initial=start, unit=" texts", disable=not show_progress_bar)
+    windows = _windows(store, items, WINDOW.get(model.device.type, WINDOW["cuda"]), under_way, first)
+    shown = bar(desc="Embedding", total=total, initial=first, unit=" texts", disable=not show_progress_bar)
     with shown, ThreadPoolExecutor(1) as writer:
         writing = writer.submit(lambda: None)
         for vectors in embed_windows(
@@ -92,22 +117,28 @@ def _write_first(under_way: deque[tuple[Sequence[Id], Sequence[str]]], write: Wr
     under_way.popleft()
 
 
-def add_vectors(store: Store, items: Iterator[tuple[Any, str]], vectors: np.ndarray, write: Write) -> None:
-    """Hand texts with vectors made before to ``write``."""
-    known = list(items)
-    if len(known) != len(vectors):
-        raise TriternError(
-            f"vectors must be one for each text; received {len(vectors)} for {len(known)} texts"
-        )
+def add_vectors(
+    store: Store, items: Iterator[tuple[Any, str]], vectors: np.ndarray | Tensor, write: Write
+) -> None:
+    """Hand texts with vectors made before, [texts, width], to ``write``: of length 1 if they are compared by
+    cosine, as ``embed`` gives them.
+    """
+    known, by_cosine = list(items), store["similarity"] == "cosine"
+    if isinstance(vectors, Tensor):
+        vectors = vectors.detach().float().cpu().numpy()
+    if not isinstance(vectors, np.ndarray) or vectors.shape[:1] != (len(known),):
+        check_vectors(vectors, "vectors", len(known))  # which raises
     for first in range(0, len(known), WINDOW["cpu"]):
         window = known[first : first + WINDOW["cpu"]]
         texts = [text for _, text in window]
         check_texts(texts, first)
         part = vectors[first : first + len(texts)]
-        if not np.isfinite(part).all():
-            raise TriternError(f"vectors must be finite; some of {first} to {first + len(texts) - 1} are not")
-        ids = store.new_ids([id for id, _ in window])
-        write(ids, texts, Tensor(np.asarray(part, np.float32)))
+        check_vectors(part, "vectors", len(texts), first, zeros=not by_cosine)
+        part = np.array(part, np.float32)
+        if by_cosine:
+            lengths = np.linalg.norm(part.astype(np.float64), axis=1, keepdims=True)
+            part = np.where(np.abs(lengths - 1) < 1e-5, part, part / lengths).astype(np.float32)
+        write(store.new_ids([id for id, _ in window]), texts, torch.from_numpy(part))
 
 
 def _windows(
@@ -115,8 +146,8 @@ def _windows(
     items: Iterator[tuple[Any, str]],
     size: int,
     under_way: deque[tuple[Sequence[Id], Sequence[str]]],
+    first: int,
 ) -> Iterator[list[str]]:
-    first = store.rows
     while window := list(itertools.islice(items, size)):
         texts = [text for _, text in window]
         check_texts(texts, first)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TriternError
+from ..inputs import whole_number
 
 Task = Literal["query", "document"]
 PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
@@ -40,40 +41,32 @@ class Batching:
     workers: int
 
 
+def tokens_of(tokens_per_batch: int | None) -> int | None:
+    """The argument of that name as an int; None: the default of the device.
+
+    Raises:
+        TriternError: it is no whole number, or under 1.
+    """
+    return None if tokens_per_batch is None else whole_number(tokens_per_batch, "tokens_per_batch", 1)
+
+
 def batching(device: torch.device, task: str | None, tokens: int | None = None) -> Batching:
     """On a CPU a thread per core, up to 8, with a batch each: small models gain nothing from several cores
     in one layer. On a GPU large batches and one thread, for the GPU takes them one after the other.
 
     Queries are few and wait for every batch, so they are padded; for many texts padding costs more.
+
+    Raises:
+        TriternError: ``task`` is none, or ``tokens`` is no whole number of 1 or more.
     """
-    if tokens is not None and tokens < 1:
-        raise TriternError(f"tokens_per_batch must be at least 1; received {tokens}")
+    tokens = tokens_of(tokens)
+    if task not in (None, *PROMPTS):
+        raise TriternError(f"task must be None or one of {', '.join(map(repr, PROMPTS))}; received {task!r}")
     if device.type == "cpu":
         round_to, padding = (16, 32) if task == "query" else (1, 0)
         workers = min(8, torch.get_num_threads())
         return Batching(tokens or 1024, round_to, padding, chunk=1024, workers=workers)
     return Batching(tokens or 16384, round_to=8, padding=1024, chunk=8192, workers=1)
-
-
-def check_texts(texts: Sequence[Any], first: int = 0) -> None:
-    """Refuse what has no meaningful vector.
-
-    Raises:
-        TriternError: names the number of the text, counted from ``first``.
-    """
-    for number, text in enumerate(texts, first):
-        if not isinstance(text, str):
-            hint = " (decode it, such as with text.decode('utf-8'))" if isinstance(text, bytes) else ""
-            raise TriternError(f"texts must be strings; number {number} is {type(text).__name__}{hint}")
-        if not text.strip():
-            raise TriternError(f"text number {number} is empty: it has no meaningful vector; leave it out")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise TriternError(
-                f"text number {number} holds what is no character ({text[:40]!a}): read the file as UTF-8, "
-                "with errors='replace' if it must be"
-            ) from None
 
 
 _tokenizers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()

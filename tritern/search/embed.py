@@ -5,14 +5,17 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import TriternError
+from ..inputs import check_texts, many, true_or_false
+from ..pretrained import model_of
 from ..progress import bar
-from .batches import Batching, Task, batches, batching, check_texts, checked, vectors_of
+from .batches import Batching, Task, batches, batching, checked, vectors_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -21,9 +24,26 @@ INLINE = 64
 """Up to so many texts are embedded on the calling thread: starting threads takes longer than a query."""
 
 
+def sentence_transformer(model: SentenceTransformer | str | Path) -> SentenceTransformer:
+    """The model given, or the one of the name given.
+
+    Raises:
+        TriternError: another type, or no such model.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    found = model_of(model, "model") if isinstance(model, (str, Path)) else model
+    if not isinstance(found, SentenceTransformer):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TriternError(
+            f"model must be a SentenceTransformer, or the name or folder of one; received {kind}"
+        )
+    return found
+
+
 def embed(
-    model: SentenceTransformer,
-    texts: Sequence[str],
+    model: SentenceTransformer | str | Path,
+    texts: Iterable[str],
     *,
     task: Task | None = None,
     tokens_per_batch: int | None = None,
@@ -32,25 +52,30 @@ def embed(
     """Vectors of texts, as ``model.encode`` gives them, in less time.
 
     Args:
-        model: any sentence-transformer for text.
-        texts: strings; none may be empty.
+        model: any sentence-transformer for text; or the name or folder of one, which is loaded anew in every
+            call.
+        texts: strings, none of them empty, in a list or another iterable; or one string.
         task: "query" or "document" for the prompts of ``encode_query`` and ``encode_document``.
         tokens_per_batch: default 1,024 on a CPU and 16,384 on a GPU.
+        show_progress_bar: for more than 64 texts.
 
     Returns:
         [len(texts), width], float32, on the model's device; of length 1 if the model compares by cosine.
 
     Raises:
-        TriternError: a text is no string, empty or not encodable; a vector is not finite.
+        TriternError: a text is no string, empty or not encodable; a vector is not finite; an argument is of
+            another type, or there is no such model.
     """
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    show_progress_bar = true_or_false(show_progress_bar, "show_progress_bar")
+    texts = [texts] if isinstance(texts, str) else list(many(texts, "texts"))
     check_texts(texts)
-    model.eval()
+    model = sentence_transformer(model).eval()
+    plan = batching(model.device, task, tokens_per_batch)
     if not texts:
         width = model.get_embedding_dimension() or 0
         return torch.empty(0, width, dtype=torch.float32, device=model.device)
     if len(texts) <= INLINE:
-        return checked(_inline(model, texts, task, batching(model.device, task, tokens_per_batch)), texts)
+        return checked(_inline(model, texts, task, plan), texts)
     with bar(desc="Embedding", total=len(texts), unit=" texts", disable=not show_progress_bar) as shown:
         windows = embed_windows(
             model, [texts], task=task, tokens_per_batch=tokens_per_batch, advance=shown.update
@@ -171,8 +196,8 @@ class _Pipeline:
 
     def _tokenize(self) -> None:
         try:
-            for number, window in enumerate(self.windows):
-                if not window:
+            for number, window in enumerate(many(self.windows, "windows")):
+                if not many(window, f"windows: number {number}"):
                     raise TriternError(f"windows must hold texts; number {number} is empty")
                 self._put(self.results, ("window", number, window))
                 for rows, features in batches(self.model, window, self.task, self.plan):

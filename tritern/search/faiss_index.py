@@ -59,15 +59,15 @@ class FaissIndex:
     """Rows of a store, found through an index of its kind, or exactly where the kind has none.
 
     Attributes:
-        kind: what the store's settings "kind" and "rescore" say.
+        name, kind: what the store's settings "kind" and "rescore" say; "flat" where they say nothing useful.
         gpus: that it is on. On one it is made there; for several it is made on the CPU and cloned in shards.
         saves: whether it is written to the folder.
         lock: held by whoever searches, until the rows found are looked up, and against that by whoever adds
             rows or numbers them anew.
     """
 
-    def __init__(self, store: Store, gpus: int) -> None:
-        self._store, self.gpus, self.saves = store, gpus, True
+    def __init__(self, store: Store) -> None:
+        self._store, self.gpus, self.saves = store, 0, True
         self.similarity: str = store["similarity"]
         self.lock = Shared()
         self._gpu_lock = threading.Lock()  # faiss: one search at a time on a GPU
@@ -79,7 +79,17 @@ class FaissIndex:
 
     def _forget(self) -> None:
         self.version = self._store.version
-        self.kind = kinds.kind_of(self._store["kind"], self._store["rescore"])
+        self.name: str = self._store["kind"]
+        try:
+            self.kind = kinds.kind_of(self.name, self._store["rescore"])
+        except TriternError as error:
+            logger.warning(
+                "%s: a setting that is stored there is wrong: %s. All vectors are compared until "
+                "index.reindex(kind, rescore=...) stores others",
+                self._store.folder,
+                error,
+            )
+            self.name, self.kind = "flat", kinds.KINDS["flat"]
         self._index = self._clones = None
         self._parameters = ""
         self._saved, self._saving, self._rows_saved = time.monotonic(), 0.0, 0
@@ -92,7 +102,7 @@ class FaissIndex:
     def load(self, train: bool) -> None:
         """Read the file, if there is one that fits, and catch up; exact search stays if that cannot be."""
         index = None
-        if self.file.exists():
+        if self.file.exists() and self.kind.factory(1, 1) is not None:
             try:
                 index = kinds.import_faiss().read_index(str(self.file))
             except RuntimeError as error:
@@ -160,11 +170,15 @@ class FaissIndex:
         self._save(index, at_once=True)
 
     def search(
-        self, queries: torch.Tensor | np.ndarray, k: int, exact: bool
+        self, host: np.ndarray, on_device: torch.Tensor | None, k: int, exact: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As ``SearchIndex.search_vectors``, removed rows among them; k is at most the number of rows."""
-        host = queries.cpu().numpy() if isinstance(queries, torch.Tensor) else queries
-        host = np.ascontiguousarray(host, np.float32)
+        """As ``SearchIndex.search_vectors``, removed rows among them; k is at most the number of rows.
+
+        Args:
+            host: queries [queries, width], float32.
+            on_device: the same where the model made them.
+            k, exact: as there.
+        """
         if exact or self._index is None or (self.gpus and k > kinds.GPU_K):
             return exact_search(self._store.vectors, host, k, self.similarity)
         candidates = min(self._store.rows, k * self.kind.rescore)
@@ -172,7 +186,7 @@ class FaissIndex:
             rows = self._index.search(host, candidates)[1]
         else:
             with self._gpu_lock:
-                asked = queries if self.gpus == 1 and isinstance(queries, torch.Tensor) else host
+                asked = on_device if self.gpus == 1 and on_device is not None else host
                 found = self._gpu_index().search(asked, min(candidates, kinds.GPU_K))[1]
             rows = found.cpu().numpy() if isinstance(found, torch.Tensor) else found
         return rescored(self._store.vectors, host, rows, k, self.similarity)
@@ -187,6 +201,8 @@ class FaissIndex:
 
     def set_parameters(self, parameters: str) -> None:
         """As ``SearchIndex.set_search_parameters``."""
+        if not isinstance(parameters, str):
+            raise TriternError(f"parameters must be a string such as 'nprobe=16'; received {parameters!r}")
         with self.lock.writing():
             if self._index is None:
                 raise TriternError("all vectors are compared, without an index: there is nothing to set")

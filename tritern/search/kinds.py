@@ -7,18 +7,20 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import TriternError
+from ..inputs import whole_number
 
 MIN_ROWS = 1024
 """Below it, kinds that are trained search exactly: there is too little to train on, and no need."""
 GPU_K = 2048
 """Most results for a query that faiss gives on GPUs."""
+MOST_RESCORE = 1_000_000
 TRAIN_ROWS = 100_000
 ROWS_A_LIST = 64
 """Most vectors to train on: so many, or so many for each inverted list; faiss wants 39 and uses up to 256."""
@@ -64,11 +66,26 @@ a graph; a byte a dimension; a bit a dimension, its sign."""
 
 
 def kind_of(name: str, rescore: int | None) -> Kind:
-    """A kind by its name, or of a string for ``faiss.index_factory``."""
-    if rescore is not None and rescore < 1:
-        raise TriternError(f"rescore must be at least 1; received {rescore}")
+    """A kind by its name, or of a string for ``faiss.index_factory``.
+
+    Raises:
+        TriternError: ``name`` is no such string, or ``rescore`` no whole number from 1 to ``MOST_RESCORE``.
+    """
+    if not (isinstance(name, str) and name.isascii() and name.isprintable() and name.strip()):
+        raise TriternError(
+            f"kind must be one of {', '.join(KINDS)} or a string for faiss.index_factory; received {name!r}"
+        )
     kind = KINDS.get(name) or Kind(lambda rows, width: name, rescore=4, on_gpu=True)
-    return kind if rescore is None else Kind(kind.factory, rescore, kind.on_gpu)
+    return kind if rescore is None else replace(kind, rescore=rescore_of(rescore))
+
+
+def rescore_of(rescore: int | None) -> int | None:
+    """The argument of that name as an int; None: that of the kind.
+
+    Raises:
+        TriternError: it is no whole number from 1 to ``MOST_RESCORE``.
+    """
+    return None if rescore is None else whole_number(rescore, "rescore", 1, MOST_RESCORE)
 
 
 def check(name: str, rescore: int | None, width: int | None, similarity: str) -> None:
@@ -198,7 +215,7 @@ def save(index: Any, file: Path, on_gpu: bool) -> None:
     temporary = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         faiss.write_index(index, str(temporary))
-        with open(temporary, "rb") as written:
+        with open(temporary, "r+b") as written:  # Windows flushes only what may be written
             os.fsync(written.fileno())
         temporary.replace(file)
     except (OSError, RuntimeError) as error:

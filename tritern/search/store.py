@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import fcntl
+import itertools
 import json
 import os
 import shutil
 import sqlite3
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import CheckpointError, TriternError
+from .locking import locked
 
 FORMAT = 1
 ROWS_FILE = "rows.sqlite"
 BLOCK = 16384
 """Rows read at a time: 25 MB at a width of 384."""
+
+COUNTS = "generation", "version", "width", "rows", "added"
+"""Settings that are whole numbers."""
 
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value);
@@ -50,7 +54,7 @@ class Store:
         width: of the vectors; 0 while there are none.
         rows: rows written, those removed since the last compaction among them.
         removed: numbers of the removed rows, ascending.
-        added: rows ever written.
+        added: rows ever written; more where the numbers given to texts without ids are further.
         version: counts what makes a faiss index of the vectors useless: compactions and changes of its kind.
     """
 
@@ -71,8 +75,7 @@ class Store:
                 with self._transaction():
                     for statement in SCHEMA.strip().splitlines():
                         self._db.execute(statement)
-                    counts = dict.fromkeys(("generation", "version", "width", "rows", "added"), 0)
-                    self._set({"format": FORMAT, **counts, **create})
+                    self._set({"format": FORMAT, **dict.fromkeys(COUNTS, 0), **create})
         if not self._tables():
             raise CheckpointError(
                 f"{path} is not an index of tritern, or its making was interrupted: delete it"
@@ -104,6 +107,16 @@ class Store:
 
     def _set(self, settings: dict[str, Any]) -> None:
         self._db.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", settings.items())
+
+    def _check_settings(self) -> None:
+        """Refuse what was not written here; "kind" and "rescore" are seen to where they are used."""
+        for name, types in {**dict.fromkeys(COUNTS, int), "similarity": str, "probes": bytes}.items():
+            value = self[name]
+            if type(value) is not types or (types is int and value < 0):
+                raise CheckpointError(
+                    f"{self.folder / ROWS_FILE}: its setting {name!r} is {str(value)[:40]!r} and must be "
+                    f"{'a whole number' if types is int else types.__name__}: copy it again, or build anew"
+                )
 
     @property
     def vectors_file(self) -> Path:
@@ -146,6 +159,7 @@ class Store:
         """Take in what another process may have written."""
         with self._lock, self._failures():
             with self._transaction("DEFERRED"):  # so that all is of one state
+                self._check_settings()
                 self.generation, self.version = self["generation"], self["version"]
                 self.rows, self.width, self.added = self["rows"], self["width"], self["added"]
                 removed = self._db.execute("SELECT row FROM removed ORDER BY row")
@@ -169,9 +183,9 @@ class Store:
             file = open(self.folder / "lock", "w")
         except OSError as error:
             raise Busy(f"{self.folder} cannot be written to: {error.strerror}") from None
-        with file:
+        with file, ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.enter_context(locked(file))
             except OSError:
                 raise Busy(f"another process is writing to {self.folder}: wait for it to end") from None
             yield
@@ -182,7 +196,15 @@ class Store:
         for pattern, name in kept.items():
             for file in self.folder.glob(pattern):
                 if file.name != name:
-                    file.unlink(missing_ok=True)
+                    with suppress(PermissionError):  # on Windows while another process reads it
+                        file.unlink(missing_ok=True)
+
+    def free_ids(self) -> Iterator[int]:
+        """Numbers for texts without ids, from ``added`` on; those that are ids in the index are left out."""
+        for first in itertools.count(self.added, 1024):
+            numbers = range(first, first + 1024)
+            used = self.rows_of(numbers)
+            yield from (number for number in numbers if number not in used)
 
     def new_ids(self, ids: Sequence[Any]) -> list[Id]:
         """The ids as they are stored.
@@ -190,18 +212,24 @@ class Store:
         Raises:
             TriternError: one is no int or str, twice among them or in the index already.
         """
-        plain = [_plain(i) for i in ids]
-        if len(set(plain)) < len(plain):
-            twice = next(i for n, i in enumerate(plain) if i in plain[:n])
-            raise TriternError(f"ids must be unique; {twice!r} is there twice")
+        plain = unique(ids)
         if there := self.rows_of(plain):
             raise TriternError(
                 f"id {next(iter(there))!r} is in the index already: remove it first to replace its text"
             )
         return plain
 
-    def append(self, ids: Sequence[Id], texts: Sequence[str], vectors: np.ndarray) -> None:
-        """Write rows; when this returns they are on disk, and if it raises there is none of them."""
+    def append(
+        self, ids: Sequence[Id], texts: Sequence[str], vectors: np.ndarray, numbered: bool = False
+    ) -> None:
+        """Write rows; when this returns they are on disk, and if it raises there is none of them.
+
+        Args:
+            ids: as of ``new_ids``.
+            texts: one for each.
+            vectors: [rows, width], float32.
+            numbered: the ids are of ``free_ids``, which gives none of them again, also when they are removed.
+        """
         vectors = np.ascontiguousarray(vectors, np.float32)
         width = self.width or vectors.shape[1]
         if vectors.shape != (len(texts), width):
@@ -219,7 +247,7 @@ class Store:
                 crcs = map(_crc32, ids, texts)
                 self._db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", zip(numbers, ids, texts, crcs))
                 self._db.execute("INSERT INTO blocks VALUES (?, ?)", (self.rows, zlib.crc32(content)))
-                added = self.added + len(texts)
+                added = max(self.added + len(texts), int(ids[-1]) + 1 if numbered else 0)
                 self._set({"rows": numbers.stop, "width": width, "added": added})
             self.rows, self.width, self.added = numbers.stop, width, added
 
@@ -362,6 +390,20 @@ class Store:
             ) from error
         except sqlite3.DatabaseError as error:
             raise CheckpointError(f"{self.folder / ROWS_FILE} cannot be read: {error}") from error
+
+
+def unique(ids: Iterable[Any]) -> list[Id]:
+    """The ids as they are stored.
+
+    Raises:
+        TriternError: one is no int or str, or twice among them.
+    """
+    plain: dict[Id, None] = {}
+    for id in map(_plain, ids):
+        if id in plain:
+            raise TriternError(f"ids must be unique; {id!r} is there twice")
+        plain[id] = None
+    return list(plain)
 
 
 def _plain(value: Any) -> Id:
