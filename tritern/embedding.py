@@ -86,9 +86,11 @@ class Int8Embedding(nn.Module):
         """Round a table row by row, as activations are (``reference.quantize_activations``).
 
         Raises:
-            TriternError: as ``like``; ``max_norm`` is set, or the table is on the meta device or holds NaN or
-                infinity.
+            TriternError: as ``like``; no ``nn.Embedding``, one with ``max_norm``, on the meta device, or with
+                NaN or infinity.
         """
+        if not isinstance(embedding, nn.Embedding):
+            raise TriternError(f"embedding must be an nn.Embedding; received {type(embedding).__name__}")
         weight = embedding.weight.detach()
         if embedding.max_norm is not None:
             raise TriternError(

@@ -122,9 +122,11 @@ class TernaryLinear(nn.Module):
         copied.
 
         Raises:
-            TriternError: weights on the meta device, of another dtype, or holding NaN or infinity; unknown
-                rule.
+            TriternError: no ``nn.Linear``; weights on the meta device, of another dtype, or holding NaN or
+                infinity; unknown rule.
         """
+        if not isinstance(linear, nn.Linear):
+            raise TriternError(f"linear must be an nn.Linear; received {type(linear).__name__}")
         if linear.weight.is_meta:
             raise TriternError("the layer's weights are on the meta device; load them before ternarizing")
         try:

@@ -102,6 +102,9 @@ def test_refusals(table):
         table.load_state_dict({**state, "weight": torch.ones(60, 33)})
     with pytest.raises(RuntimeError, match="weight_scale must be torch.float32 or.*holds torch.int8"):
         table.load_state_dict({**state, "weight_scale": torch.ones(60, dtype=torch.int8)})
+    for given in (torch.ones(60, 33), "words", None, torch.nn.Linear(60, 33)):
+        with pytest.raises(TriternError, match="embedding must be an nn.Embedding; received"):
+            Int8Embedding.from_embedding(given)
     torch.set_default_dtype(torch.float64)
     try:
         with pytest.raises(TriternError, match="dtype must be float32, float16 or bfloat16; received"):

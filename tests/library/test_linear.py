@@ -210,6 +210,9 @@ def test_refusals():
         TernaryLinear(MAX_K + 1, 1, device="meta")
     with pytest.raises(TriternError, match="meta device"):
         TernaryLinear.from_linear(nn.Linear(4, 4, device="meta"))
+    for given in (torch.ones(4, 4), "query", None, nn.Conv1d(4, 4, 1)):
+        with pytest.raises(TriternError, match="linear must be an nn.Linear; received"):
+            TernaryLinear.from_linear(given)
     broken = nn.Linear(4, 4)
     broken.weight.data[2, 1] = float("nan")
     with pytest.raises(TriternError, match="NaN or infinity"):
