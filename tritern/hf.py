@@ -106,6 +106,9 @@ class TernaryHfQuantizer(HfQuantizer):
             config.dtype = torch.float32
         return config
 
+    update_tp_plan = update_attn_implementation
+    """What older versions of transformers call at the same place."""
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
             return model
