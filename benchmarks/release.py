@@ -171,7 +171,7 @@ def pack(runs: list[Path], folder: Path) -> list[dict[str, Any]]:
 
     import tritern
     from tritern.checkpoint import sealed
-    from tritern.distillation.run import RECORD_FILE
+    from tritern.distillation.record import RECORD_FILE
 
     records = [json.loads((run / RECORD_FILE).read_text(encoding="utf-8")) for run in runs]
     for record in records:

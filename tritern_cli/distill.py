@@ -135,7 +135,7 @@ def distill(
 
 
 def _result(output: Path, size: Summary) -> Result:
-    from tritern.distillation.run import RECORD_FILE
+    from tritern.distillation.record import RECORD_FILE
 
     record = json.loads((output / RECORD_FILE).read_text(encoding="utf-8"))
     data = {name: record[name] for name in ("model", "teacher", "data", "steps", "seconds", "fidelity")}

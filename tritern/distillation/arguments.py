@@ -7,6 +7,7 @@ import math
 from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -95,8 +96,12 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
             )
             self._n_gpu = 1  # DataParallel would run the hooks of all replicas into one list
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+        if rate is not None:
+            self._check_number("learning_rate")
+            if not rate >= 0:
+                raise TriternError(f"learning_rate must not be negative; received {rate}")
         for name in ("layer_fade_start", "blend_ratio", "recovery_ratio"):
-            value = getattr(self, name)
+            value = self._check_number(name)
             if not 0 <= value <= 1:
                 raise TriternError(f"{name} is a share of the steps, from 0 to 1; received {value}")
         if self.blend_ratio + self.recovery_ratio > 1:
@@ -105,14 +110,20 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
                 f"{self.recovery_ratio}"
             )
         for name in (*(f"{n}_weight" for n in LOSSES), "layer_fade", "recovery_learning_rate"):
-            if not getattr(self, name) >= 0:
+            if not self._check_number(name) >= 0:
                 raise TriternError(f"{name} must not be negative; received {getattr(self, name)}")
         for name, values in (("max_length", [self.max_length]), ("matryoshka_dims", self.matryoshka_dims)):
             if any(value is not None and value < 1 for value in values or ()):
                 raise TriternError(f"{name} must be at least 1; received {getattr(self, name)}")
         for name in ("temperature", "clip"):
-            if not getattr(self, name) > 0:
+            if not self._check_number(name) > 0:
                 raise TriternError(f"{name} must be positive; received {getattr(self, name)}")
+
+    def _check_number(self, name: str) -> Any:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TriternError(f"{name} must be a number; received {value!r} ({type(value).__name__})")
+        return value
 
     def loss_weights(self) -> dict[str, float]:
         """Weights of the terms in use, by name."""
