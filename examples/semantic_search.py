@@ -9,7 +9,6 @@ Needs ``pip install 'tritern[search]'``, and 'tritern[web]' for ``serve``.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import random
@@ -17,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +73,11 @@ def settings_of(folder: Path, writing: bool = False) -> Iterator[dict[str, Any]]
         raise SystemExit(
             f"{folder} holds no index: make one with: semantic_search.py index TEXTS --to {folder}"
         )
-    with file.open() as lock:
+    from tritern.search.locking import locked
+
+    with file.open() as lock, ExitStack() as held:
         try:
-            fcntl.flock(lock, (fcntl.LOCK_EX if writing else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            held.enter_context(locked(lock, shared=not writing))
         except OSError:
             raise SystemExit(f"{folder} is in use by another process: wait for it, or end it") from None
         try:
