@@ -41,6 +41,9 @@ SENTENCE = (
 )
 """The built-in text: 39 words."""
 
+SAMPLE = 256
+"""Texts of a round unless --count says otherwise."""
+
 
 def bench(
     model: Model,
@@ -54,7 +57,14 @@ def bench(
         str | None, typer.Option(metavar="FILE", help=f"{common.TEXTS} Default: one sentence of 39 words.")
     ] = None,
     column: Column = None,
-    count: Annotated[int, typer.Option(min=1, help="Texts encoded in a round, repeated if fewer.")] = 256,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Texts encoded in a round: the first of FILE, repeated if fewer; default: "
+            f"{SAMPLE} drawn from all.",
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often.")] = 3,
     queries: Annotated[int, typer.Option(min=1, help="Texts encoded one by one in a round.")] = 20,
     batch_size: BatchSize = 32,
@@ -64,7 +74,8 @@ def bench(
     as_json: AsJson = False,
 ) -> Iterator[Result]:
     """Texts a second, time of a single query and memory of a model, warmed up."""
-    found = common.read(texts, column=column, limit=count) if texts else [SENTENCE]
+    found = common.sample(texts, SAMPLE, first=count, column=column) if texts else [SENTENCE]
+    count = count or SAMPLE
     data = (found * (count // len(found) + 1))[:count]
     settings = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     names = [name for name in (model, against) if name]

@@ -124,6 +124,18 @@ def read(source: str, *, column: str | None = None, limit: int | None = None) ->
     return texts
 
 
+def sample(source: str, drawn_count: int, *, first: int | None, column: str | None = None) -> list[str]:
+    """The ``first`` texts; where that is None, ``drawn_count`` of all, or of the first 100,000, by chance:
+    a file sorted by source has texts of one source at its head.
+    """
+    from tritern.draw import POOL, drawn
+
+    if first is not None:
+        return read(source, column=column, limit=first)
+    texts = read(source, column=column, limit=POOL)
+    return [texts[i] for i in drawn(texts, drawn_count)]
+
+
 def lines() -> Iterator[str]:
     """Lines of standard input, as they come."""
     from tritern import reading

@@ -25,6 +25,9 @@ EXAMPLES = """**Examples**
 What it costs in quality depends on the model: measure it with `tritern eval`, regain it with
 `tritern distill`."""
 
+SAMPLE = 256
+"""Texts calibrated on unless --calibrate-texts says otherwise."""
+
 
 def convert(
     model: Model,
@@ -41,7 +44,8 @@ def convert(
         str | None, typer.Option(metavar="FILE", help=f"Calibrate on these texts: {common.TEXTS}")
     ] = None,
     calibrate_texts: Annotated[
-        int | None, typer.Option(min=1, help="Use no more than so many of them; default: 256.")
+        int | None,
+        typer.Option(min=1, help=f"Use the first so many of them; default: {SAMPLE} drawn from all."),
     ] = None,
     column: Column = None,
     dtype: Dtype = None,
@@ -61,7 +65,7 @@ def convert(
     if not calibrate and (column or calibrate_texts):
         raise typer.BadParameter("--column and --calibrate-texts say how to read the file of --calibrate")
     _check_output(output, format, force)
-    texts = common.read(calibrate, column=column, limit=calibrate_texts or 256) if calibrate else None
+    texts = common.sample(calibrate, SAMPLE, first=calibrate_texts, column=column) if calibrate else None
     loaded = common.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
     import tritern

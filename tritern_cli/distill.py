@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,7 @@ def distill(
         Path, typer.Argument(metavar="OUTPUT", help="Folder for the ternary model and its checkpoints.")
     ],
     column: Column = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use no more than so many texts.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many texts only.")] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps; default: once over the texts.")
     ] = None,
@@ -76,7 +77,8 @@ def distill(
     ] = None,
     skip: Skip = None,
     holdout: Annotated[
-        int, typer.Option(min=0, help="Texts kept out of training, to measure closeness on.")
+        int,
+        typer.Option(min=0, help="Texts kept out of training, drawn from all, to measure closeness on."),
     ] = 256,
     joined_ratio: Annotated[
         float | None,
@@ -108,7 +110,7 @@ def distill(
     if taken := {"output_dir", "resume_from_checkpoint"}.intersection(settings):
         raise typer.BadParameter(f"--{taken.pop()}: the folder is OUTPUT, and --resume goes on with it")
     if steps is not None:
-        settings["max_steps"] = steps
+        settings["steps"] = steps
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("httpx", "sentence_transformers", "datasets"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -141,6 +143,7 @@ def _result(output: Path, size: Summary) -> Result:
     data = {name: record[name] for name in ("model", "teacher", "data", "steps", "seconds", "fidelity")}
     lines = [str(size)]
     for stage, f in record["fidelity"].items():
-        lines.append(f"{stage}: cosine {f['cosine']:.4f}, top-{f['k']} overlap {f['overlap']:.1%}")
+        cosine, overlap = (math.nan if f[name] is None else f[name] for name in ("cosine", "overlap"))
+        lines.append(f"{stage}: cosine {cosine:.4f}, top-{f['k']} overlap {overlap:.1%}")
     lines.append(f"Saved in {output}, with its model card (README.md) and the record of the run.")
     return Result({**data, "output": str(output), "summary": summary_data(size)}, "\n".join(lines))

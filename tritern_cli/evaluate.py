@@ -16,10 +16,13 @@ from .common import AsJson, BatchSize, Column, Device, Dtype, Model, Result, Tru
 EXAMPLES = """**Examples**
 
     tritern eval minilm-ternary sample.txt --teacher all-MiniLM-L6-v2
-    zcat corpus.txt.gz | shuf -n 1000 | tritern eval minilm-ternary - --json
+    zcat corpus.txt.gz | tritern eval minilm-ternary - --json
 
 Texts like those you will embed, and not those trained or calibrated on, say most. Time grows with the square
 of their number."""
+
+SAMPLE = 1000
+"""Texts compared unless --limit says otherwise."""
 
 
 def evaluate(
@@ -34,7 +37,10 @@ def evaluate(
         ),
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Neighbours compared.")] = 10,
-    limit: Annotated[int, typer.Option(min=1, help="Use no more than so many texts.")] = 1000,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Use the first so many texts; default: {SAMPLE:,} drawn from all."),
+    ] = None,
     column: Column = None,
     prompt: Annotated[
         str | None, typer.Option(help="Put before the texts; default: the models' own.")
@@ -46,7 +52,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> Iterator[Result]:
     """How close a model's vectors and neighbours are to its original's."""
-    sample = common.read(texts, column=column, limit=limit)
+    sample = common.sample(texts, SAMPLE, first=limit, column=column)
     teacher = teacher or _base_model(model)
 
     import tritern

@@ -272,6 +272,38 @@ def test_eval_is_evaluate(tiny_path, ternary_path, texts_file, sentences):
     assert result.stdout.startswith("cosine 1.0000") and "on 30 texts" in result.stdout
 
 
+def test_a_sample_is_drawn_from_all_unless_the_first_are_asked_for(
+    tiny_path, ternary_path, tmp_path, monkeypatch
+):
+    """A file sorted by source has texts of one source at its head."""
+    texts = [f"news {i}" for i in range(2000)] + [f"law {i}" for i in range(2000)]
+    file = tmp_path / "sorted.txt"
+    file.write_text("\n".join(texts))
+    seen = []
+
+    def evaluate(model, teacher, texts, **_):
+        seen.append(texts)
+        return tritern.Fidelity(1.0, 1.0, 1.0, 1.0, 10, len(texts))
+
+    monkeypatch.setattr(tritern, "evaluate", evaluate)
+    monkeypatch.setattr(tritern, "patch", lambda model, calibration_texts: seen.append(calibration_texts))
+    monkeypatch.setattr("tritern_cli.convert._save", lambda model, output, format: output.mkdir())
+    compare = "eval", ternary_path, file, "--teacher", tiny_path
+    fit = "convert", tiny_path, tmp_path / "out", "--force", "--calibrate", file
+    for command, count, option in ((compare, 1000, "--limit"), (fit, 256, "--calibrate-texts")):
+        seen.clear()
+        for arguments in ((), (), (option, 30)):
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            run(*command, *arguments)
+        drawn, again, first = seen
+        assert len(drawn) == count and drawn == again and set(drawn) < set(texts)
+        assert 0.4 < sum(text.startswith("law") for text in drawn) / count < 0.6
+        assert first == texts[:30]
+    assert common.sample(str(file), 5, first=3) == texts[:3]
+    monkeypatch.setattr("tritern.draw.POOL", 10)
+    assert set(common.sample(str(file), 5, first=None)) < set(texts[:10])
+
+
 def test_eval_finds_the_teacher_in_the_model_card(tiny_path, ternary_path, texts_file, tmp_path):
     assert "name the original with --teacher" in error("eval", ternary_path, texts_file)
     patched = tritern.patch(load(tiny_path))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+import tritern
 from tritern.saving import is_ternary
 
 from .cli import answer, error, load, run, wrong_usage
@@ -50,6 +51,10 @@ def test_distill_goes_on_and_reads_standard_input(tiny_path, sentences, tmp_path
 def test_distill_refuses_unknown_settings(tiny_path, texts_file, tmp_path):
     command = ["distill", tiny_path, texts_file, tmp_path / "out"]
     assert "unknown options: --stepz 3 (--help-all" in wrong_usage(*command, "--stepz", 3)
+    assert "did you mean --num_train_epochs? --help-all" in wrong_usage(*command, "--epochs", 3)
+    assert "steps (3) and max_steps (4) are the same setting: pass one" in error(
+        *command, "--steps", 3, "--max_steps", 4, "--use_cpu"
+    )
     assert "invalid float value: 'many'" in wrong_usage(*command, "--save_steps", "many")
     assert "--output_dir: the folder is OUTPUT" in wrong_usage(*command, "--output_dir", "b")
     assert "--max_steps: no such option here" in wrong_usage("distill", "--max_steps", 3, *command[1:])
@@ -104,3 +109,14 @@ def test_tune(monkeypatch, ternary_path, tmp_path):
         ["--json", str(table), "--models", "bge-base", "--shapes", "64x128", "32x32", "64x32", "32x64",
          "--tokens", "16", "64", "--modes", "int8", "--seconds", "9.0"]
     ]  # fmt: skip
+
+
+def test_closeness_that_is_not_defined_is_told_too(tiny, tmp_path):
+    """A teacher of another width gives no cosine: null in the record."""
+    from tritern_cli.distill import _result
+
+    fidelity = {"ternary, distilled": {"cosine": None, "overlap": 0.5, "k": 10}}
+    record = dict.fromkeys(("model", "teacher", "data", "steps", "seconds")) | {"fidelity": fidelity}
+    (tmp_path / "distillation.json").write_text(json.dumps(record))
+    result = _result(tmp_path, tritern.summary(tritern.patch(tiny)))
+    assert "ternary, distilled: cosine nan, top-10 overlap 50.0%" in result.text

@@ -6,7 +6,7 @@ import logging
 import math
 from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import HfArgumentParser
 
 from ..errors import TriternError
+from ..inputs import near
 from .losses import LOSSES
 
 logger = logging.getLogger(__name__)
@@ -188,7 +189,15 @@ def parse_settings(arguments: Sequence[str]) -> dict[str, Any]:
     """
     known, unknown = settings_parser().parse_known_args(list(arguments))
     if unknown:
-        raise TriternError(f"unknown options: {' '.join(unknown)} (--help-all lists every setting)")
+        names = [f.name for f in fields(TernaryDistillationArguments)]
+        meant = (
+            near(token[2:].partition("=")[0].replace("-", "_"), names)
+            for token in unknown
+            if token.startswith("--")
+        )
+        hints = ", ".join(f"--{name}" for found in meant for name in found)
+        hint = f"did you mean {hints}? " if hints else ""
+        raise TriternError(f"unknown options: {' '.join(unknown)} ({hint}--help-all lists every setting)")
     given = {token[2:].partition("=")[0].replace("-", "_") for token in arguments if token.startswith("--")}
     given |= {name.removeprefix("no_") for name in given}
     return {name: value for name, value in vars(known).items() if name in given}
