@@ -11,9 +11,9 @@
 
 DIR/train/sentences.txt.zst holds one text a line and DIR/train/sources.txt.gz the letter of its source, one
 of SOURCES. The second run trains the first one's model on, on longer texts too; ORIGINAL is the folder of
-all-MiniLM-L6-v2. Both runs draw the texts that they hold out by one seed, 42, so that the second holds out none
-that the first was trained on. (The model in the package was made with the first 2,000 lines held out of both
-runs.) ``pack`` takes the last run's model and writes it with a card naming what it was trained on.
+all-MiniLM-L6-v2. Both runs draw the texts that they hold out by one seed, 42, so that the second holds out
+none that the first was trained on. (The model in the package was made with the first 2,000 lines held out of
+both runs.) ``pack`` takes the last run's model and writes it with a card naming what it was trained on.
 """
 
 from __future__ import annotations
