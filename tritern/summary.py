@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritern_kernels import padded_k, ternarize_weight
+from tritern_kernels import cpu, padded_k, ternarize_weight
 
 from .choice import SMALLEST_TABLE, choose, choose_tables, common_name, matrices_of, others, starred
 from .config import TernaryConfig
@@ -63,6 +63,7 @@ class Summary:
         planned: of a model without ternary layers and int8 tables: what ``patch`` would make of it with its
             defaults; None if there is nothing to patch.
         refusal: why ``patch`` would refuse such a model as it is, or empty.
+        products: what multiplies the ternary layers on the devices where they are.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -78,6 +79,7 @@ class Summary:
     skipped_tables: tuple[SkippedLayer, ...] = ()
     planned: Summary | None = None
     refusal: str = ""
+    products: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.planned is not None:
@@ -99,6 +101,7 @@ class Summary:
                 f"{self.bits_per_weight:.2f} bits per ternary weight; linears 1/{before / max(after, 1):.1f} "
                 f"and model 1/{self.model_bytes_before / max(self.model_bytes_after, 1):.1f} of {dtype}"
             )
+        lines += [f"Multiplied by {product}" for product in self.products]
         lines += _skipped_lines("ternary", self.skipped) + _skipped_lines("int8", self.skipped_tables)
         return "\n".join(line.rstrip() for line in lines)
 
@@ -137,7 +140,8 @@ def summary(model: nn.Module) -> Summary:
     tables = [_table(n, m) for n, m in model.named_modules() if isinstance(m, Int8Embedding)]
     found = _summary(model, layers, tables, dtype)
     if layers or tables:
-        return found
+        products = [_product(m.weight, m.activation_bits, m.in_features) for _, m in ternary]
+        return replace(found, products=tuple(dict.fromkeys(products)))
     try:
         plan(model, TernaryConfig())
         refusal = ""
@@ -192,7 +196,8 @@ def _planned(model: nn.Module, dtype: torch.dtype, counted: bool) -> Summary | N
         zeros = _zeros_of(ternarize_weight(module.weight).codes()) if counted else None
         after = N * padded_k(K) // 4 + 4 * N
         layers.append(LayerSummary(name, (N, K), N * K * dtype.itemsize, after, zeros))
-    plain = _summary(model, [], [], dtype)
+    plain, bits = _summary(model, [], [], dtype), TernaryConfig().activation_bits
+    products = [_product(module.weight, bits, module.in_features) for _, module in chosen]
     before, after = sum(la.bytes_before for la in layers), sum(la.bytes_after for la in layers)
     return replace(
         plain,
@@ -204,6 +209,7 @@ def _planned(model: nn.Module, dtype: torch.dtype, counted: bool) -> Summary | N
         model_bytes_after=plain.model_bytes_after - before + after,
         bits_per_weight=_bits_per_weight(layers),
         zero_fraction=_zeros(layers),
+        products=tuple(dict.fromkeys(products)),
     )
 
 
@@ -220,6 +226,17 @@ def _ternary(name: str, layer: TernaryLinear, dtype: torch.dtype) -> LayerSummar
     zeros = None if layer.weight.is_meta else _zeros_of(layer.packed().codes())
     after = layer.weight.numel() + 4 * layer.weight_scale.numel()
     return LayerSummary(name, (N, K), N * K * dtype.itemsize, after, zeros)
+
+
+def _product(weight: Tensor, activation_bits: int, in_features: int) -> str:
+    """What multiplies a ternary layer whose weight is on a device."""
+    kind = "int8" if activation_bits == 8 else "16-bit"
+    if weight.is_cpu:
+        name = cpu.product_for(activation_bits, in_features)
+        bits = 8 * cpu.PRODUCTS[name].bytes
+        return f"{name} on the CPU, {kind} activations: unpacked to {bits} bits a weight at the first use"
+    where = f"Triton kernels on {weight.device}" if weight.is_cuda else f"nothing on {weight.device}"
+    return f"{where}, {kind} activations"
 
 
 def _table(name: str, table: Int8Embedding) -> TableSummary:

@@ -9,6 +9,7 @@ from torch import nn
 
 import tritern
 from tritern import TernaryConfig, TernaryLinear, TriternError
+from tritern_kernels import cpu
 
 
 class Block(nn.Module):
@@ -223,6 +224,19 @@ def test_t5_and_dense_stay_in_full_precision():
     assert [n for n in reasons if n.endswith(".wo")] and len(ternary_names(model)) == 5
 
 
+@pytest.mark.parametrize("bits, product", [(8, "float32"), (16, "FBGEMM fp16")])
+def test_summary_says_what_multiplies(bits, product, monkeypatch):
+    monkeypatch.setattr(cpu, "fastest", lambda bits: {8: ("float32",), 16: ("FBGEMM fp16",)}[bits])
+    layers = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 2))
+    model = tritern.patch(layers, activation_bits=bits, skip="3")
+    kind, kept = ("int8", 32) if bits == 8 else ("16-bit", 16)
+    line = f"{product} on the CPU, {kind} activations: unpacked to {kept} bits a weight at the first use"
+    assert tritern.summary(model).products == (line,) and f"Multiplied by {line}\n" in str(
+        tritern.summary(model)
+    )
+    assert tritern.summary(model.to("meta")).products == (f"nothing on meta, {kind} activations",)
+
+
 def test_minilm_summary(minilm):
     full = sum(p.numel() * 4 for p in minilm.parameters())
     before = tritern.summary(minilm)
@@ -258,7 +272,7 @@ def test_summary_on_the_meta_device(tiny, tiny_path):
         assert len(meta.layers) == 12 and meta.zero_fraction is None
         assert "-" in str(meta).splitlines()[2].split()
         layers = tuple(replace(layer, zero_fraction=None) for layer in filled.layers)
-        assert meta == replace(filled, layers=layers, zero_fraction=None)
+        assert meta == replace(filled, layers=layers, zero_fraction=None, products=meta.products)
 
 
 def test_summary_says_why_a_model_would_be_refused(tiny):
