@@ -188,6 +188,7 @@ class TernaryLinear(nn.Module):
         device = x.device
         return (
             type(x) is Tensor
+            and x.layout is torch.strided
             and x.dtype in FLOATS
             and (x.is_cpu or x.is_cuda)
             and x.dim() > 0

@@ -1,4 +1,4 @@
-"""Texts of files and data sets, as they stand there: ``read_texts``. ``tables`` splits what has columns."""
+"""Texts of files and data sets, as they stand there: ``read_texts``. ``columns`` splits what has columns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from . import tables
+from . import columns
 from .errors import TriternError
 from .inputs import whole_number
 
@@ -110,11 +110,11 @@ def _of_file(path: Path, kind: str, column: str | None) -> Iterator[str]:
     with _opened(path) as file:
         if kind == "Parquet":
             packed = path.suffix.lower() in _COMPRESSED  # it is read from the end
-            yield from tables.parquet_texts(io.BytesIO(file.read()) if packed else file, column, name)
+            yield from columns.parquet_texts(io.BytesIO(file.read()) if packed else file, column, name)
         elif kind == "JSON":
-            yield from tables.column_texts(tables.json_rows(lines(file, name), name), column, name)
+            yield from columns.column_texts(columns.json_rows(lines(file, name), name), column, name)
         elif kind != "text":
-            yield from tables.csv_texts(lines(file, name), kind == "TSV", column, name)
+            yield from columns.csv_texts(lines(file, name), kind == "TSV", column, name)
         elif column in (None, "text"):
             yield from (line.rstrip("\r\n") for line in lines(file, name))
         else:
@@ -153,7 +153,7 @@ def _of_data_set(name: str, column: str | None) -> Iterator[str]:
             f"texts: {name!r} is no file, and loading it as a data set failed: {error}"
         ) from error
     numbered = ((f"row {number}", cast(dict, row)) for number, row in enumerate(rows, 1))
-    yield from tables.column_texts(numbered, column, name)
+    yield from columns.column_texts(numbered, column, name)
 
 
 def lines(file: Iterable[bytes], name: str) -> Iterator[str]:

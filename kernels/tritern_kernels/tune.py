@@ -138,9 +138,9 @@ class Bench:
     """Operands of one shape, and the time and the result of a configuration on them."""
 
     def __init__(self, M: int, N: int, K: int, seed: int = 0) -> None:
-        generator = torch.Generator("cuda").manual_seed(seed)
-        weight = ternarize(0.02 * torch.randn(N, K, device="cuda", generator=generator), "twn")
-        self.x = torch.randn(M, K, device="cuda", generator=generator).bfloat16()
+        drawn: dict[str, Any] = {"device": "cuda", "generator": torch.Generator("cuda").manual_seed(seed)}
+        weight = ternarize(0.02 * torch.randn(N, K, dtype=torch.float32, **drawn), "twn")
+        self.x = torch.randn(M, K, dtype=torch.float32, **drawn).bfloat16()
         self.codes, self.scale, self.N = weight.codes(), weight.scale, N
         self.x_q, self.scale_x = activations.quantize(self.x)
         cold = M <= 256 and weight.packed.numel() >= 1_000_000

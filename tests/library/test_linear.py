@@ -35,6 +35,12 @@ def test_any_rank(pair, shape):
     assert pair[1](torch.randn(shape)).shape == pair[0](torch.randn(shape)).shape
 
 
+@torch.no_grad()
+def test_sparse_activations_are_refused(pair):
+    with pytest.raises(ValueError, match=r"must be dense.*\.to_dense\(\)"):
+        pair[1](torch.randn(4, 130).to_sparse())
+
+
 def test_round_trip_to_linear(pair):
     layer = pair[1].eval()
     dense = layer.to_linear()

@@ -156,7 +156,9 @@ def test_refusals_leave_the_model_as_it_was():
     unchanged_after(late, "blocks.1.down.weight holds NaN or infinity")
 
 
-@pytest.mark.parametrize("function", [tritern.patch, tritern.summary, tritern.dequantize, tritern.warmup])
+@pytest.mark.parametrize(
+    "function", [tritern.patch, tritern.summary, tritern.dequantize, tritern.warmup, tritern.fuse]
+)
 @pytest.mark.parametrize(
     ("model", "match"),
     [

@@ -18,6 +18,7 @@ from tritern_kernels.dispatch import BertSizes, DecoderSizes
 from tritern_kernels.internals import changed
 
 from ..errors import TriternError
+from ..inputs import check_model
 from .bert import FusedBert
 from .common import Fused, fused_class, prepare, weights
 from .decoder import FusedDecoder
@@ -44,11 +45,12 @@ def fuse(model: nn.Module) -> int:
         The number of fused blocks.
 
     Raises:
-        TriternError: the model has no block that can be fused.
+        TriternError: not a model, or one without a block that can be fused.
 
     Warns:
         UserWarning: the model is not on a GPU with kernels, or transformers has changed its blocks.
     """
+    check_model(model)
     found = [(m, kind) for m in model.modules() if (kind := _kind(m))]
     if not found and any(_kind_by_name(m) and not _as_known(m) for m in model.modules()):
         return 0
