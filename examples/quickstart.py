@@ -87,6 +87,16 @@ def distilled(
         return model if cpu else model.half()
 
 
+def closeness(model: SentenceTransformer, held: np.ndarray, texts: list[str]) -> Fidelity:
+    """How close the model is to the original's vectors of the texts."""
+    import tritern
+
+    try:
+        return tritern.evaluate(model, held, texts, k=K)
+    except tritern.TriternError as error:  # such as texts in an alphabet that the model does not know
+        raise SystemExit(f"comparison: {error}") from None
+
+
 def parse() -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=form)
@@ -148,7 +158,7 @@ def made_ternary(
     device = str(original.device)
     console.rule("2. Patch", align="left")
     say(f"tritern.patch(model, {', '.join(f'{k}={v!r}' for k, v in ternary.items())})")
-    before = tritern.evaluate(load(name, device, **ternary), held, texts[:sample], k=K)
+    before = closeness(load(name, device, **ternary), held, texts[:sample])
     say(f"Against the original, on {sample} passages kept out of training: {before}.")
     say("Patching rounds weights and trains nothing: it costs quality, and this is the loss.", style="yellow")
     console.rule("3. Distil", align="left")
@@ -157,7 +167,7 @@ def made_ternary(
     config = tritern.TernaryConfig(embedding_bits=8, **ternary)
     student = load(name, device, in_half=False)
     student = distilled(student, texts[sample:], args.output, args.steps, args.seed, config=config)
-    after = tritern.evaluate(student, held, texts[:sample], k=K)
+    after = closeness(student, held, texts[:sample])
     say(f"{tritern.summary(student)}\n\nOn the passages kept out of training: {after}.", soft_wrap=True)
     saved(student, args.output, texts[:64])
     say("More text, more steps: closer. See examples/distill_e5.py.", style="green")
@@ -197,7 +207,7 @@ def main() -> None:
         console.rule("2. A ternary model", align="left")
         say(f"tritern.load({SHIPPED!r}), of all-MiniLM-L6-v2")
         ternary = load(SHIPPED, device)
-        fidelity, before = tritern.evaluate(ternary, held, texts[:sample], k=K), None
+        fidelity, before = closeness(ternary, held, texts[:sample]), None
         say(f"{tritern.summary(ternary)}\n\nAgainst the original, on {sample} passages: {fidelity}.")
     console.rule(f"{4 if args.model else 3}. Search", align="left")
     say(f"The models take turns at embedding the passages, {SECONDS} s at most unless --limit is given ...")
@@ -212,7 +222,7 @@ def main() -> None:
         say(f"                max_steps={args.steps}): {args.steps} steps of 64 of these passages ...")
         teacher, student = (load(n, device, in_half=False) for n in (name, SHIPPED))
         ternary = distilled(student, texts[sample:], args.output, args.steps, args.seed, teacher=teacher)
-        after = tritern.evaluate(ternary, held, texts[:sample], k=K)
+        after = closeness(ternary, held, texts[:sample])
         say("On the passages kept out of training,")
         say(f"before: {fidelity}\nafter:  {after}")
         saved(ternary, args.output, texts[:64])

@@ -192,10 +192,16 @@ def test_the_whole_demo_on_few_texts_of_ones_own(demo, monkeypatch, tiny_path, t
     assert "97 passages from" in shown and "2 steps of 64 passages" in shown
     assert "the same vectors, bit for bit" in shown and "before distillation" in shown
     assert (tmp_path / "out" / "modules.json").exists()
-    (tmp_path / "texts.txt").write_text("\n".join(map(chr, range(0x4E00, 0x4E00 + 200))))
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", *map(str, command[:-1]), str(tmp_path / "b")])
-    with pytest.raises(SystemExit, match="distillation: distillation needs at least 32 different texts"):
-        demo.main()
+    short = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+    long = [word + "n" for word in short[:31]]
+    for texts, message in (
+        ([*short, *(w.upper() for w in short), *long], "distillation: distillation needs at least 32 differ"),
+        (list(map(chr, range(0x4E00, 0x4E00 + 200))), "comparison: .* is equally similar to all other texts"),
+    ):
+        (tmp_path / "texts.txt").write_text("\n".join(texts))
+        monkeypatch.setattr(sys, "argv", ["quickstart.py", *map(str, command[:-1]), str(tmp_path / "b")])
+        with pytest.raises(SystemExit, match=message):
+            demo.main()
 
 
 def test_the_demo_without_arguments_but_small(demo, monkeypatch, tmp_path, capsys):
