@@ -98,6 +98,11 @@ def distill(
         check_texts(prefixes, name="prefixes", empty=True)
     if config is not None and not isinstance(config, TernaryConfig):
         raise TriternError(f"config must be a tritern.TernaryConfig; received {type(config).__name__}")
+    if evaluator is not None and not isinstance(evaluator, BaseEvaluator):
+        raise TriternError(
+            "evaluator must be a sentence-transformers evaluator, such as FidelityEvaluator; received "
+            f"{type(evaluator).__name__}"
+        )
     vectors = teacher if isinstance(teacher, np.ndarray) else None
     with random_kept():
         guide = None if teacher is None or vectors is not None else _model(teacher, "teacher")
