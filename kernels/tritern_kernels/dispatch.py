@@ -1,7 +1,7 @@
 """Check, choose, launch: the public operations and their ``torch.library`` registration.
 
 ``tritern::linear`` and ``tritern::quantize_activations`` run on CUDA (the Triton kernels) and on the CPU
-(``torch._int_mm``, equal int32 sums), refuse other devices (``devices``), have fake implementations for
+(``cpu``, equal int32 sums), refuse other devices (``devices``), have fake implementations for
 ``torch.compile`` and, for ``linear``, a gradient with respect to x and bias that treats the activations'
 rounding as the identity (straight-through).
 """
