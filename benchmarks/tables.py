@@ -1,7 +1,7 @@
-"""README's tables of quality, of search and of GPU measurements, and a roofline, from ``benchmarks/results``.
+"""The pages' tables of quality, search and speed, and a roofline, from ``benchmarks/results``.
 
 python benchmarks/tables.py                     print them
-python benchmarks/tables.py --readme README.md  write them into it, between their marks
+python benchmarks/tables.py --write             write them into the pages, between their marks
 python benchmarks/tables.py --plot benchmarks/results/h200-gemm.png
 python benchmarks/tables.py --memory            weigh models again, into results/memory.json
 """
@@ -17,7 +17,8 @@ import report
 import search_report
 from cases import Errors, Roofs, Row, Times, Tolerance
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 SHIPPED = "minilm-l6-ternary"
 SHOWN = (
     "tritern int8",
@@ -248,6 +249,45 @@ def search(file: str) -> str:
     return search_report.paper_table(found["rows"], arm) + "\n"
 
 
+def encoding() -> str:
+    """Whole models on a CPU, held to instruction sets."""
+    lines = [
+        "| instruction sets | | sentences/s | | one query, p50 | | memory held | at its peak |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for instructions, name in (("all", "cpu-encode.json"), ("AVX2 alone", "cpu-encode-avx2.json")):
+        for arm, r in load(name)["rows"].items():
+            if "reason" not in r:
+                lines.append(
+                    f"| {instructions} | {arm} | {r['sentences_per_second']:.1f} | {r['speed']:.2f}x | "
+                    f"{r['query_p50_ms']:.1f} ms | {r['query_speed']:.2f}x | {r['held_mb']:.0f} MB | "
+                    f"{r['peak_mb']:.0f} MB |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def layers() -> str:
+    """Linear layers on a CPU: times of float32, and how many times as fast ternary layers are and were."""
+    now, before = (load(f"cpu-ops{name}.json")["instruction_sets"] for name in ("", "-before"))
+    lines = ["| model | M, N, K |", "| --- | --- |"]
+    for name in now:
+        lines[0] += f" {'all' if name == 'native' else name}: float32, ms | int8 | 16-bit |"
+        lines[1] += " --- | --- | --- |"
+    for i, row in enumerate(now["native"]["rows"]):
+        line = f"| {row['model']} | {row['M']}, {row['N']}, {row['K']} |"
+        for name in now:
+            r, was = now[name]["rows"][i], before[name]["rows"][i]
+            line += f" {r['float32_ms']:.3f} |"
+            for kind in ("int8", "16-bit"):
+                line += f" {r[f'{kind}_speed']:.2f}x ({was[f'{kind}_speed']:.2f}x) |"
+        lines.append(line)
+    taken = [
+        f"{'all' if name == 'native' else name}: {', '.join(found['products'].values())}"
+        for name, found in now.items()
+    ]
+    return "\n".join([*lines, "", f"Products taken: {'; '.join(taken)}."]) + "\n"
+
+
 SPEEDS = (
     "Speed over the faster of cuBLAS in bf16 and fp16, weights cold (in brackets: hot in the L2 cache). "
     'Above 1 is faster;\n"tritern int8" quantizes the activations, "tritern int8 gemm" gets them quantized, '
@@ -265,23 +305,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--readme", type=Path, help="write the tables into this file, between the marks")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        nargs="?",
+        const=ROOT,
+        metavar="CHECKOUT",
+        help="write the tables into its pages",
+    )
     parser.add_argument("--memory", action="store_true", help="weigh models again")
     parser.add_argument("--plot", type=Path, help="write the roofline to this PNG; needs matplotlib")
     options = parser.parse_args()
     if options.memory:
         report.write_json(RESULTS / "memory.json", weigh())
+    readme, mode = "README.md", "docs/choosing-a-mode.md"
     blocks = {
-        "quality": quality(), "search": search("cpu-embed-search.json"), "ann": search("cpu-ann.json"),
-        "h200": block(),
-    }  # fmt: skip
-    for mark, text in blocks.items():
-        if not options.readme:
+        "quality": (readme, quality()),
+        "search": (readme, search("cpu-embed-search.json")),
+        "ann": (readme, search("cpu-ann.json")),
+        "cpu": (readme, encoding()),
+        "cpu-layers": (mode, layers()),
+        "h200": (readme, block()),
+    }
+    for mark, (page, text) in blocks.items():
+        if not options.write:
             print(text)
             continue
-        before, rest = options.readme.read_text().split(f"<!-- {mark} -->\n", 1)
+        file = options.write / page
+        before, rest = file.read_text().split(f"<!-- {mark} -->\n", 1)
         after = rest.split(f"<!-- /{mark} -->\n", 1)[1]
-        options.readme.write_text(f"{before}<!-- {mark} -->\n{text}<!-- /{mark} -->\n{after}")
+        file.write_text(f"{before}<!-- {mark} -->\n{text}<!-- /{mark} -->\n{after}")
     if options.plot:
         race = load("h200-gemm.json")
         title = f"{race['gpu']}, {race['date'][:10]}"

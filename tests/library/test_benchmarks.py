@@ -177,11 +177,14 @@ def test_training_step_is_measured(tiny_path, sentences, tmp_path):
     assert found["seconds a step"] > 0 and found["peak MB"] > 0
 
 
-def test_the_readmes_tables_are_those_of_the_results(tmp_path, monkeypatch):
-    readme = ROOT / "README.md"
-    copy = tmp_path / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    copy.write_text(text.replace("| **minilm-l6-ternary** |", "| of yesterday |"), encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["tables.py", "--readme", str(copy)])
+def test_the_pages_tables_are_those_of_the_results(tmp_path, monkeypatch):
+    pages = {"README.md": "| **minilm-l6-ternary** |", "docs/choosing-a-mode.md": "| mpnet-base |"}
+    (tmp_path / "docs").mkdir()
+    for page, row in pages.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert row in text
+        (tmp_path / page).write_text(text.replace(row, "| of yesterday |"), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--write", str(tmp_path)])
     tables.main()
-    assert copy.read_text(encoding="utf-8") == text
+    for page in pages:
+        assert (tmp_path / page).read_text(encoding="utf-8") == (ROOT / page).read_text(encoding="utf-8")
