@@ -113,7 +113,12 @@ def test_the_quantized_engine_stays_as_the_user_set_it(monkeypatch):
 def test_activations_may_be_laid_out_in_any_way():
     """As FBGEMM reads memory as it lies."""
     w, wide = weight(70, 300), torch.randn(9, 2, 400)
-    for x in (wide[:, 0, 50:350], wide[:, 1, :300].flip(0), wide[:1, :1, :300].expand(9, 2, 300)):
+    for x in (
+        torch.randn(300, 9).t(),
+        wide[:, 0, 50:350],
+        wide[:, 1, :300].flip(0),
+        wide[:1, :1, :300].expand(9, 2, 300),
+    ):
         for bits in (8, 16):
             assert torch.equal(
                 linear(x, w, activation_bits=bits), linear(x.contiguous(), w, activation_bits=bits)
