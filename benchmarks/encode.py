@@ -234,6 +234,23 @@ def processor() -> str:
     return f"{name.group(1) if name else platform.machine()} ({', '.join(features)})"
 
 
+def medians(rounds: dict[str, list[dict[str, Any]]], baseline: str) -> dict[str, dict[str, Any]]:
+    """Of each arm's rounds, and of its ratios to the baseline in the same round."""
+    rows: dict[str, dict[str, Any]] = {}
+    for arm, results in rounds.items():
+        pairs = [(r, b) for r, b in zip(results, rounds.get(baseline, [])) if "reason" not in r | b]
+        good = [r for r in results if "reason" not in r]
+        rows[arm] = {k: statistics.median(r[k] for r in good) for k in good[0]} if good else dict(results[-1])
+        if pairs:
+            rows[arm] |= {
+                "speed": statistics.median(
+                    r["sentences_per_second"] / b["sentences_per_second"] for r, b in pairs
+                ),
+                "query_speed": statistics.median(b["query_p50_ms"] / r["query_p50_ms"] for r, b in pairs),
+            }
+    return rows
+
+
 def table(rows: dict[str, dict[str, Any]], baseline: str) -> str:
     """The medians as text; speeds and memory also relative to the baseline arm."""
     base = rows.get(baseline, {})
@@ -281,16 +298,8 @@ def main() -> None:
         ):
             if not rounds[arm] or "reason" not in rounds[arm][-1]:
                 rounds[arm].append(run_arm(options, arm, path, folder, device))
-    rows: dict[str, dict[str, Any]] = {}
-    for arm, results in rounds.items():
-        good = [r for r in results if "reason" not in r]
-        rows[arm] = {k: statistics.median(r[k] for r in good) for k in good[0]} if good else results[-1]
     baseline = "fp16" if device == "cuda" else "fp32"
-    for arm, results in rounds.items():
-        pairs = [(r, b) for r, b in zip(results, rounds.get(baseline, [])) if "reason" not in r | b]
-        for name, key in (("speed", "sentences_per_second"), ("query_speed", "query_p50_ms")):
-            ratios = [r[key] / b[key] if name == "speed" else b[key] / r[key] for r, b in pairs]
-            rows[arm] |= {name: statistics.median(ratios)} if ratios else {}
+    rows = medians(rounds, baseline)
     info = environment(device)
     info |= {"model": options.model or "all-MiniLM-L6-v2", "sentences": options.sentences}
     info |= {"batch_size": options.batch_size, "rounds": options.rounds}

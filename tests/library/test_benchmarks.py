@@ -17,12 +17,16 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ablation  # noqa: E402
 import cases  # noqa: E402
+import cpu_ops  # noqa: E402
 import encode  # noqa: E402
 import gemm as race  # noqa: E402
+import instruction_sets  # noqa: E402
 import report  # noqa: E402
 import tables  # noqa: E402
 import timing  # noqa: E402
 import train  # noqa: E402
+
+from tritern_kernels import cpu  # noqa: E402
 
 CPU_CONTESTANTS = ["tritern int8", "F.linear bf16", "F.linear fp16", "torch._int_mm int8"]
 
@@ -93,21 +97,49 @@ def test_without_a_gpu_the_compiled_configurations_are_shown(tmp_path):
     assert all(r["spills"] == 0 for r in json.loads((tmp_path / "rows.json").read_text())["rows"])
 
 
-def test_encode_table_relates_to_the_baseline():
-    row = {
-        "sentences_per_second": 100.0,
-        "query_p50_ms": 1.0,
-        "query_p99_ms": 2.0,
-        "held_mb": 50.0,
-        "peak_mb": 60.0,
-    }
-    rows = {
-        "fp32": row,
-        "ternary int8": row | {"sentences_per_second": 150.0, "held_mb": 25.0},
-        "onnx int8": {"reason": "no optimum"},
-    }
+def test_encode_relates_to_the_baseline_of_the_same_round():
+    row = {"query_p99_ms": 2.0, "held_mb": 50.0, "peak_mb": 60.0}
+    original = [row | {"sentences_per_second": s, "query_p50_ms": 100 / s} for s in (100.0, 40.0, 90.0)]
+    ternary = [
+        row | {"sentences_per_second": s, "query_p50_ms": 50 / s, "held_mb": 25.0}
+        for s in (150.0, 80.0, 90.0)
+    ]
+    failed = [{"reason": "no optimum"}]
+    rows = encode.medians({"fp32": original, "ternary int8": ternary, "onnx int8": failed}, "fp32")
+    ours = rows["ternary int8"]
+    assert ours["sentences_per_second"] == 90.0 and ours["speed"] == 1.5 and ours["query_speed"] == 3.0
     text = encode.table(rows, "fp32")
-    assert "(1.50x)" in text and "(0.50x)" in text and "not measured: no optimum" in text
+    assert "(1.50x)" in text and "(0.50x)" in text and "(3.00x)" in text
+    assert "not measured: no optimum" in text
+
+
+@pytest.mark.parametrize("name", ["AVX512", "AVX2"])
+def test_held_to_an_instruction_set_products_stay_right(name):
+    code = (
+        "import instruction_sets; instruction_sets.hold_to({name!r}); from tritern_kernels import cpu;"
+        "print(*cpu.fastest(8), sep=',')"
+    )
+    environment = {**os.environ, **instruction_sets.ENVIRONMENT[name]}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        str(ROOT / folder) for folder in (".", "kernels", "benchmarks")
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(name=name)], capture_output=True, text=True, env=environment
+    )
+    found = done.stdout.strip().split(",")
+    assert set(found) == set(cpu.fastest(8)) and found[0] != "oneDNN int8", done.stderr
+
+
+def test_layers_are_measured_only_when_right(monkeypatch, capsys):
+    monkeypatch.setattr(cpu_ops, "LAYERS", {"tiny": [(24, 40)]})
+    found = cpu_ops.run("native", turns=1)
+    assert [(r["M"], r["N"], r["K"]) for r in found["rows"]] == [(64, 24, 40), (2048, 24, 40)]
+    assert all(r["int8_ms"] > 0 and r["16-bit_speed"] > 0 for r in found["rows"])
+    text = cpu_ops.table({"native": found})
+    assert "64, 24, 40" in text and cpu.fastest(8)[0] in text
+    monkeypatch.setattr(cpu_ops.reference, "linear", lambda *a: torch.ones(64, 24, dtype=torch.float64))
+    with pytest.raises(SystemExit, match="differs from float64"):
+        cpu_ops.measure(64, 24, 40, turns=1)
 
 
 def test_encode_texts_are_real_and_enough():
