@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 import tritern
 from tritern import TriternError
-from tritern.search import SearchIndex, adding, embed, store
+from tritern.search import SearchIndex, adding, embed, kinds, store
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["lo vu", "bal zal", "mon ter"]
@@ -126,6 +126,15 @@ def test_a_bad_corpus_leaves_no_folder(model, tmp_path, texts, ids, message):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_set_has_no_order_to_pair_ids_by(index):
+    for texts, ids in ((["a", "b"], {"x", "y"}), ({"a", "b"}, ["x", "y"]), (["a"], frozenset("x"))):
+        with pytest.raises(TriternError, match="must be in order, .*; received a set: pass a list"):
+            index.add(texts, ids=ids)
+    assert len(index) == 3
+    index.add({"lo", "vu"})
+    index.remove({"1", "2"})
+
+
 def test_texts_are_numbered_as_they_were_given(index):
     with pytest.raises(TriternError, match="texts: number 1 is empty"):
         index.add(iter(["one", " "]))
@@ -195,6 +204,10 @@ BAD = [
         ({name: value}, f"{name} must be a whole number, .*; received")
         for name in ("rescore", "tokens_per_batch", "gpus")
         for value in (2.0, "2", True, np.float32(2), [2])
+    ),
+    *(
+        ({"kind": kind}, f"kind must not be '{kind}'")
+        for kind in ("IDMap,Flat", "IDMap2,HNSW32", "NSG32,Flat")
     ),
     ({"rescore": 0}, "rescore must be from 1 to 1000000; received 0"),
     ({"rescore": 2**70}, "rescore must be from 1 to 1000000; received 1"),
@@ -285,6 +298,14 @@ def test_other_bad_settings_are_named(model, folder, name, value):
         SearchIndex.open(folder, model)
 
 
+def test_damaged_probes_are_those_of_another_model(model, folder):
+    kept = store.Store(folder)
+    kept.set(probes=b"12")
+    kept.close()
+    with pytest.raises(TriternError, match="was built with another model"):
+        SearchIndex.open(folder, model)
+
+
 @pytest.mark.parametrize("task", ["documents", "", 1])
 def test_unknown_tasks_are_refused(model, task):
     with pytest.raises(TriternError, match="task must be None or one of 'query', 'document'; received"):
@@ -337,6 +358,31 @@ def test_parameters_are_a_string(index):
         index.set_search_parameters(16)
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "", "abc", "1.5"])
+def test_parameters_that_find_nothing(index, value):
+    index.reindex("hnsw")
+    with pytest.raises(
+        TriternError, match=f"efSearch must be a whole number, at least 1; received '{value}'"
+    ):
+        index.set_search_parameters(f"efSearch={value}")
+    assert index.search("bal zal", 1)[0][0].id == "2"
+    index.set_search_parameters("efSearch=16")
+
+
+def test_a_kind_that_faiss_cannot_add_to_leaves_the_index_readable(model, folder, monkeypatch, caplog):
+    with SearchIndex.open(folder, model) as index:
+        monkeypatch.setattr(
+            kinds, "new_index", lambda *_: kinds.import_faiss().index_factory(32, "IDMap,Flat")
+        )
+        with pytest.raises(TriternError, match=r"faiss cannot add .*add_with_ids\).*reindex them"):
+            index.reindex("SQ8")
+    with SearchIndex.open(folder, model) as index:
+        assert "all vectors are compared" in caplog.text
+        assert index.search("bal zal", 1)[0][0].id == "2"
+        monkeypatch.undo()
+        index.reindex("hnsw")
+
+
 # ---------------------------------------------------------------- models and folders
 
 
@@ -373,6 +419,8 @@ def test_what_is_no_folder(model):
         SearchIndex.build(model, model, TEXTS)
     with pytest.raises(TriternError, match="folder must be a string or a Path; received NoneType"):
         SearchIndex.open(None, model)
+    with pytest.raises(TriternError, match="folder must be the name of a folder; received ''"):
+        SearchIndex.build("", model, TEXTS)
 
 
 def test_an_index_says_what_it_is(folder, model, tiny_path):

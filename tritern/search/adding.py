@@ -42,6 +42,9 @@ def items_of(
     if ids is None:
         return zip(numbers, texts)
     ids = many(ids, "ids")
+    for name, values in (("texts", texts), ("ids", ids)):
+        if isinstance(values, (set, frozenset)):
+            raise TriternError(f"{name} must be in order, to go with the other; received a set: pass a list")
     if isinstance(ids, Sized) and isinstance(texts, Sized) and len(ids) != len(texts):
         raise _unequal(min(len(ids), len(texts)), len(ids) < len(texts))
     if isinstance(ids, (list, tuple)):

@@ -118,6 +118,7 @@ class FaissIndex:
         try:
             self.catch_up(train)
         except TriternError as error:
+            self._index = None
             logger.warning("all vectors are compared, for there is no index of this kind: %s", error)
 
     def refresh(self) -> None:
@@ -148,7 +149,7 @@ class FaissIndex:
             self._index = self._new(train=False)
         if self._index is not None and self._index.ntotal == first:
             with self.lock.writing():
-                self._index.add(vectors.contiguous() if self.gpus == 1 else vectors.cpu().numpy())
+                kinds.add(self._index, vectors.contiguous() if self.gpus == 1 else vectors.cpu().numpy())
                 self._clones = None
             self._save(self._index)
 
@@ -163,7 +164,7 @@ class FaissIndex:
                 return
         for _, block in store.blocks(index.ntotal):
             with self.lock.writing():
-                index.add(block)
+                kinds.add(index, block)
             self._save(index)
         with self.lock.writing():
             self._index, self._clones = index, None

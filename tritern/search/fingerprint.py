@@ -35,11 +35,11 @@ def check_model(store: Store, model: SentenceTransformer, now: np.ndarray) -> No
     Raises:
         TriternError: they do not.
     """
-    then = np.frombuffer(store["probes"], np.float32)
-    if then.size != now.size or similarity_of(model) != store["similarity"]:
+    then = store["probes"]
+    if len(then) != now.nbytes or similarity_of(model) != store["similarity"]:
         reason = "vectors of another width or similarity"
     else:
-        then = then.reshape(now.shape)
+        then = np.frombuffer(then, np.float32).reshape(now.shape)
         lengths = np.linalg.norm(then, axis=1) * np.linalg.norm(now, axis=1)
         cosine = float(((then * now).sum(1) / np.maximum(lengths, 1e-12)).mean())
         if cosine >= SAME_MODEL:

@@ -431,6 +431,8 @@ def _length(texts: Iterable[str]) -> int | None:
 def _path(folder: str | Path) -> Path:
     if not isinstance(folder, (str, Path)):
         raise TriternError(f"folder must be a string or a Path; received {type(folder).__name__}")
+    if not str(folder):
+        raise TriternError("folder must be the name of a folder; received '': name '.' for the working one")
     return Path(folder)
 
 

@@ -132,6 +132,11 @@ def new_index(factory: str, width: int, similarity: str) -> Any:
             f"kind must be one of {', '.join(KINDS)} or a string for faiss.index_factory; received "
             f"{factory!r} for vectors of width {width} compared by {similarity}: {reason}"
         )
+    if isinstance(index, (faiss.IndexIDMap, faiss.IndexNSG)):
+        raise TriternError(
+            f"kind must not be {factory!r}: of this kind faiss cannot add vectors one after the other, as an "
+            "index here grows; for a graph take 'hnsw'"
+        )
     parts: list[Any] = [index, ivf(index), getattr(index, "pq", None)]
     for part in parts:
         if getattr(part, "cp", None) is not None:
@@ -157,6 +162,10 @@ def default_parameters(index: Any) -> str:
 
 def set_parameters(index: Any, parameters: str) -> None:
     """Set ``nprobe=16``, ``efSearch=128`` or others of ``faiss.ParameterSpace``, separated by commas."""
+    for name, value in (part.strip().split("=", 1) for part in parameters.split(",") if "=" in part):
+        # faiss takes 0 and less, and finds other rows then
+        if name.endswith(("nprobe", "efSearch")) and not re.fullmatch("0*[1-9][0-9]*", value):
+            raise TriternError(f"{name} must be a whole number, at least 1; received {value!r}")
     faiss = import_faiss()
     space = faiss.GpuParameterSpace() if hasattr(faiss, "GpuParameterSpace") else faiss.ParameterSpace()
     try:
@@ -190,6 +199,21 @@ def train(index: Any, vectors: np.ndarray) -> None:
         raise TriternError(
             f"the index cannot be trained on {len(vectors):,} vectors ({_reason(error)}). They are stored: "
             f"reindex them as another kind, such as {', '.join(map(repr, KINDS))}, or with fewer lists"
+        ) from None
+
+
+def add(index: Any, vectors: Any) -> None:
+    """Add [rows, width], float32, to a trained index.
+
+    Raises:
+        TriternError: faiss cannot.
+    """
+    try:
+        index.add(vectors)
+    except RuntimeError as error:
+        raise TriternError(
+            f"faiss cannot add vectors to this index ({_reason(error)}). They are stored: reindex them as "
+            f"another kind, such as {', '.join(map(repr, KINDS))}"
         ) from None
 
 
