@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice, repeat
 from typing import Any, BinaryIO
 
+from .draw import POOL
 from .errors import TriternError
 
 logger = logging.getLogger(__name__)
@@ -32,13 +33,21 @@ def column_texts(rows: Iterator[tuple[str, dict[str, Any]]], column: str | None,
     if head and wanted not in head[0][1]:
         head += islice(rows, _LOOKED_AT - 1)
     names = list(dict.fromkeys(chain.from_iterable(row for _, row in head)))
+    before = 0
+    if head and column is not None and wanted not in names:
+        for where, row in islice(rows, POOL):  # not kept: data sets may have no end
+            if wanted in row:
+                names, rows = [wanted], chain(repeat(("", {}), before), [(where, row)], rows)
+                break
+            before += 1
     if head and wanted not in names:
         first = {n: next((r[n] for _, r in head if r.get(n) is not None), None) for n in names}
         strings = [n for n in names if isinstance(first[n], str)]
         if len(head) == 1 and any(isinstance(value, list) for value in first.values()):
             strings = []  # one object around lists: what stands beside them is no text
         if column is not None or not strings:
-            raise _no_column(name, wanted, strings)
+            looked_at = f" in its first {len(head) + before:,} rows" if len(head) == _LOOKED_AT else ""
+            raise _no_column(name, wanted, strings, looked_at)
         wanted = _announced(name, strings)
     for where, row in chain(head, rows):
         if wanted != "text" and column is None and "text" in row:
@@ -66,9 +75,9 @@ def _string(value: Any, column: str, where: str) -> str:
     return value
 
 
-def _no_column(name: str, wanted: str, strings: Sequence[str]) -> TriternError:
+def _no_column(name: str, wanted: str, strings: Sequence[str], where: str = "") -> TriternError:
     return TriternError(
-        f"texts: {name} has no text column {wanted!r}; its columns with strings: "
+        f"texts: {name} has no text column {wanted!r}{where}; its columns with strings: "
         f"{', '.join(strings) or 'none'}"
     )
 
@@ -105,7 +114,7 @@ def json_rows(content: Iterator[str], name: str) -> Iterator[tuple[str, dict[str
 def _parsed(text: str, start: int, name: str) -> Any:
     """JSON that begins on line ``start``."""
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip())  # so that what ends too early ends on its own line
     except json.JSONDecodeError as error:
         where = f"line {start + error.lineno - 1}"
         raise TriternError(

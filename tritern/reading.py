@@ -91,7 +91,8 @@ def read_texts(source: str | Path, *, column: str | None = None, limit: int | No
     is_file = True
     try:
         is_file = path.exists()
-        if path.is_dir() or (not is_file and (ending in _KINDS or path.is_absolute())):
+        local = ending in _KINDS or path.is_absolute() or str(source).startswith((".", "~"))
+        if path.is_dir() or (not is_file and local):
             raise TriternError(f"texts: {source} is {'a folder' if is_file else 'not there'}; name a file")
         found = _of_file(path, kind, column) if is_file else _of_data_set(str(source), column)
         texts = list(islice(found, limit))

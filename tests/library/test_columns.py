@@ -132,6 +132,10 @@ def test_a_column_called_text_or_asked_for_wins(read, caplog):
         TriternError, match="a.jsonl, line 1001: has 'text'; earlier rows do not, so 'id' was taken"
     ):
         read("a.jsonl", late)
+    assert read("a.jsonl", late, column="text") == [""] * 1000 + ["late"]
+    assert read("a.jsonl", late, column="text", limit=2) == [""] * 2
+    with pytest.raises(TriternError, match="no text column 'body' in its first 1,001 rows; .*: id"):
+        read("a.jsonl", late, column="body")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,8 @@ def test_json(read):
     assert read("a.json", '\n[\n{"text": "a"},\n{"text": "b"}\n]') == ["a", "b"]
     assert read("a.jsonl", '[{"text": "a"}]') == ["a"]
     for content, message in (
-        ('{"text": "a"}\n\n{"text": "b\n', "line 3: not JSON .Invalid control character.*one object a line"),
+        ('{"text": "a"}\n\n{"text": "b\n', "line 3: not JSON .Unterminated string.*one object a line"),
+        ('{"text": "a"}\n{"text": "b"\n', "line 2: not JSON .Expecting ',' delimiter"),
         ('{"text": "a"}{"text": "b"}', "line 1: not JSON .Extra data at character 14"),
         ('\n[\n{"text": "a"}\n{"text": "b"}]', "line 4: not JSON .Expecting ',' delimiter"),
         ('"a"\n"b"\n', "line 1: must be an object such as .*received str"),

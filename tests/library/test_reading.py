@@ -171,7 +171,14 @@ def test_files_without_texts(read, tmp_path):
         read("a.parquet", parquet(text=pa.array([], pa.string())))
     with pytest.raises(TriternError, match="a.parquet cannot be read as Parquet: .*0 bytes"):
         read("a.parquet", "")
-    for name in ("missing.txt", "missing.CSV", "missing.ndjson", tmp_path / "missing"):
+    for name in (
+        "missing.txt",
+        "missing.CSV",
+        "missing.ndjson",
+        "./missing",
+        "~/missing",
+        tmp_path / "missing",
+    ):
         with pytest.raises(TriternError, match="missing.* is not there; name a file"):
             read_texts(name)
     with pytest.raises(TriternError, match="is a folder; name a file"):
