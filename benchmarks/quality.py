@@ -127,9 +127,13 @@ def _labelled(text: str) -> tuple[str, str]:
     from tritern.pretrained import resolve
 
     label, _, path = text.partition("=")
-    path = resolve(path)
-    if not (label and path and Path(path).is_dir()):
-        raise argparse.ArgumentTypeError(f"must be LABEL=PATH with a saved model's folder; received {text!r}")
+    refused = f"must be LABEL=PATH with a saved model's folder; received {text!r}"
+    try:
+        path = resolve(path)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{refused}: {error}") from None
+    if not (label and Path(path).is_dir()):
+        raise argparse.ArgumentTypeError(refused)
     return label, path
 
 
