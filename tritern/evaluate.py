@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 from torch import nn
 
 from .errors import TriternError
-from .inputs import check_texts, check_vectors, many, whole_number
+from .inputs import check_texts, check_vectors, many, true_or_false, whole_number
 from .passes import evaluating
 from .pretrained import model_of
 
@@ -82,6 +82,9 @@ def evaluate(
             vectors of the wrong number, not finite, all zeros, or all alike, whose neighbours say nothing.
     """
     k, batch_size = whole_number(k, "k", 1), whole_number(batch_size, "batch_size", 1)
+    show_progress_bar = true_or_false(show_progress_bar, "show_progress_bar")
+    if prompt is not None and not isinstance(prompt, str):
+        raise TriternError(f"prompt must be a string or None; received {prompt!r}")
     texts = text_list(texts)
     if len(texts) < k + 2:
         raise TriternError(f"texts must hold at least k + 2 = {k + 2} strings; received {len(texts)}")

@@ -102,8 +102,10 @@ def model_of(given: Any, argument: str) -> SentenceTransformer:
     if not isinstance(given, (str, Path)):
         if isinstance(given, type) or not callable(getattr(given, "encode", None)):
             kind = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+            or_vectors = ", or a NumPy array of its vectors" if argument == "teacher" else ""
             raise TriternError(
-                f"{argument} must be a SentenceTransformer, or the name or folder of one; received {kind}"
+                f"{argument} must be a SentenceTransformer, or the name or folder of one{or_vectors}; "
+                f"received {kind}"
             )
         return given
     from sentence_transformers import SentenceTransformer

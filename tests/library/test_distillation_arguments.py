@@ -199,12 +199,29 @@ def test_steps_are_max_steps(tiny, sentences, tmp_path, stopped):
         ({"learning_rate": "fast"}, "learning_rate must be a number; received 'fast' .str."),
         ({"learning_rate": -1e-3}, "learning_rate must not be negative; received -0.001"),
         ({"temperature": "hot"}, "temperature must be a number; received 'hot'"),
-        ({"matryoshka_dims": "64"}, "settings: "),
+        (
+            {"matryoshka_dims": "64"},
+            "matryoshka_dims must be a list or another iterable; received one string",
+        ),
+        ({"matryoshka_dims": 8}, "matryoshka_dims must be a list or another iterable; received int"),
+        ({"matryoshka_dims": [8, 0]}, "matryoshka_dims must be at least 1; received 0"),
+        ({"max_steps": "3"}, "max_steps must be a whole number, at least -1; received '3'"),
+        ({"max_steps": 2.5}, "max_steps must be a whole number, at least -1; received 2.5"),
+        ({"num_train_epochs": "3"}, "num_train_epochs must be a number; received '3'"),
+        ({"seed": "x"}, "seed must be a whole number, at least 0; received 'x'"),
+        ({"max_length": 0}, "max_length must be at least 1; received 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1; received 0"),
+        ({"per_device_train_batch_size": "8"}, "per_device_train_batch_size must be a whole number"),
+        ({"gradient_accumulation_steps": None}, "gradient_accumulation_steps must be a whole number"),
+        ({"bf16": "no"}, "bf16 must be True or False; received 'no'"),
+        ({"use_cpu": "no"}, "use_cpu must be True or False; received 'no'"),
     ],
 )
 def test_settings_that_are_unknown_or_of_another_type(tiny, sentences, tmp_path, settings, message):
     with pytest.raises(TriternError, match=message):
-        tritern.distill(tiny, sentences, tmp_path, **{**SMALL, **settings})
+        tritern.distill(tiny, sentences, tmp_path / "out", **{**SMALL, **settings})
+    assert not tritern.saving.is_ternary(tiny) and not (tmp_path / "out").exists()
+    assert not any(isinstance(m, TrainableTernaryLinear) for m in tiny.modules()), "left as it was"
 
 
 @pytest.mark.parametrize(
@@ -219,6 +236,8 @@ def test_settings_that_are_unknown_or_of_another_type(tiny, sentences, tmp_path,
         ({"joined_ratio": True}, "joined_ratio is a share of the texts, from 0 to 1; received True"),
         ({"config": {"rule": "mse"}}, "config must be a tritern.TernaryConfig; received dict"),
         ({"callbacks": 3}, "callbacks must be a list or another iterable; received int"),
+        ({"callbacks": [3]}, "callbacks must be transformers' TrainerCallbacks; received 3"),
+        ({"resume": "missing"}, "missing has no training_state.safetensors: it is not a checkpoint"),
         ({"evaluator": print}, "evaluator must be a sentence-transformers evaluator, .*; received builtin"),
         ({"resume": 3}, "resume must be True, False or the folder of a checkpoint; received 3"),
         ({"resume": None}, "resume must be True, False or the folder of a checkpoint; received None"),

@@ -238,7 +238,7 @@ def test_wrong_settings(tiny, sentences, tmp_path):
         ({"cosine_weight": -1.0}, "cosine_weight must not be negative; received -1.0"),
         ({"temperature": 0.0}, "temperature must be positive; received 0.0"),
         ({"max_length": 0}, "max_length must be at least 1; received 0"),
-        ({"matryoshka_dims": [8, -1]}, r"matryoshka_dims must be at least 1; received \[8, -1\]"),
+        ({"matryoshka_dims": [8, -1]}, "matryoshka_dims must be at least 1; received -1"),
         ({"matryoshka_dims": [8, 33]}, r"at most 32, the width of the model's vectors; received \[8, 33\]"),
         ({"relations_weight": 0.1}, "relation_heads must divide .* 32, 32, 32; received 12"),
         (

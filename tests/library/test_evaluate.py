@@ -103,6 +103,12 @@ def test_refusals():
             tritern.evaluate(Vectors(good), good, list("abcd"), k=k)
     with pytest.raises(TriternError, match="batch_size must be at least 1; received 0"):
         tritern.evaluate(Vectors(good), good, list("abcd"), k=1, batch_size=0)
+    with pytest.raises(TriternError, match="prompt must be a string or None; received 3"):
+        tritern.evaluate(Vectors(good), good, list("abcd"), k=1, prompt=3)
+    with pytest.raises(TriternError, match="show_progress_bar must be True or False; received 'no'"):
+        tritern.evaluate(Vectors(good), good, list("abcd"), k=1, show_progress_bar="no")
+    with pytest.raises(TriternError, match="teacher must be .*a NumPy array of its vectors; received list"):
+        tritern.evaluate(Vectors(good), good.tolist(), list("abcd"), k=1)
     with pytest.raises(TriternError, match="vectors of the model must have shape .4, width.*received .3, 2"):
         tritern.evaluate(Vectors(good[:3]), good, list("abcd"), k=1)
 

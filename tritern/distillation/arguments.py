@@ -15,10 +15,23 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import HfArgumentParser
 
 from ..errors import TriternError
-from ..inputs import near
+from ..inputs import many, near, true_or_false, whole_number
 from .losses import LOSSES
 
 logger = logging.getLogger(__name__)
+
+_WHOLE = {
+    "max_steps": -1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "seed": 0,
+    "data_seed": 0,
+    "max_length": 1,
+    "relation_heads": 1,
+}
+"""Settings that are whole numbers, and their least."""
+_OR_NONE = "data_seed", "max_length"
 
 
 @dataclass
@@ -85,6 +98,16 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
     cpu_bf16: bool | None = field(default=None)
 
     def __post_init__(self) -> None:
+        for name, least in _WHOLE.items():
+            if (value := getattr(self, name)) is not None or name not in _OR_NONE:
+                setattr(self, name, whole_number(value, name, least))
+        for f in fields(self):
+            if isinstance(f.default, bool):
+                true_or_false(getattr(self, f.name), f.name)
+        self._check_number("num_train_epochs")
+        if self.matryoshka_dims is not None:
+            dims = many(self.matryoshka_dims, "matryoshka_dims")
+            self.matryoshka_dims = [whole_number(width, "matryoshka_dims", 1) for width in dims]
         rate = self.learning_rate
         self.learning_rate = 0.0 if rate is None else rate
         super().__post_init__()
@@ -113,9 +136,6 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
         for name in (*(f"{n}_weight" for n in LOSSES), "layer_fade", "recovery_learning_rate"):
             if not self._check_number(name) >= 0:
                 raise TriternError(f"{name} must not be negative; received {getattr(self, name)}")
-        for name, values in (("max_length", [self.max_length]), ("matryoshka_dims", self.matryoshka_dims)):
-            if any(value is not None and value < 1 for value in values or ()):
-                raise TriternError(f"{name} must be at least 1; received {getattr(self, name)}")
         for name in ("temperature", "clip"):
             if not self._check_number(name) > 0:
                 raise TriternError(f"{name} must be positive; received {getattr(self, name)}")

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -28,7 +29,7 @@ from .fidelity import FidelityEvaluator
 from .kept import random_kept
 from .record import name_of, record_of, save
 from .split import Split, check_holdout, split, split_with_vectors
-from .trainer import TernaryDistiller
+from .trainer import TernaryDistiller, state_file
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,9 @@ def distill(
     start = time.perf_counter()
     output_dir, holdout = check_folder(output_dir, "output_dir"), check_holdout(holdout)
     callbacks = list(many(callbacks, "callbacks"))
+    for callback in callbacks:
+        if not issubclass(callback if isinstance(callback, type) else type(callback), TrainerCallback):
+            raise TriternError(f"callbacks must be transformers' TrainerCallbacks; received {callback!r}")
     if prefixes is not None:
         prefixes = list(many(prefixes, "prefixes"))
         check_texts(prefixes, name="prefixes", empty=True)
@@ -231,7 +235,7 @@ def _arguments(
 
 def _checkpoint(folder: Path, resume: bool | str | Path) -> str | None:
     if isinstance(resume, (str, Path)):
-        return str(resume)
+        return str(state_file(resume).parent)
     if not isinstance(resume, bool):
         raise TriternError(f"resume must be True, False or the folder of a checkpoint; received {resume!r}")
     found = [f for f in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if f.name.rpartition("-")[2].isdigit()]

@@ -272,12 +272,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
                 self.processing_class.save_pretrained(str(folder))
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
-        file = Path(checkpoint_path) / STATE_FILE
-        if not file.exists():
-            raise CheckpointError(
-                f"{checkpoint_path} has no {STATE_FILE}: it is not a checkpoint of a distillation run "
-                "(a ternary model is trained on by tritern.distill with teacher=)"
-            )
+        file = state_file(checkpoint_path)
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata()
         was, now = json.loads(metadata["run"]), self.identity()
@@ -293,6 +288,21 @@ class TernaryDistiller(SentenceTransformerTrainer):
         with torch.no_grad():
             balance = [float(b) for b in metadata["balance"].split(",")]
             self.objective.balance.copy_(torch.tensor(balance, dtype=torch.float32))
+
+
+def state_file(checkpoint: str | Path) -> Path:
+    """The file of the latent weights.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    file = Path(checkpoint) / STATE_FILE
+    if not file.exists():
+        raise CheckpointError(
+            f"{checkpoint} has no {STATE_FILE}: it is not a checkpoint of a distillation run "
+            "(a ternary model is trained on by tritern.distill with teacher=)"
+        )
+    return file
 
 
 class _Schedule(TrainerCallback):
