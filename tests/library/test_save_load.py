@@ -57,14 +57,14 @@ numpy.save(sys.argv[2], SentenceTransformer(sys.argv[1], device="cpu").encode(TE
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
-def test_loading_starts_no_threads_that_a_forked_process_would_miss():
+def test_loading_and_fusing_start_no_threads_that_a_forked_process_would_miss():
     """Servers load a model, fork their workers and encode there; torch's threads are not in a fork."""
     code = """
 import os, torch, tritern
 torch.set_num_threads(9)
 before = len(os.listdir("/proc/self/task"))
 started = lambda: len(os.listdir("/proc/self/task")) - before
-tritern.load("minilm-l6-ternary", device="cpu")
+tritern.fuse(tritern.load("minilm-l6-ternary", device="cpu"))
 assert started() < 8, started()  # a progress bar's alone
 torch.ones(1 << 20).add(1)
 assert started() >= 8

@@ -122,15 +122,16 @@ def fused_class(kind: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
 
 
 def prepare(block: Any, following: Any) -> None:
-    """Make a block ready to run before another, or None. Products are merged here, where no other stream or
-    captured graph uses the layers' tensors.
+    """Make a block ready to run before another, or None. On a GPU its products are merged here, where no
+    other stream or captured graph uses the layers' tensors.
     """
     family: Family = block._tritern_family
     parts = family.parts(block)
     block._tritern_kinds, block._tritern_next = parts.kinds(), None
     if following is not None and following._tritern_family is family:
         block._tritern_next = (family.first_norm(following),)  # in a tuple: not as a submodule
-    weights(block, parts)
+    if on_gpu(parts.layers[0].weight):
+        weights(block, parts)
 
 
 # ---------------------------------------------------------------- whether a block runs fused
