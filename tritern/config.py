@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ from tritern_kernels.dispatch import ACTIVATION_BITS
 from tritern_kernels.reference import RULES, Rule
 
 from .errors import TriternError
-from .inputs import many, whole_number
+from .inputs import many
 
 
 def bits(value: int, name: str) -> int:
@@ -18,8 +19,12 @@ def bits(value: int, name: str) -> int:
     Raises:
         TriternError: another number, or no whole number.
     """
-    if (number := whole_number(value, name, 1)) not in ACTIVATION_BITS:
-        raise TriternError(f"{name} must be 8 or 16; received {number}")
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number not in ACTIVATION_BITS:
+        raise TriternError(f"{name} must be 8 or 16; received {value!r} ({type(value).__name__})")
     return number
 
 

@@ -124,7 +124,7 @@ def _check_linear(
     if bias is not None:
         if bias.dtype not in FLOATS or tuple(bias.shape) != (packed.shape[0],) or bias.device != x.device:
             raise ValueError(
-                f"bias must be floating point, shape [{packed.shape[0]}], on {x.device}; "
+                f"bias must be float32, float16 or bfloat16, shape [{packed.shape[0]}], on {x.device}; "
                 f"received {bias.dtype}, {list(bias.shape)}, {bias.device}"
             )
 

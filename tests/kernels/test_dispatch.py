@@ -271,7 +271,8 @@ def test_refusals():
     with pytest.raises(ValueError, match="activation_bits must be 8 or 16; received 4"):
         linear(x, w, activation_bits=4)
     with pytest.raises(
-        ValueError, match=r"bias must be floating point, shape \[8\].*received torch.float32, \[9\]"
+        ValueError,
+        match=r"bias must be float32, float16 or bfloat16, shape \[8\].*received torch.float32, \[9\]",
     ):
         linear(x, w, torch.zeros(9))
     with pytest.raises(ValueError, match="x is on meta and the weight on cpu; move one"):
