@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 import tritern
 from tritern import TernaryConfig, TriternError
-from tritern.distillation import FidelityEvaluator
+from tritern.distillation import FidelityEvaluator, TernaryDistillationArguments, TernaryDistiller
 from tritern.distillation.layers import TrainableTernaryLinear
 from tritern.draw import drawn
 
@@ -249,6 +249,24 @@ def test_other_arguments_of_other_types(tiny, sentences, tmp_path, options, mess
         tritern.distill(tiny, sentences, tmp_path / "out", **SMALL, **options)
     assert not any(isinstance(m, TrainableTernaryLinear) for m in tiny.modules()), "left as it was"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("model", "minilm-l6-ternary", "must be a SentenceTransformer; received str"),
+        ("args", None, "must be TernaryDistillationArguments; received NoneType"),
+        ("args", SMALL, "must be TernaryDistillationArguments; received dict"),
+        ("teacher", np.ones((4, 32)), "must be a model, None or 'labels'; received ndarray"),
+        ("teacher", "minilm-l6-ternary", "must be a model, None or 'labels'; received 'minilm-l6-ternary'"),
+        ("config", "mse", "must be a tritern.TernaryConfig or None; received str"),
+    ],
+)
+def test_the_trainer_checks_what_it_is_given(tiny, tmp_path, name, value, message):
+    args = TernaryDistillationArguments(output_dir=str(tmp_path / "out"), **SMALL)
+    with pytest.raises(TriternError, match=f"{name} {message}"):
+        TernaryDistiller(**{"model": tiny, "args": args, name: value})
+    assert not any(isinstance(m, TrainableTernaryLinear) for m in tiny.modules()), "left as it was"
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(sentences, tmp_path, monkeypatch):

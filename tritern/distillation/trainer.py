@@ -90,6 +90,14 @@ class TernaryDistiller(SentenceTransformerTrainer):
         config: TernaryConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        for name, value, allowed, what in (
+            ("model", model, SentenceTransformer, "a SentenceTransformer"),
+            ("args", args, TernaryDistillationArguments, "TernaryDistillationArguments"),
+            ("teacher", teacher, (SentenceTransformer, str, type(None)), "a model, None or 'labels'"),
+            ("config", config, (TernaryConfig, type(None)), "a tritern.TernaryConfig or None"),
+        ):
+            if not isinstance(value, allowed):
+                raise TriternError(f"{name} must be {what}; received {type(value).__name__}")
         if any(isinstance(m, TrainableTernaryLinear) for m in model.modules()):
             raise TriternError("the student is left from a run that ended early: load it again to start anew")
         further = is_ternary(model)
