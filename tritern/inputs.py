@@ -182,7 +182,16 @@ def check_folder(folder: Any, name: str) -> Path:
     if not isinstance(folder, (str, PathLike)) or not str(folder):
         raise TriternError(f"{name} must be the name of a folder; received {folder!r}")
     path = Path(folder)
-    there = next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:  # a name too long, a null character
+        why = getattr(error, "strerror", None) or error
+        raise TriternError(f"{name} must be the name of a folder; received {folder!r}: {why}") from None
+    there = next((p for p in (path, *path.absolute().parents) if os.path.lexists(p)), Path("/"))
+    if there.is_symlink() and not there.exists():
+        raise TriternError(f"{name} must be a folder; {there} is a link to nothing: name another")
     if not there.is_dir():
         raise TriternError(f"{name} must be a folder; {there} is a file: name another")
     if not os.access(there, os.W_OK | os.X_OK):

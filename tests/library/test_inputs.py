@@ -119,6 +119,13 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(TriternError, match="output_dir must be a folder; .*file is a file"):
             check_folder(path, "output_dir")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for path in (tmp_path / "link", tmp_path / "link" / "below"):
+        with pytest.raises(TriternError, match="output_dir must be a folder; .*link is a link to nothing"):
+            check_folder(path, "output_dir")
+    for path, why in (("a\0b", "null"), ("x" * 5000, "too long")):
+        with pytest.raises(TriternError, match=f"output_dir must be the name of a folder; received .*{why}"):
+            check_folder(path, "output_dir")
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(TriternError, match="output_dir: no permission to write .*new in "):
         check_folder(tmp_path / "new", "output_dir")
