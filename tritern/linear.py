@@ -17,6 +17,7 @@ from tritern_kernels.reference import Rule
 
 from .config import bits
 from .errors import TriternError
+from .inputs import whole_number
 
 
 class RMSNorm(nn.Module):
@@ -103,6 +104,8 @@ class TernaryLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        in_features = whole_number(in_features, "in_features", 1)
+        out_features = whole_number(out_features, "out_features", 1)
         try:
             check_shape(out_features, in_features)
         except ValueError as error:
@@ -179,7 +182,7 @@ class TernaryLinear(nn.Module):
         x = autocast(x)
         weight, scale, bias = self.weight, self.weight_scale, self.bias  # each looked up once: it takes time
         arguments = weight, scale, bias, self.in_features, self.activation_bits, False
-        if not torch.is_grad_enabled() and self._fits(x, weight, scale, bias) and not recorded():
+        if not torch.is_grad_enabled() and not recorded() and self._fits(x, weight, scale, bias):
             return linear_unchecked(x, *arguments)
         return torch.ops.tritern.linear(x, *arguments)
 

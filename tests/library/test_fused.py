@@ -384,7 +384,7 @@ def test_a_traced_block_is_unfused(make, device, on_gpu):
     assert graph.code.count("tritern.linear") >= 6
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "error::torch.jit.TracerWarning")
 def test_a_traced_layer_is_an_operator(monkeypatch, device):
     """Where a layer would launch by itself, it leaves an operator to what records."""
     launched, x = [], torch.randn(2, 32, device=device)

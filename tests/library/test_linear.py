@@ -212,6 +212,11 @@ def test_refusals():
         TernaryLinear(8, 8, activation_bits=4)
     with pytest.raises(TriternError, match="must be at least 1; received"):
         TernaryLinear(0, 8)
+    for size in (8.0, "8", True):
+        with pytest.raises(TriternError, match="in_features must be a whole number, at least 1; received"):
+            TernaryLinear(size, 8)
+        with pytest.raises(TriternError, match="out_features must be a whole number, at least 1; received"):
+            TernaryLinear(8, size)
     with pytest.raises(TriternError, match="at most 264,192"):
         TernaryLinear(MAX_K + 1, 1, device="meta")
     with pytest.raises(TriternError, match="meta device"):
