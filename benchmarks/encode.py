@@ -292,6 +292,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tritern-encode-") as folder:
         tritern.patch(SentenceTransformer(path, device="cpu")).save_pretrained(folder)
         arms = options.arms or (GPU_ARMS if device == "cuda" else CPU_ARMS)
+        if options.instruction_set != "native":  # onnxruntime cannot be held to one
+            arms = [arm for arm in arms if not arm.startswith("onnx")]
         rounds: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
         for _, arm in tqdm(
             [(r, a) for r in range(options.rounds) for a in arms], desc="Measuring", unit="run"

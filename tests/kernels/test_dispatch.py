@@ -229,6 +229,8 @@ def test_a_change_in_place_is_noticed():
     before = linear(x, w)
     w.packed.copy_(pack(torch.zeros(8, 128, dtype=torch.int8)))
     assert linear(x, w).count_nonzero() == 0 and before.count_nonzero() > 0
+    w.packed.data = pack(torch.ones(8, 128, dtype=torch.int8))
+    assert linear(x, w).count_nonzero() > 0
     with torch.inference_mode():
         made_inside = pack(torch.ones(8, 128, dtype=torch.int8))
         twin = PackedTernary(made_inside, w.scale.clone(), (8, 128))
