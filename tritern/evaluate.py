@@ -92,8 +92,8 @@ def evaluate(
     if given:
         check_vectors(teacher, "teacher", len(texts))
     else:
-        teacher = model_of(teacher, "teacher")
-    model = model_of(model, "model")
+        teacher = model_of(teacher, "teacher", encoder=True)
+    model = model_of(model, "model", encoder=True)
     options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
     options |= {} if prompt is None else {"prompt": prompt}
     pair = {}

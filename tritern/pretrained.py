@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -32,14 +32,16 @@ def resolve(name: str | Path) -> str:
     sentence-transformers.
 
     Raises:
-        TriternError: no name at all, or one spelt almost like that of a shipped model, which the hub is not
-            asked for.
+        TriternError: no name at all, a path where nothing is, or a name spelt almost like that of a shipped
+            model, which the hub is not asked for.
     """
     if not isinstance(name, (str, Path)) or not str(name):
         raise TriternError(f"name must be the name or folder of a model; received {name!r}")
     name, known = str(name), shipped()
     if name in known:
         return name if (Path(name) / "modules.json").is_file() else str(_FOLDER / name)
+    if not Path(name).exists() and (name[0] in "./~" or name[-1] == "/" or name.count("/") > 1):
+        raise TriternError(f"there is no folder {name!r}")
     near = get_close_matches(name.lower(), known, 1, cutoff=0.8)
     if near and Path(name).name == name and not Path(name).exists():
         raise TriternError(
@@ -49,7 +51,7 @@ def resolve(name: str | Path) -> str:
     return name
 
 
-def usable(device: str | torch.device | None) -> str | None:
+def device_with_kernels(device: str | torch.device | None) -> str | None:
     """The device for a ternary model: ``device``; None, where sentence-transformers' own choice has kernels;
     "cpu" where it has none, as "mps" on a Mac.
 
@@ -80,7 +82,7 @@ def usable(device: str | torch.device | None) -> str | None:
     return str(device)
 
 
-def widen(model: SentenceTransformer, dtype: Any) -> SentenceTransformer:
+def in_float32_on_cpu(model: SentenceTransformer, dtype: Any) -> SentenceTransformer:
     """A model that was loaded with this ``dtype``: in float32 if it is ternary, on a CPU, and None was named.
     Loading sees to it where there is no GPU, but is not told of ``device="cpu"`` beside one.
     """
@@ -89,30 +91,32 @@ def widen(model: SentenceTransformer, dtype: Any) -> SentenceTransformer:
     return model
 
 
-def model_of(given: Any, argument: str) -> SentenceTransformer:
+def model_of(given: Any, argument: str, *, encoder: bool = False) -> SentenceTransformer:
     """The model given, or the one of the name given, ternary or not.
 
     Args:
-        given: anything with ``encode``, or the folder or name of a sentence-transformers model.
+        given: a SentenceTransformer, or the folder or name of one.
         argument: that it was given as, for the error.
+        encoder: anything with an ``encode`` will do.
 
     Raises:
         TriternError: another type, or no such model. CheckpointError: a file is not what was saved.
     """
-    if not isinstance(given, (str, Path)):
-        if isinstance(given, type) or not callable(getattr(given, "encode", None)):
-            kind = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
-            or_vectors = ", or a NumPy array of its vectors" if argument == "teacher" else ""
-            raise TriternError(
-                f"{argument} must be a SentenceTransformer, or the name or folder of one{or_vectors}; "
-                f"received {kind}"
-            )
-        return given
     from sentence_transformers import SentenceTransformer
 
-    path, device = resolve(given), usable(None)
+    if not isinstance(given, (str, Path)):
+        alike = encoder and not isinstance(given, type) and callable(getattr(given, "encode", None))
+        if alike or isinstance(given, SentenceTransformer):
+            return cast(Any, given)
+        kind = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+        or_vectors = ", or a NumPy array of its vectors" if argument == "teacher" else ""
+        raise TriternError(
+            f"{argument} must be a SentenceTransformer, or the name or folder of one{or_vectors}; "
+            f"received {kind}"
+        )
+    device = device_with_kernels(None)
     try:
-        return widen(SentenceTransformer(path, device=device), None)
+        return in_float32_on_cpu(SentenceTransformer(resolve(given), device=device), None)
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:
@@ -143,9 +147,9 @@ def load(name: str | Path, *, device: str | None = None, **settings: Any) -> Sen
     """
     from sentence_transformers import SentenceTransformer
 
-    path, device = resolve(name), usable(device)
+    device = device_with_kernels(device)
     try:
-        model = SentenceTransformer(path, device=device, **settings)
+        model = SentenceTransformer(resolve(name), device=device, **settings)
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:
@@ -158,4 +162,4 @@ def load(name: str | Path, *, device: str | None = None, **settings: Any) -> Sen
             f"{name} is no ternary model; tritern.patch(SentenceTransformer({str(name)!r})) makes it one"
         )
     named = settings.get("model_kwargs") or {}
-    return widen(model, named.get("dtype", named.get("torch_dtype")))
+    return in_float32_on_cpu(model, named.get("dtype", named.get("torch_dtype")))

@@ -27,10 +27,10 @@ def bar(*args: Any, **settings: Any) -> tqdm_std:
     """
     if sys.stderr is None:  # a program without a console
         settings["disable"] = True
-    return (tqdm if seen() else Lines)(*args, **settings)
+    return (tqdm if can_redraw() else Lines)(*args, **settings)
 
 
-def seen() -> bool:
+def can_redraw() -> bool:
     """Whether a bar can be drawn anew where it stands."""
     return tqdm is not tqdm_asyncio or (sys.stderr is not None and sys.stderr.isatty())
 

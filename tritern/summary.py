@@ -105,6 +105,8 @@ class Summary:
         lines += _skipped_lines("ternary", self.skipped) + _skipped_lines("int8", self.skipped_tables)
         return "\n".join(line.rstrip() for line in lines)
 
+    __repr__ = __str__  # a session shows the table
+
     def _rows(self) -> Iterator[tuple[str, str, str, str, str, str]]:
         """Of each kind of layers, of each table and of the whole."""
         groups: dict[tuple[str, tuple[int, int]], list[LayerSummary]] = {}

@@ -90,17 +90,17 @@ def load(
     from transformers.utils.logging import disable_progress_bar
 
     from tritern import CheckpointError
-    from tritern.pretrained import resolve, shipped, usable, widen
+    from tritern.pretrained import device_with_kernels, in_float32_on_cpu, resolve, shipped
 
     if not sys.stderr.isatty():
         disable_progress_bar()
     settings = {"dtype": getattr(torch, dtype)} if dtype else {}
-    path, device = resolve(name), usable(device)
+    path, device = resolve(name), device_with_kernels(device)
     try:
         model = SentenceTransformer(
             path, device=device, trust_remote_code=trust_remote_code, model_kwargs=settings
         )
-        return widen(model, dtype)
+        return in_float32_on_cpu(model, dtype)
     except CheckpointError:
         raise
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:

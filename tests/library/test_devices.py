@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tritern
-from tritern.pretrained import usable
+from tritern.pretrained import device_with_kernels
 from tritern_kernels import devices
 
 NAME = "minilm-l6-ternary"
@@ -36,7 +36,7 @@ def test_load_takes_the_cpu_where_sentence_transformers_would_take_mps(monkeypat
         model = tritern.load(NAME)
     assert model.device.type == "cpu" and model.encode("a text").shape == (384,)
     monkeypatch.setattr(sentence_transformers.util, "get_device_name", lambda: "cpu")
-    assert usable(None) is None and usable("cpu") == "cpu"
+    assert device_with_kernels(None) is None and device_with_kernels("cpu") == "cpu"
 
 
 def test_patch_refuses_a_device_without_kernels_before_it_changes_anything():

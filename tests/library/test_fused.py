@@ -117,6 +117,11 @@ def test_a_text_alone_and_in_a_batch(make, device, on_gpu):
     assert torch.allclose(whole[1:2], alone, atol=1e-6 if device == "cpu" else 1e-3)
 
 
+def near(found, expected):
+    """Equal but for last bits, of which int8 rounding makes a whole step here and there."""
+    return (found - expected).square().mean() < (0.005**2) * expected.square().mean()
+
+
 def blocks_of(model):
     return model.encoder.layer if hasattr(model, "encoder") else model.layers
 
@@ -168,7 +173,7 @@ def test_new_weights_are_seen(device, on_gpu):
         assert torch.equal(model(**inputs).last_hidden_state, changed) and not torch.equal(changed, expected)
         unfused = bert(device)
         unfused.load_state_dict(other.state_dict())
-        assert torch.allclose(unfused(**inputs).last_hidden_state, changed, atol=0.1)
+        assert near(unfused(**inputs).last_hidden_state, changed)
 
 
 def test_activations_in_int8_are_handed_on_only_while_they_are_right(device, on_gpu):
@@ -235,7 +240,7 @@ def test_a_decoder_hands_on_its_next_blocks_norm(device, on_gpu):
         seen.clear()
         looked_at = []
         second.input_layernorm.register_forward_hook(lambda *a: looked_at.append(a))
-        assert torch.allclose(model(**inputs).last_hidden_state, doubled, atol=0.1)
+        assert near(model(**inputs).last_hidden_state, doubled)
         assert len(seen) == 1 and len(looked_at) == 1
 
 
@@ -248,7 +253,7 @@ def test_a_decoder_with_a_cache_or_other_rotations_runs_unfused(device, on_gpu):
         on_gpu.clear()
         cached = model(**inputs, use_cache=True)
         assert not on_gpu and cached.past_key_values is not None
-        assert torch.allclose(cached.last_hidden_state, expected, atol=0.1)
+        assert near(cached.last_hidden_state, expected)
         x = torch.randn(2, 5, 32, device=device)
         for turn in (torch.ones(1, 5, 16, device=device).bfloat16(), torch.ones(1, 1, 16, device=device)):
             model.layers[0](x, position_embeddings=(turn, turn))
@@ -332,7 +337,7 @@ def test_weights_that_do_not_lie_as_they_should_run_unfused(device, on_gpu):
         tritern.fuse(model)
         dense = model.encoder.layer[0].intermediate.dense
         dense.weight = torch.nn.functional.pad(dense.weight, (0, 64))[:, : dense.weight.shape[1]]
-        assert torch.allclose(model(**inputs).last_hidden_state, expected, atol=0.05)
+        assert near(model(**inputs).last_hidden_state, expected)
 
 
 def test_mixed_dtypes_run_unfused(device, on_gpu, monkeypatch):
@@ -346,7 +351,7 @@ def test_mixed_dtypes_run_unfused(device, on_gpu, monkeypatch):
         assert len(planned) == 2
         dense = model.encoder.layer[0].output.dense
         dense.bias.data = dense.bias.data.half()
-        assert torch.allclose(model(**inputs).last_hidden_state, expected, atol=0.05)
+        assert near(model(**inputs).last_hidden_state, expected)
     assert len(planned) == 3  # the second block's
 
 

@@ -208,3 +208,9 @@ DATA = os.environ.get("TRITERN_DATA")
 def test_it_keeps_99_percent_of_stsb(model):
     (stsb,), _ = eval_sets.load(Path(DATA), ["STS-B"])
     assert stsb.score(eval_sets.Encoder(model)) >= 0.99 * 0.8203
+
+
+@pytest.mark.parametrize("name", ["./none", "../none", "~/none", "/none", "none/", "https://hub/owner/name"])
+def test_paths_where_nothing_is_are_not_asked_of_the_hub(name):
+    with pytest.raises(TriternError, match=f"cannot load '{name}'.*: there is no folder '{name}'$"):
+        tritern.load(name)

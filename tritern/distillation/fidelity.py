@@ -54,7 +54,7 @@ class FidelityEvaluator(BaseEvaluator):
             check_vectors(teacher, "teacher", len(self.texts))
             self.teacher = teacher
         else:
-            self.teacher = encoded(model_of(teacher, "teacher"), self.texts, prompt="")
+            self.teacher = encoded(model_of(teacher, "teacher", encoder=True), self.texts, prompt="")
             check_vectors(self.teacher, "vectors of the teacher", len(self.texts))
         self.primary_metric = "overlap"
         self.latest: Fidelity | None = None

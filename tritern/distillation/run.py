@@ -109,8 +109,8 @@ def distill(
         )
     vectors = teacher if isinstance(teacher, np.ndarray) else None
     with random_kept():
-        guide = None if teacher is None or vectors is not None else _model(teacher, "teacher")
-        model = _model(model, "model")
+        guide = None if teacher is None or vectors is not None else model_of(teacher, "teacher")
+        model = model_of(model, "model")
         if further := is_ternary(model):
             settings = {"blend_ratio": 0.0, **settings}
         else:
@@ -175,17 +175,6 @@ def _parts(
             f"takes {least}: lower per_device_train_batch_size, holdout or joined_ratio, or bring more"
         )
     return parts
-
-
-def _model(given: Any, argument: str) -> SentenceTransformer:
-    model = model_of(given, argument)
-    if not isinstance(model, SentenceTransformer):
-        or_vectors = ", or a NumPy array of its vectors" if argument == "teacher" else ""
-        raise TriternError(
-            f"{argument} must be a SentenceTransformer, or the name or folder of one{or_vectors}; received "
-            f"{type(model).__name__}"
-        )
-    return model
 
 
 def _trained(

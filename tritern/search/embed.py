@@ -24,23 +24,6 @@ INLINE = 64
 """Up to so many texts are embedded on the calling thread: starting threads takes longer than a query."""
 
 
-def sentence_transformer(model: SentenceTransformer | str | Path) -> SentenceTransformer:
-    """The model given, or the one of the name given.
-
-    Raises:
-        TriternError: another type, or no such model.
-    """
-    from sentence_transformers import SentenceTransformer
-
-    found = model_of(model, "model") if isinstance(model, (str, Path)) else model
-    if not isinstance(found, SentenceTransformer):
-        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise TriternError(
-            f"model must be a SentenceTransformer, or the name or folder of one; received {kind}"
-        )
-    return found
-
-
 def embed(
     model: SentenceTransformer | str | Path,
     texts: Iterable[str],
@@ -69,7 +52,7 @@ def embed(
     show_progress_bar = true_or_false(show_progress_bar, "show_progress_bar")
     texts = [texts] if isinstance(texts, str) else list(many(texts, "texts"))
     check_texts(texts)
-    model = sentence_transformer(model).eval()
+    model = model_of(model, "model").eval()
     plan = batching(model.device, task, tokens_per_batch)
     if not texts:
         width = model.get_embedding_dimension() or 0

@@ -17,9 +17,10 @@ import torch
 
 from ..errors import TriternError
 from ..inputs import check_texts, check_vectors, many, true_or_false, whole_number
+from ..pretrained import model_of
 from . import adding, kinds
 from .batches import tokens_of
-from .embed import embed, sentence_transformer
+from .embed import embed
 from .faiss_index import FaissIndex
 from .fingerprint import check_model, name_of, probes, similarity_of
 from .store import ROWS_FILE, Busy, Id, Store
@@ -102,7 +103,7 @@ class SearchIndex:
         show_progress_bar, tokens = _shown(show_progress_bar), tokens_of(tokens_per_batch)
         rescore, items = kinds.rescore_of(rescore), adding.items_of(texts, ids, itertools.count())
         path = None if folder is None else _path(folder)
-        model = sentence_transformer(model)
+        model = model_of(model, "model")
         kinds.check(kind, rescore, model.get_embedding_dimension(), similarity_of(model))
         gpus = _gpus(gpus, kind, model)
         temporary = tempfile.TemporaryDirectory(prefix="tritern-search-") if path is None else None
@@ -153,7 +154,7 @@ class SearchIndex:
         kinds.import_faiss()
         tokens, store = tokens_of(tokens_per_batch), Store(_path(folder))
         with _closed_if_it_raises(store):
-            model = sentence_transformer(model)
+            model = model_of(model, "model")
             check_model(store, model, probes(model))
             index = cls(store, model, gpus, tokens)
             try:
