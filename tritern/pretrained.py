@@ -32,16 +32,14 @@ def resolve(name: str | Path) -> str:
     sentence-transformers.
 
     Raises:
-        TriternError: no name at all, a path where nothing is, or a name spelt almost like that of a shipped
-            model, which the hub is not asked for.
+        TriternError: no name at all, or one spelt almost like that of a shipped model, which the hub is not
+            asked for.
     """
     if not isinstance(name, (str, Path)) or not str(name):
         raise TriternError(f"name must be the name or folder of a model; received {name!r}")
     name, known = str(name), shipped()
     if name in known:
         return name if (Path(name) / "modules.json").is_file() else str(_FOLDER / name)
-    if not Path(name).exists() and (name[0] in "./~" or name[-1] == "/" or name.count("/") > 1):
-        raise TriternError(f"there is no folder {name!r}")
     near = get_close_matches(name.lower(), known, 1, cutoff=0.8)
     if near and Path(name).name == name and not Path(name).exists():
         raise TriternError(
@@ -114,9 +112,10 @@ def model_of(given: Any, argument: str, *, encoder: bool = False) -> SentenceTra
             f"{argument} must be a SentenceTransformer, or the name or folder of one{or_vectors}; "
             f"received {kind}"
         )
-    device = device_with_kernels(None)
+    path, device = resolve(given), device_with_kernels(None)
     try:
-        return in_float32_on_cpu(SentenceTransformer(resolve(given), device=device), None)
+        _refuse_missing(path)
+        return in_float32_on_cpu(SentenceTransformer(path, device=device), None)
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:
@@ -124,6 +123,12 @@ def model_of(given: Any, argument: str, *, encoder: bool = False) -> SentenceTra
             f"{argument}: cannot load {str(given)!r}; it must be the folder or hub name of a "
             f"sentence-transformers model, or one of {', '.join(shipped())}: {_first_line(error)}"
         ) from error
+
+
+def _refuse_missing(path: str) -> None:
+    """Refuse what can be no name on the hub, and is no folder."""
+    if not Path(path).exists() and (path[0] in "./~" or path[-1] == "/" or path.count("/") > 1):
+        raise OSError(f"there is no folder {path!r}")
 
 
 def _first_line(error: Exception) -> str:
@@ -147,9 +152,10 @@ def load(name: str | Path, *, device: str | None = None, **settings: Any) -> Sen
     """
     from sentence_transformers import SentenceTransformer
 
-    device = device_with_kernels(device)
+    path, device = resolve(name), device_with_kernels(device)
     try:
-        model = SentenceTransformer(resolve(name), device=device, **settings)
+        _refuse_missing(path)
+        model = SentenceTransformer(path, device=device, **settings)
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:
