@@ -216,3 +216,19 @@ def test_the_demo_without_arguments_but_small(demo, monkeypatch, tmp_path, capsy
     found = [float(c) for c in re.findall(r"cosine (\d\.\d+) \(", shown)]
     assert len(found) == 3 and found[0] == found[1] > 0.85  # of the model loaded, again before and after
     assert found[2] == pytest.approx(found[0], abs=0.01)  # one step, of the warm-up
+
+
+@pytest.mark.parametrize(("product", "each"), [("oneDNN int8", 1), ("FBGEMM fp16", 2), ("float32", 4)])
+def test_unpacked_codes_are_counted_as_the_product_keeps_them(tiny, monkeypatch, product, each):
+    for name in ("rich", "faiss"):
+        pytest.importorskip(name)
+    import comparison
+
+    import tritern
+    from tritern_kernels import cpu
+
+    monkeypatch.setattr(cpu, "fastest", lambda bits: (product,))
+    size = tritern.summary(tritern.patch(tiny))
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in size.layers)
+    found = comparison.sizes((tiny, tiny), size)["  and codes unpacked for the CPU"]
+    assert found == (size.model_bytes_before, size.model_bytes_after + each * weights)
