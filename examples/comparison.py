@@ -93,16 +93,11 @@ def disk_bytes(model: SentenceTransformer) -> int:
 
 def sizes(models: Sequence[SentenceTransformer], size: Summary) -> dict[str, tuple[int, int]]:
     """Bytes of the original and of the ternary model."""
-    from tritern import TernaryLinear
-    from tritern_kernels import cpu
-
     rows = {"weights of the ternary layers": (size.linear_bytes_before, size.linear_bytes_after)}
     rows[f"model in memory ({size.dtype})"] = size.model_bytes_before, size.model_bytes_after
-    if models[1].device.type == "cpu":  # where tritern also keeps the codes as a product reads them
-        layers = [m for m in models[1].modules() if isinstance(m, TernaryLinear)]
-        products = [cpu.PRODUCTS[cpu.product_for(m.activation_bits, m.in_features)] for m in layers]
-        unpacked = sum(p.bytes * m.in_features * m.out_features for p, m in zip(products, layers))
-        rows["  and codes unpacked for the CPU"] = size.model_bytes_before, size.model_bytes_after + unpacked
+    if size.unpacked_bytes:
+        besides = size.model_bytes_after + size.unpacked_bytes
+        rows["  and codes unpacked for the CPU"] = size.model_bytes_before, besides
     rows["model on disk"] = disk_bytes(models[0]), disk_bytes(models[1])
     halves = [copy.deepcopy(model).half() for model in models]
     rows["model on disk, cast to float16"] = disk_bytes(halves[0]), disk_bytes(halves[1])

@@ -155,13 +155,12 @@ class Side:
     name: str
 
     def facts(self) -> dict[str, Any]:
-        """Bytes in memory; on a CPU ternary weights are kept unpacked too, one byte each."""
+        """Bytes in memory; on a CPU ternary weights are kept unpacked too."""
         size, on_disk = tritern.summary(self.model), self.index.bytes
-        shapes = [layer.shape for layer in size.layers] if self.model.device.type == "cpu" else []
         return {
             "name": self.name,
             "weight_bytes": size.model_bytes_after,
-            "unpacked_bytes": sum(n * k for n, k in shapes),
+            "unpacked_bytes": size.unpacked_bytes,
             "index_bytes": on_disk["vectors"] + on_disk["faiss"],
         }
 

@@ -64,6 +64,7 @@ class Summary:
             defaults; None if there is nothing to patch.
         refusal: why ``patch`` would refuse such a model as it is, or empty.
         products: what multiplies the ternary layers on the devices where they are.
+        unpacked_bytes: kept besides for the layers on a CPU, from the first use on.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -80,6 +81,7 @@ class Summary:
     planned: Summary | None = None
     refusal: str = ""
     products: tuple[str, ...] = ()
+    unpacked_bytes: int = 0
 
     def __str__(self) -> str:
         if self.planned is not None:
@@ -142,8 +144,7 @@ def summary(model: nn.Module) -> Summary:
     tables = [_table(n, m) for n, m in model.named_modules() if isinstance(m, Int8Embedding)]
     found = _summary(model, layers, tables, dtype)
     if layers or tables:
-        products = [_product(m.weight, m.activation_bits, m.in_features) for _, m in ternary]
-        return replace(found, products=tuple(dict.fromkeys(products)))
+        return replace(found, **_products((m, m.activation_bits) for _, m in _first(ternary)))
     try:
         plan(model, TernaryConfig())
         refusal = ""
@@ -199,7 +200,6 @@ def _planned(model: nn.Module, dtype: torch.dtype, counted: bool) -> Summary | N
         after = N * padded_k(K) // 4 + 4 * N
         layers.append(LayerSummary(name, (N, K), N * K * dtype.itemsize, after, zeros))
     plain, bits = _summary(model, [], [], dtype), TernaryConfig().activation_bits
-    products = [_product(module.weight, bits, module.in_features) for _, module in chosen]
     before, after = sum(la.bytes_before for la in layers), sum(la.bytes_after for la in layers)
     return replace(
         plain,
@@ -211,7 +211,7 @@ def _planned(model: nn.Module, dtype: torch.dtype, counted: bool) -> Summary | N
         model_bytes_after=plain.model_bytes_after - before + after,
         bits_per_weight=_bits_per_weight(layers),
         zero_fraction=_zeros(layers),
-        products=tuple(dict.fromkeys(products)),
+        **_products((module, bits) for _, module in chosen),
     )
 
 
@@ -230,15 +230,20 @@ def _ternary(name: str, layer: TernaryLinear, dtype: torch.dtype) -> LayerSummar
     return LayerSummary(name, (N, K), N * K * dtype.itemsize, after, zeros)
 
 
-def _product(weight: Tensor, activation_bits: int, in_features: int) -> str:
-    """What multiplies a ternary layer whose weight is on a device."""
-    kind = "int8" if activation_bits == 8 else "16-bit"
-    if weight.is_cpu:
-        name = cpu.product_for(activation_bits, in_features)
-        bits = 8 * cpu.PRODUCTS[name].bytes
-        return f"{name} on the CPU, {kind} activations: unpacked to {bits} bits a weight at the first use"
-    where = f"Triton kernels on {weight.device}" if weight.is_cuda else f"nothing on {weight.device}"
-    return f"{where}, {kind} activations"
+def _products(layers: Iterable[tuple[Any, int]]) -> dict[str, Any]:
+    """What multiplies layers with these bits of activations where they are, and what it keeps of them."""
+    lines: dict[str, None] = {}
+    unpacked = 0
+    for layer, bits in layers:
+        device, kind = layer.weight.device, f"{'int8' if bits == 8 else '16-bit'} activations"
+        if device.type == "cpu":
+            name = cpu.product_for(bits, layer.in_features)
+            each = cpu.PRODUCTS[name].bytes
+            unpacked += each * layer.in_features * layer.out_features
+            lines[f"{name} on the CPU, {kind}: unpacked to {8 * each} bits a weight at the first use"] = None
+        else:
+            lines[f"{'Triton kernels' if device.type == 'cuda' else 'nothing'} on {device}, {kind}"] = None
+    return {"products": tuple(lines), "unpacked_bytes": unpacked}
 
 
 def _table(name: str, table: Int8Embedding) -> TableSummary:

@@ -237,9 +237,9 @@ def test_summary_says_what_multiplies(bits, product, monkeypatch):
     model = tritern.patch(layers, activation_bits=bits, skip="3")
     kind, kept = ("int8", 32) if bits == 8 else ("16-bit", 16)
     line = f"{product} on the CPU, {kind} activations: unpacked to {kept} bits a weight at the first use"
-    assert tritern.summary(model).products == (line,) and f"Multiplied by {line}\n" in str(
-        tritern.summary(model)
-    )
+    found = tritern.summary(model)
+    assert found.unpacked_bytes == kept // 8 * 2 * 64 * 64
+    assert found.products == (line,) and f"Multiplied by {line}\n" in str(found) == repr(found)
     assert tritern.summary(model.to("meta")).products == (f"nothing on meta, {kind} activations",)
 
 
@@ -278,7 +278,8 @@ def test_summary_on_the_meta_device(tiny, tiny_path):
         assert len(meta.layers) == 12 and meta.zero_fraction is None
         assert "-" in str(meta).splitlines()[2].split()
         layers = tuple(replace(layer, zero_fraction=None) for layer in filled.layers)
-        assert meta == replace(filled, layers=layers, zero_fraction=None, products=meta.products)
+        there = {"products": meta.products, "unpacked_bytes": 0}
+        assert meta == replace(filled, layers=layers, zero_fraction=None, **there)
 
 
 def test_summary_says_why_a_model_would_be_refused(tiny):
