@@ -1,8 +1,8 @@
 """The product on a CPU, by libraries that torch brings: the GPU kernels' int32 sums, bit for bit.
 
 Processors differ by an order of magnitude in how fast they multiply int8, and no one flag tells. So each
-library's product is timed once a process and the fastest is taken. A weight is kept in the form which that
-product reads, made once. All int8 products give the same bits.
+library's int8 product is timed once a process and the fastest is taken; all give the same bits. A weight is
+kept in the form which that product reads, made once.
 """
 
 from __future__ import annotations
@@ -100,11 +100,9 @@ PRODUCTS = {
 """By name: the library and the dtype in which codes are kept."""
 
 _CHOICES = {8: ("oneDNN int8", "FBGEMM int8", "float32"), 16: ("FBGEMM fp16", "float32")}
-"""Products for int8 and for 16-bit activations."""
-
-CLEARLY_FASTER = 1.15
-"""So much a later one of the products for 16-bit activations must win by. Their sums differ in the last bits,
-so that of two that are level every process should take the same."""
+"""Products for int8 activations, of which the fastest is taken, and for 16-bit ones, of which it is the first
+that torch has: their sums differ in the last bits, so that every process takes the same.
+"""
 
 HOPELESS = 4
 """A product so many times slower than another is not timed again: without VNNI torch multiplies int8 in a
@@ -114,7 +112,9 @@ plain loop.
 
 @cache
 def fastest(activation_bits: int) -> tuple[str, ...]:
-    """Names of the products that are right on this processor, the fastest first; timed once a process."""
+    """Names of the products that are right on this processor, the fastest first (of 16 bits, in a fixed
+    order); timed once a process.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
     codes = torch.randint(-1, 2, (512, 512), generator=generator, device="cpu").to(torch.int8)
     rows = torch.randint(-127, 128, (256, 512), generator=generator, device="cpu").float()
@@ -124,6 +124,8 @@ def fastest(activation_bits: int) -> tuple[str, ...]:
         form = _form_if_right(PRODUCTS[name], rows, codes)
         if form is not None:
             kept[name] = form
+    if activation_bits == 16:
+        return tuple(kept)
     seconds = {name: [math.inf, math.inf] for name in kept}
     for _ in range(5):  # in turn, so that other work on the machine meets all alike
         quickest = min(times[0] for times in seconds.values())
@@ -136,11 +138,7 @@ def fastest(activation_bits: int) -> tuple[str, ...]:
                 times[i] = min(times[i], time.perf_counter() - start)
     best = [min(column) for column in zip(*seconds.values())]
     relative = {name: sum(map(operator.truediv, times, best)) for name, times in seconds.items()}
-    ranked = sorted(relative, key=relative.__getitem__)
-    first = next(iter(kept))
-    if activation_bits == 16 and relative[first] < CLEARLY_FASTER * relative[ranked[0]]:
-        ranked.sort(key=lambda name: name != first)
-    return tuple(ranked)
+    return tuple(sorted(relative, key=relative.__getitem__))
 
 
 def _form_if_right(product: Product, rows: Tensor, codes: Tensor) -> Any:
