@@ -55,7 +55,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "activations 16-bit": {"activation_bits": 16},
     "embeddings 16-bit": {"embedding_bits": 16},
     "embeddings not trained": {"train_embeddings": False},
-    "embeddings int8, rounded at the end": {"train_int8_embeddings": False},
+    "embeddings int8, rounded at the end": {"train_rounded_embeddings": False},
     "no texts joined": {"joined_ratio": 0.0},
     "texts joined: 15 %": {"joined_ratio": 0.15},
     "batches of mixed length": {"group_by_length": False},

@@ -9,7 +9,7 @@ from tritern_kernels import PackedTernary
 
 from .bitnet import from_bitnet
 from .config import TernaryConfig
-from .embedding import Int8Embedding
+from .embedding import Int4Embedding, Int8Embedding
 from .errors import CheckpointError, TriternError
 from .evaluate import Fidelity, evaluate
 from .export import dequantize
@@ -33,6 +33,7 @@ except PackageNotFoundError:  # used from a checkout that is not installed
 __all__ = [
     "CheckpointError",
     "Fidelity",
+    "Int4Embedding",
     "Int8Embedding",
     "PackedTernary",
     "Summary",

@@ -107,9 +107,9 @@ def explain() -> None:
                     "ternary layers take LoRA adapters only, from configurations that went through "
                     "tritern.lora: model.add_adapter(tritern.lora(peft.LoraConfig(...)))"
                 ) from error
-            if "Int8Embedding" in str(error):
+            if "Int8Embedding" in str(error) or "Int4Embedding" in str(error):
                 raise TriternError(
-                    "int8 tables take no adapters: name linear layers only in target_modules"
+                    "rounded tables take no adapters: name linear layers only in target_modules"
                 ) from error
             raise
 

@@ -29,7 +29,7 @@ from tritern_kernels import PackedTernary
 from tritern_kernels.formats import pack
 
 from .config import TernaryConfig
-from .embedding import Int8Embedding
+from .embedding import embedding_of
 from .errors import TriternError
 from .inputs import check_texts, many
 from .linear import TernaryLinear
@@ -108,7 +108,7 @@ def calibrate(
     Args:
         model: a sentence-transformers model, in full precision.
         layers: all names of each ``nn.Linear``.
-        tables: all names of each ``nn.Embedding`` that will be int8, so that layers make up for that too.
+        tables: all names of each ``nn.Embedding`` that will be rounded, so that layers make up for that too.
         inputs: as ``checked`` gives them.
         config: ``rule`` says by which scales the first codes are rounded.
 
@@ -123,7 +123,7 @@ def calibrate(
     for names in tables:
         table = student.get_submodule(names[0])
         assert isinstance(table, nn.Embedding)
-        _put(student, names, Int8Embedding.from_embedding(table))
+        _put(student, names, embedding_of(config.embedding_bits).from_embedding(table))
     all_names = {names[0]: names for names in layers}
     fitted: dict[str, TernaryLinear] = {}
     with evaluating(model):

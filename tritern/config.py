@@ -12,9 +12,11 @@ from tritern_kernels.reference import RULES, Rule
 from .errors import TriternError
 from .inputs import many
 
+EMBEDDING_BITS = (4, 8, 16)
 
-def bits(value: int, name: str) -> int:
-    """8 or 16, as an int.
+
+def bits(value: int, name: str, allowed: tuple[int, ...] = ACTIVATION_BITS) -> int:
+    """One of the numbers allowed, as an int.
 
     Raises:
         TriternError: another number, or no whole number.
@@ -23,8 +25,10 @@ def bits(value: int, name: str) -> int:
         number = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = 0
-    if number not in ACTIVATION_BITS:
-        raise TriternError(f"{name} must be 8 or 16; received {value!r} ({type(value).__name__})")
+    if number not in allowed:
+        *first, last = allowed
+        numbers = f"{', '.join(map(str, first))} or {last}"
+        raise TriternError(f"{name} must be {numbers}; received {value!r} ({type(value).__name__})")
     return number
 
 
@@ -39,7 +43,8 @@ class TernaryConfig:
             mean|w| (Ternary Weight Networks).
         activation_bits: 8 quantizes activations per token to int8 (fastest, exact sums); 16 leaves them as
             they are.
-        embedding_bits: 8 rounds word-embedding tables to int8, row by row; 16 leaves them as they are.
+        embedding_bits: 8 rounds word-embedding tables to int8, row by row; 4 to 4 bits, each 32 values of a
+            row by a scale of their own; 16 leaves them as they are.
         skip: layers and tables to leave in full precision: qualified module names or shell patterns, such as
             ``"*.layer.0.*"``. A name also covers everything below it.
 
@@ -58,8 +63,8 @@ class TernaryConfig:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise TriternError(f"rule must be one of {', '.join(map(repr, RULES))}; received {self.rule!r}")
-        for name in ("activation_bits", "embedding_bits"):
-            object.__setattr__(self, name, bits(getattr(self, name), name))
+        for name, allowed in (("activation_bits", ACTIVATION_BITS), ("embedding_bits", EMBEDDING_BITS)):
+            object.__setattr__(self, name, bits(getattr(self, name), name, allowed))
         skip = self.skip if isinstance(self.skip, str) else tuple(many(self.skip, "skip"))
         if isinstance(skip, str) or not all(isinstance(s, str) for s in skip):
             raise TriternError(f"skip must be a sequence of module names or patterns; received {skip!r}")

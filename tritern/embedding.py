@@ -1,31 +1,35 @@
-"""``Int8Embedding``: an embedding table with one byte a value and one scale a row."""
+"""Embedding tables in 8 or 4 bits a value: ``Int8Embedding`` and ``Int4Embedding``."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tritern_kernels.dispatch import FLOATS
+from tritern_kernels.embedding import lookup, quantize_table
 from tritern_kernels.reference import quantize_activations
 
 from .errors import TriternError
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class Int8Embedding(nn.Module):
-    """A drop-in for ``nn.Embedding`` in inference: row i is ``weight_scale[i] * weight[i]``, times
-    ``embed_scale`` in place of tables that multiply what they look up, such as Gemma's.
 
-    Takes ids [...] and returns [..., embedding_dim] in the dtype of ``weight_scale``, which follows the
-    module when it is cast; the table stays int8.
+class QuantizedEmbedding(nn.Module):
+    """What ``Int8Embedding`` and ``Int4Embedding`` have in common: they stand in for ``nn.Embedding``.
+
+    Ids [...] give rows [..., embedding_dim], times ``embed_scale`` in place of tables that multiply what they
+    look up, such as Gemma's, in the dtype of ``weight_scale``, which follows the module when it is cast.
 
     Attributes:
-        weight: buffer, int8 [num_embeddings, embedding_dim], each row's values / scale, rounded.
-        weight_scale: buffer, floating point [num_embeddings], each row's absmax / 127.
+        bits: of a value, 8 or 4; of the class.
+        weight, weight_scale: buffers, the codes and their scales.
         embed_scale: multiplies the output, rounded to its dtype first; 1 for an ``nn.Embedding``.
         original: class of the table that this one stands for.
 
@@ -40,6 +44,7 @@ class Int8Embedding(nn.Module):
         TriternError: another dtype than float32, float16 or bfloat16.
     """
 
+    bits: ClassVar[int]
     weight: Tensor
     weight_scale: Tensor
 
@@ -58,12 +63,23 @@ class Int8Embedding(nn.Module):
             raise TriternError(f"dtype must be float32, float16 or bfloat16; received {dtype}: cast it first")
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.embed_scale, self.original = 1.0, nn.Embedding
-        shape = (num_embeddings, embedding_dim)
-        self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8, device=device))
-        self.register_buffer("weight_scale", torch.zeros(num_embeddings, device=device, dtype=dtype))
+        row = self.quantize(torch.zeros(1, embedding_dim, device="meta", dtype=dtype))
+        for name, one in zip(("weight", "weight_scale"), row, strict=True):
+            shape = (num_embeddings, *one.shape[1:])
+            self.register_buffer(name, torch.zeros(shape, dtype=one.dtype, device=device))
+
+    @staticmethod
+    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales, in weight's dtype, of rows [rows, embedding_dim]: what the buffers hold."""
+        raise NotImplementedError
+
+    @staticmethod
+    def dequantize(ids: Tensor, packed: Tensor, scale: Tensor, width: int) -> Tensor:
+        """The rows [..., width] of these ids [...] in scale's dtype."""
+        raise NotImplementedError
 
     @classmethod
-    def like(cls, embedding: nn.Embedding) -> Int8Embedding:
+    def like(cls, embedding: nn.Embedding) -> Self:
         """One without values, on the meta device, that can stand in for a table.
 
         Raises:
@@ -73,7 +89,7 @@ class Int8Embedding(nn.Module):
         scale = multiplier(embedding)
         if scale is None:
             raise TriternError(
-                f"a {type(embedding).__name__} cannot be made int8: only nn.Embedding and tables of "
+                f"a {type(embedding).__name__} cannot be made int{cls.bits}: only nn.Embedding and tables of "
                 "transformers that do no more than multiply by their embed_scale can"
             )
         shape = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
@@ -82,8 +98,8 @@ class Int8Embedding(nn.Module):
         return new.train(embedding.training)
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding) -> Int8Embedding:
-        """Round a table row by row, as activations are (``reference.quantize_activations``).
+    def from_embedding(cls, embedding: nn.Embedding) -> Self:
+        """Round a table.
 
         Raises:
             TriternError: as ``like``; no ``nn.Embedding``, one with ``max_norm``, on the meta device, or with
@@ -94,21 +110,24 @@ class Int8Embedding(nn.Module):
         weight = embedding.weight.detach()
         if embedding.max_norm is not None:
             raise TriternError(
-                f"an embedding with max_norm={embedding.max_norm} cannot be made int8, as reading rescales "
-                "its rows; rescale them beforehand and set max_norm to None"
+                f"an embedding with max_norm={embedding.max_norm} cannot be made int{cls.bits}, as reading "
+                "rescales its rows; rescale them beforehand and set max_norm to None"
             )
         if weight.is_meta:
-            raise TriternError("the table is on the meta device; load the weights before making it int8")
+            raise TriternError(
+                f"the table is on the meta device; load the weights before making it int{cls.bits}"
+            )
         if not torch.isfinite(weight).all():
             raise TriternError("the table holds NaN or infinity; repair the checkpoint")
         new = cls.like(embedding)
-        q, scale = quantize_activations(weight)
-        new.weight, new.weight_scale = q, scale.to(weight.dtype)
+        new.weight, new.weight_scale = cls.quantize(weight)
         return new
 
     def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """The ``original`` table with the same values in ``dtype`` (default: that of the scales)."""
-        values = self._values(self.weight, self.weight_scale).to(dtype or self.weight_scale.dtype)
+        ids = torch.arange(self.num_embeddings, dtype=torch.int64, device=self.weight.device)
+        values = self.dequantize(ids, self.weight, self.weight_scale, self.embedding_dim)
+        values = values.to(dtype or self.weight_scale.dtype)
         options: Any = {} if self.original is nn.Embedding else {"embed_scale": self.embed_scale}
         table: Any = self.original(1, self.embedding_dim, None, **options).to(values.device)
         if options:  # the buffer would have torch's default dtype
@@ -119,29 +138,26 @@ class Int8Embedding(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002, nn.Embedding's name
         """Ids [...] -> [..., embedding_dim]."""
-        rows = nn.functional.embedding(input, self.weight)
-        values = self._values(rows, nn.functional.embedding(input, self.weight_scale[:, None]).squeeze(-1))
+        values = self.dequantize(input, self.weight, self.weight_scale, self.embedding_dim)
         return multiplied(values, self.embed_scale)
-
-    @staticmethod
-    def _values(rows: Tensor, scale: Tensor) -> Tensor:
-        return rows.to(scale.dtype) * scale[..., None]
 
     def extra_repr(self) -> str:
         """Shown by ``print(module)``."""
         scale = "" if self.embed_scale == 1 else f", embed_scale={self.embed_scale:g}"
         return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}{scale}"
 
-    def requires_grad_(self, requires_grad: bool = True) -> Int8Embedding:
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Refused when True: rounded tables have no gradient."""
         if requires_grad:
-            raise TriternError("an Int8Embedding cannot be trained; train `table.to_embedding()` instead")
+            raise TriternError(
+                f"an {type(self).__name__} cannot be trained; train `table.to_embedding()` instead"
+            )
         return super().requires_grad_(False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Embedding:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         table = self.weight
         super()._apply(fn, recurse)
-        if self.weight.dtype != torch.int8:
+        if self.weight.dtype != table.dtype:
             self.weight = table.to(self.weight.device)
         return self
 
@@ -149,7 +165,7 @@ class Int8Embedding(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        for name, dtypes in (("weight", (torch.int8,)), ("weight_scale", FLOATS)):
+        for name, dtypes in (("weight", (self.weight.dtype,)), ("weight_scale", FLOATS)):
             value = state_dict.get(prefix + name)
             if value is not None and value.dtype not in dtypes:  # copy_ would convert it without a word
                 error_msgs.append(
@@ -160,6 +176,46 @@ class Int8Embedding(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+class Int8Embedding(QuantizedEmbedding):
+    """A table of one byte a value and one scale a row: row i is ``weight_scale[i] * weight[i]``.
+
+    Arguments, attributes and errors as in ``QuantizedEmbedding``; ``weight`` is int8 [num_embeddings,
+    embedding_dim], each row's values / scale, rounded, and ``weight_scale`` [num_embeddings], each row's
+    absmax / 127, as ``reference.quantize_activations`` has it.
+    """
+
+    bits = 8
+
+    @staticmethod
+    def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """As the class says."""
+        codes, scale = quantize_activations(weight)
+        return codes, scale.to(weight.dtype)
+
+    @staticmethod
+    def dequantize(ids: Tensor, packed: Tensor, scale: Tensor, width: int) -> Tensor:
+        """As of the parent."""
+        return F.embedding(ids, packed).to(scale.dtype) * F.embedding(ids, scale[:, None])
+
+
+class Int4Embedding(QuantizedEmbedding):
+    """A table of 4 bits a value and a scale for every 32 values of a row, 4.5 bits a value in 16-bit dtypes:
+    the numbers of llama.cpp's Q4_0, with scales of a smaller squared error (``tritern_kernels.embedding``).
+
+    Arguments, attributes and errors as in ``QuantizedEmbedding``; ``weight`` is uint8 [num_embeddings, 16 *
+    groups] and ``weight_scale`` [num_embeddings, groups], groups being embedding_dim / 32, rounded up.
+    """
+
+    bits = 4
+    quantize = staticmethod(quantize_table)
+    dequantize = staticmethod(lookup)
+
+
+def embedding_of(bits: int) -> type[QuantizedEmbedding]:
+    """The class of tables of 8 or 4 bits."""
+    return Int4Embedding if bits == 4 else Int8Embedding
 
 
 def multiplier(table: nn.Embedding) -> float | None:

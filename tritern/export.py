@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from . import hf
-from .embedding import Int8Embedding
+from .embedding import QuantizedEmbedding
 from .errors import TriternError
 from .inputs import check_model
 from .linear import TernaryLinear
@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def dequantize(model: Model) -> Model:
-    """Replace the ternary layers and int8 tables by plain ``nn.Linear`` and ``nn.Embedding`` with the same
+    """Replace the ternary layers and rounded tables by plain ``nn.Linear`` and ``nn.Embedding`` with the same
     weights, in place, and return the model.
 
     It then saves as an ordinary checkpoint, which loads without tritern, at full size: weights are
@@ -42,7 +42,7 @@ def dequantize(model: Model) -> Model:
 
 
 def replace_by_plain(model: nn.Module, dtype: torch.dtype) -> int:
-    """Replace ternary layers and int8 tables, in place; the number of layers.
+    """Replace ternary layers and rounded tables, in place; the number of layers.
 
     Raises:
         TriternError: as ``dequantize``.
@@ -50,12 +50,12 @@ def replace_by_plain(model: nn.Module, dtype: torch.dtype) -> int:
     found = [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (TernaryLinear, Int8Embedding))
+        if isinstance(module, (TernaryLinear, QuantizedEmbedding))
     ]
     if not found or not found[0][0]:
         raise TriternError(
-            f"no ternary layer or int8 table inside {type(model).__name__}; dequantize() wants a model that "
-            "tritern.patch() has changed (for a bare layer there are to_linear() and to_embedding())"
+            f"no ternary layer or rounded table inside {type(model).__name__}; dequantize() wants a model "
+            "that tritern.patch() has changed (for a bare layer there are to_linear() and to_embedding())"
         )
     for name, module in found:
         if isinstance(module, TernaryLinear) and module.norm is not None:

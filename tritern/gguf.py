@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .embedding import Int8Embedding
+from .embedding import Int4Embedding, Int8Embedding
 from .errors import TriternError
 from .inputs import check_file
 from .linear import TernaryLinear
@@ -33,9 +33,10 @@ def export_gguf(model: nn.Module, path: str | Path) -> None:
 
     Families: BERT with a WordPiece tokenizer in lower case and without accents (all-MiniLM, English bge and
     e5), as llama.cpp's ``bert``, and Qwen3 (Qwen3-Embedding), as ``qwen3``. Ternary layers become TQ2_0 where
-    in_features is a multiple of 256, else Q4_0 where it is one of 32, else F16; int8 tables become Q8_0 (F16
-    where the width is no multiple of 32). Codes are exact in the quantized types and a row's scale is rounded
-    to float16. What the model has in full precision is F16 (linear layers and word tables) or F32 (the rest).
+    in_features is a multiple of 256, else Q4_0 where it is one of 32, else F16; int8 tables become Q8_0 and
+    those of 4 bits Q4_0 (F16 where the width is no multiple of 32). Codes are exact in the quantized types
+    and scales are rounded to float16. What the model has in full precision is F16 (linear layers and word
+    tables) or F32 (the rest).
 
     llama.cpp rounds activations to int8 in blocks of 32 or 256 where tritern rounds whole tokens, so vectors
     are close to tritern's, not equal. GGUF has no place for prompts, for max_seq_length and for normalization
@@ -176,6 +177,8 @@ def _tensors(gguf: ModuleType, transformer: PreTrainedModel) -> dict[str, tuple[
             found[f"{name}.weight"] = _ternary(gguf, name, module)
         elif isinstance(module, Int8Embedding):
             found[f"{name}.weight"] = _int8(gguf, name, module)
+        elif isinstance(module, Int4Embedding):
+            found[f"{name}.weight"] = _int4(gguf, name, module)
         for key, value in module.named_parameters(recurse=False):
             table = name.endswith(("word_embeddings", "embed_tokens"))
             half = key == "weight" and (table or isinstance(module, nn.Linear))
@@ -206,9 +209,19 @@ def _int8(gguf: ModuleType, name: str, table: Int8Embedding) -> tuple[np.ndarray
     return (codes * scale.astype(np.float32)).astype(np.float16), types.F16
 
 
+def _int4(gguf: ModuleType, name: str, table: Int4Embedding) -> tuple[np.ndarray, Any]:
+    types, K = gguf.GGMLQuantizationType, table.embedding_dim
+    scale = _half(f"{name}.weight_scale", table.weight_scale)
+    if K % 32 == 0:
+        return _blocks(scale, table.weight.cpu().numpy().reshape(*scale.shape, 16)), types.Q4_0
+    return _half(name, table.to_embedding().weight), types.F16
+
+
 def _blocks(scale: np.ndarray, content: np.ndarray) -> np.ndarray:
-    """uint8 [N, bytes of a row]: the scale float16 [N, 1] before the content uint8 of each [N, blocks]."""
-    start = np.broadcast_to(scale.view(np.uint8)[:, None], (*content.shape[:2], 2))
+    """uint8 [N, bytes of a row]: the scale float16 [N, 1 or blocks] before the content uint8 of each
+    [N, blocks].
+    """
+    start = np.broadcast_to(scale[..., None].view(np.uint8), (*content.shape[:2], 2))
     return np.concatenate([start, content], axis=-1).reshape(len(content), -1)
 
 

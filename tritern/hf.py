@@ -18,7 +18,7 @@ from tritern_kernels.formats import check_codes, check_scale
 
 from .checkpoint import DIGEST_KEY, digest, verify, verify_files
 from .config import TernaryConfig
-from .embedding import Int8Embedding, multiplier
+from .embedding import Int4Embedding, QuantizedEmbedding, embedding_of, multiplier
 from .errors import CheckpointError, TriternError
 from .linear import TernaryLinear
 from .saving import extend, is_ternary, model_card
@@ -35,7 +35,8 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
     Args:
         modules: names of the ternary layers, relative to the transformers model.
         activation_bits, rule, skip: as in ``TernaryConfig``.
-        embeddings: names of the int8 embedding tables.
+        embeddings: names of the rounded embedding tables.
+        embedding_bits: of their values, 8 or 4.
         norms: of the ternary layers with an RMSNorm, the name and the norm's eps.
         format_version: of the packed layout; a newer one is refused.
 
@@ -50,6 +51,7 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         rule: str = "mse",
         skip: Iterable[str] = (),
         embeddings: list[str] | None = None,
+        embedding_bits: int = 8,
         norms: dict[str, float] | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
@@ -70,6 +72,7 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         self.rule = rule
         self.skip = list(skip)
         self.embeddings = list(embeddings or [])
+        self.embedding_bits = embedding_bits
         self.norms = dict(norms or {})
         self.format_version = format_version
 
@@ -135,9 +138,9 @@ class TernaryHfQuantizer(HfQuantizer):
             table = _submodule(model, names_now[name])
             if not isinstance(table, nn.Embedding) or multiplier(table) is None:
                 raise CheckpointError(
-                    f"config.json names the int8 table {name!r}, but the model has no nn.Embedding there"
+                    f"config.json names the rounded table {name!r}, but the model has no nn.Embedding there"
                 )
-            model.set_submodule(names_now[name], Int8Embedding.like(table))
+            model.set_submodule(names_now[name], embedding_of(settings.embedding_bits).like(table))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -148,7 +151,7 @@ class TernaryHfQuantizer(HfQuantizer):
 
             return patch(model, self.quantization_config)
         extend()
-        for name, module in [*_named(model, TernaryLinear), *_named(model, Int8Embedding)]:
+        for name, module in [*_named(model, TernaryLinear), *_named(model, QuantizedEmbedding)]:
             _check_loaded(name, module)
         return model
 
@@ -244,8 +247,8 @@ def foreign_quantization(model: nn.Module) -> str | None:
 
 
 def attach(model: nn.Module, config: TernaryConfig | None = None, calibrated_on: int = 0) -> None:
-    """Tell the transformers models inside ``model`` which of their layers are ternary and which tables int8,
-    so that they save and load.
+    """Tell the transformers models inside ``model`` which of their layers are ternary and which tables
+    rounded, so that they save and load.
 
     Args:
         model: has ternary layers.
@@ -279,14 +282,14 @@ def detach(model: nn.Module) -> None:
 
 
 def _described(model: PreTrainedModel, made_by: Any = None) -> TernaryQuantizationConfig:
-    """What config.json has to say of the ternary layers and int8 tables that are in a model now.
+    """What config.json has to say of the ternary layers and rounded tables that are in a model now.
 
     Args:
         model: the model.
         made_by: has ``rule`` and ``skip``; None: what the model's configuration says.
 
     Raises:
-        TriternError: layers with different ``activation_bits``.
+        TriternError: layers with different ``activation_bits``, tables of different ``bits``.
     """
     if made_by is None:
         known = getattr(model.config, "quantization_config", None)
@@ -300,11 +303,17 @@ def _described(model: PreTrainedModel, made_by: Any = None) -> TernaryQuantizati
         )
     norms = {n: m.norm.eps for n, m in layers if m.norm is not None}
     bits = next(iter(by_bits), made_by.activation_bits)
-    tables = [n for n, _ in _named(model, Int8Embedding)]
-    return TernaryQuantizationConfig([n for n, _ in layers], bits, made_by.rule, made_by.skip, tables, norms)
+    tables = {n: m.bits for n, m in _named(model, QuantizedEmbedding)}
+    if len(set(tables.values())) > 1:
+        raise TriternError(
+            f"embedding tables of a model that is saved must have the same bits; they are {tables}"
+        )
+    table_bits = next(iter(tables.values()), 8)
+    names = [n for n, _ in layers]
+    return TernaryQuantizationConfig(names, bits, made_by.rule, made_by.skip, list(tables), table_bits, norms)
 
 
-def _check_loaded(name: str, layer: TernaryLinear | Int8Embedding) -> None:
+def _check_loaded(name: str, layer: TernaryLinear | QuantizedEmbedding) -> None:
     """Refuse what a digest cannot tell: it vouches for the bytes, not for who wrote them.
 
     Raises:
@@ -320,10 +329,11 @@ def _check_loaded(name: str, layer: TernaryLinear | Int8Embedding) -> None:
         if isinstance(layer, TernaryLinear):
             for part in _parts(layer.packed().packed):
                 check_codes(part)
-        elif layer.weight.dtype != torch.int8:
-            raise TypeError(f"the table must be int8; received {layer.weight.dtype}")
+        elif layer.weight.dtype != (wanted := torch.uint8 if layer.bits == 4 else torch.int8):
+            raise TypeError(f"the table must be {wanted}; received {layer.weight.dtype}")
+        signed = isinstance(layer, Int4Embedding)
         for part in _parts(layer.weight_scale):
-            check_scale(part)
+            check_scale(part.abs() if signed else part)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{name}: {error}") from None
 

@@ -17,12 +17,13 @@ from tritern_kernels.formats import check_shape
 from . import hf
 from .calibration import calibrate, checked
 from .choice import Choice, choose, choose_tables, common_name, matrices_of, others, starred
-from .config import TernaryConfig
-from .embedding import Int8Embedding
+from .config import EMBEDDING_BITS, TernaryConfig, bits
+from .embedding import QuantizedEmbedding, embedding_of
 from .errors import TriternError
 from .inputs import check_model, many
 from .linear import TernaryLinear
 from .progress import bar
+from .saving import is_ternary, model_card, settings_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -56,9 +57,11 @@ def patch(
     fitted to them, layer by layer (``tritern.calibration``): no training, minutes on a CPU for a small model,
     and far closer to the original. That takes a second copy of the model for as long as it lasts.
 
-    With ``embedding_bits=8`` every ``nn.Embedding`` of at least 1,024 rows becomes an ``Int8Embedding``,
-    except those with max_norm or in sentence-transformers' own modules, weights shared with another module,
-    as in T5 or with an lm_head, and subclasses other than those that only multiply the output, as Gemma's.
+    With ``embedding_bits=8`` every ``nn.Embedding`` of at least 1,024 rows becomes an ``Int8Embedding``, with
+    4 an ``Int4Embedding``, except those with max_norm or in sentence-transformers' own modules, weights
+    shared with another module, as in T5 or with an lm_head, and subclasses other than those that only
+    multiply the output, as Gemma's. A model that is ternary already takes ``embedding_bits`` alone, which
+    changes its tables only: from 8 bits to 4, say.
 
     Args:
         model: the model; its weights must be loaded, finite, in float32, float16 or bfloat16.
@@ -69,9 +72,9 @@ def patch(
             before them in turn.
 
     Raises:
-        TriternError: nothing to patch, already patched, already quantized otherwise, carrying adapters,
-            weights on the meta device, not finite or of an unsupported dtype; too few texts, or a model that
-            takes none. The model is then unchanged.
+        TriternError: nothing to patch, already patched (but for ``embedding_bits`` alone), already quantized
+            otherwise, carrying adapters, weights on the meta device, not finite or of an unsupported dtype;
+            too few texts, or a model that takes none. The model is then unchanged.
 
     Warns:
         UserWarning: most of the model's matrix weights are no ``nn.Linear``, as in mixtures of experts.
@@ -79,6 +82,9 @@ def patch(
     check_model(model)
     if config is not None and not isinstance(config, TernaryConfig):
         raise TriternError(f"config must be a tritern.TernaryConfig; received {type(config).__name__}")
+    others_given = (config, skip, rule, activation_bits, calibration_texts)
+    if embedding_bits is not None and others_given == (None,) * 5 and is_ternary(model):
+        return _with_tables(model, bits(embedding_bits, "embedding_bits", EMBEDDING_BITS))
     changes: dict[str, Any] = {"rule": rule, "activation_bits": activation_bits}
     changes["embedding_bits"] = embedding_bits
     changes["skip"] = None if skip is None else tuple([skip] if isinstance(skip, str) else many(skip, "skip"))
@@ -115,8 +121,31 @@ def patch(
     for names in table_names:
         table = model.get_submodule(names[0])
         assert isinstance(table, nn.Embedding)
-        put(model, names, Int8Embedding.from_embedding(table))
+        put(model, names, embedding_of(config.embedding_bits).from_embedding(table))
     hf.attach(model, config, len(texts or ()))
+    return model
+
+
+def _with_tables(model: Model, wanted: int) -> Model:
+    """Round the embedding tables of a ternary model anew, or with 16 bits make them plain, in place."""
+    settings, tables = settings_of(model), dict[int, tuple[nn.Embedding, list[str]]]()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedEmbedding):
+            _, names = tables.setdefault(id(module), (module.to_embedding(), []))
+            names.append(name)
+    chosen = [(table, list(names)) for table, names in tables.values()]
+    if not chosen and wanted != 16:
+        plain = (c for c in choose_tables(model, tuple(settings.skip)) if not c.reason)
+        chosen = [(c.module, list(c.names)) for c in plain if isinstance(c.module, nn.Embedding)]
+        if not chosen:
+            raise TriternError(
+                "the model has no embedding table that can be rounded; tritern.summary says why"
+            )
+    for table, names in chosen:
+        put(model, names, table if wanted == 16 else embedding_of(wanted).from_embedding(table))
+    hf.attach(model, settings)
+    if hasattr(model, "_model_card_text"):
+        vars(model)["_model_card_text"] = model_card(model, settings, tables_alone=True)
     return model
 
 
@@ -143,7 +172,7 @@ def plan(model: nn.Module, config: TernaryConfig) -> tuple[list[Choice], list[Ch
     tables = list(choose_tables(model, config.skip))
     _check(model, config, linears, tables)
     chosen, chosen_tables = ([c for c in kind if not c.reason] for kind in (linears, tables))
-    return chosen, chosen_tables if config.embedding_bits == 8 else []
+    return chosen, [] if config.embedding_bits == 16 else chosen_tables
 
 
 def _warn_of_the_rest(model: nn.Module, chosen: list[Choice]) -> None:
@@ -174,7 +203,8 @@ def _check(model: nn.Module, config: TernaryConfig, linears: list[Choice], table
     ternary = sum(isinstance(m, TernaryLinear) for m in model.modules())
     if ternary:
         raise TriternError(
-            f"the model is already ternary ({ternary} TernaryLinear layers); patch a full-precision one"
+            f"the model is already ternary ({ternary} TernaryLinear layers); patch a full-precision one "
+            "(with embedding_bits alone its tables can be changed)"
         )
     for pattern in config.skip:
         if not any(c.reason == f"skip={pattern!r}" for c in linears + tables):
@@ -192,7 +222,7 @@ def _check(model: nn.Module, config: TernaryConfig, linears: list[Choice], table
     if all(c.reason for c in linears):
         detail = _reasons([*linears, *others(model)]) or "it has no nn.Linear at all"
         raise TriternError(f"no linear layer to make ternary in {type(model).__name__} ({detail})")
-    for c in linears + (tables if config.embedding_bits == 8 else []):
+    for c in linears + ([] if config.embedding_bits == 16 else tables):
         if c.reason:
             continue
         weight = c.module.weight

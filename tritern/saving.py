@@ -16,10 +16,13 @@ from transformers import PreTrainedModel
 from .checkpoint import sealed
 from .choice import of_peft
 from .config import TernaryConfig
-from .embedding import Int8Embedding
+from .embedding import QuantizedEmbedding
 from .errors import TriternError
 from .inputs import check_folder
 from .linear import TernaryLinear
+
+ROUNDED_TABLES = {8: "int8 per row", 4: "4 bits in groups of 32"}
+"""What model cards say of embedding tables, by their bits."""
 
 
 def extend() -> None:
@@ -48,7 +51,7 @@ def _extend_save() -> None:
 
 def is_ternary(model: nn.Module) -> bool:
     """Whether any layer or table is in one of the forms of this package."""
-    return any(isinstance(m, (TernaryLinear, Int8Embedding)) for m in model.modules())
+    return any(isinstance(m, (TernaryLinear, QuantizedEmbedding)) for m in model.modules())
 
 
 def _sealing(save_pretrained: Callable[..., None]) -> Callable[..., None]:
@@ -101,7 +104,7 @@ def _with_requirement(plain: Callable[..., None]) -> Callable[..., None]:
         check_folder(path, "path")
         patched_while_loading = next(_patched_here(model), None) is not None
         if patched_while_loading and "tritern" not in (model._model_card_text or ""):
-            model._model_card_text = model_card(model, _settings(model))
+            model._model_card_text = model_card(model, settings_of(model))
         with sealed(path):
             plain(model, path, *args, **kwargs)
             file = Path(path, "config_sentence_transformers.json")
@@ -142,7 +145,7 @@ def _quantizer(model: PreTrainedModel) -> Any:
     return getattr(model, "hf_quantizer", None)
 
 
-def _settings(model: nn.Module) -> Any:
+def settings_of(model: nn.Module) -> Any:
     """What the first ternary transformers model inside says of how it was patched."""
     configs = (m.config for m in model.modules() if isinstance(m, PreTrainedModel) and is_ternary(m))
     return getattr(next(configs, None), "quantization_config", TernaryConfig())
@@ -154,20 +157,24 @@ def kind_of(model: Any) -> str:
     return next(kinds, "SentenceTransformer")
 
 
-def model_card(model: Any, config: Any, calibrated_on: int = 0) -> str:
+def model_card(model: Any, config: Any, calibrated_on: int = 0, tables_alone: bool = False) -> str:
     """README.md of a sentence-transformers model that was patched and not trained.
 
     Args:
         model: the SentenceTransformer, CrossEncoder or the like.
         config: has ``rule`` and ``activation_bits``.
         calibrated_on: number of texts that the weights were fitted to.
+        tables_alone: the model was ternary before, and only its embedding tables were changed.
     """
     layers = sum(isinstance(m, TernaryLinear) for m in model.modules())
-    tables = any(isinstance(m, Int8Embedding) for m in model.modules())
+    tables = next((m.bits for m in model.modules() if isinstance(m, QuantizedEmbedding)), 16)
     data = model.model_card_data
     base = data.base_model or data.model_id or "a sentence-transformers model"
     named = f"\nbase_model: {data.base_model}" if data.base_model else ""
     fitted = f", its weights fitted to {calibrated_on:,} texts" if calibrated_on else ""
+    made = f"Made by `tritern.patch` without training{fitted}: expect lower quality than the original's."
+    if tables_alone:
+        made = "The word embeddings of a ternary model were changed: its scores do not hold for this one."
     kind = kind_of(model)
     return f"""---
 library_name: sentence-transformers{named}
@@ -178,8 +185,8 @@ tags: [sentence-transformers, tritern, ternary]
 
 {layers} linear layers hold weights in {{-1, 0, +1}}, two bits each, one scale per output row
 (rule `{config.rule}`); activations are {"int8 per token" if config.activation_bits == 8 else "16-bit"},
-word embeddings {"int8 per row" if tables else "not rounded"}.
-Made by `tritern.patch` without training{fitted}: expect lower quality than the original's.
+word embeddings {"not rounded" if tables == 16 else ROUNDED_TABLES[tables]}.
+{made}
 Scores published for the original do not hold for this model.
 
 ```python

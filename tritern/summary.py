@@ -13,7 +13,7 @@ from tritern_kernels import cpu, padded_k, ternarize_weight
 
 from .choice import SMALLEST_TABLE, choose, choose_tables, common_name, matrices_of, others, starred
 from .config import TernaryConfig
-from .embedding import Int8Embedding
+from .embedding import QuantizedEmbedding
 from .errors import TriternError
 from .inputs import check_model
 from .linear import TernaryLinear
@@ -36,12 +36,13 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class TableSummary:
-    """One int8 embedding table: shape (rows, width), bytes before and after."""
+    """One rounded embedding table: shape (rows, width), bytes before and after, bits of a value."""
 
     name: str
     shape: tuple[int, int]
     bytes_before: int
     bytes_after: int
+    bits: int = 8
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Summary:
     parameters. Shares of zeros are None where weights are on the meta device.
 
     Attributes:
-        planned: of a model without ternary layers and int8 tables: what ``patch`` would make of it with its
-            defaults; None if there is nothing to patch.
+        planned: of a model without ternary layers and rounded tables: what ``patch`` would make of it with
+            its defaults; None if there is nothing to patch.
         refusal: why ``patch`` would refuse such a model as it is, or empty.
         products: what multiplies the ternary layers on the devices where they are.
         unpacked_bytes: kept besides for the layers on a CPU, from the first use on.
@@ -104,7 +105,8 @@ class Summary:
                 f"and model 1/{self.model_bytes_before / max(self.model_bytes_after, 1):.1f} of {dtype}"
             )
         lines += [f"Multiplied by {product}" for product in self.products]
-        lines += _skipped_lines("ternary", self.skipped) + _skipped_lines("int8", self.skipped_tables)
+        lines += _skipped_lines("ternary", self.skipped)
+        lines += _skipped_lines(f"int{self.tables[0].bits}" if self.tables else "int8", self.skipped_tables)
         return "\n".join(line.rstrip() for line in lines)
 
     __repr__ = __str__  # a session shows the table
@@ -122,7 +124,7 @@ class Summary:
         yield "all ternary layers", str(len(self.layers)), "", before, after, _percent(self.zero_fraction)
         for t in self.tables:
             before, after = _size(t.bytes_before), _size(t.bytes_after)
-            yield f"{t.name} (int8)", "1", f"{t.shape[0]} x {t.shape[1]}", before, after, ""
+            yield f"{t.name} (int{t.bits})", "1", f"{t.shape[0]} x {t.shape[1]}", before, after, ""
         yield "whole model", "", "", _size(self.model_bytes_before), _size(self.model_bytes_after), ""
 
 
@@ -141,7 +143,7 @@ def summary(model: nn.Module) -> Summary:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     ternary = [(n, m) for n, m in model.named_modules() if isinstance(m, TernaryLinear)]
     layers = [_ternary(name, module, dtype) for name, module in _first(ternary)]
-    tables = [_table(n, m) for n, m in model.named_modules() if isinstance(m, Int8Embedding)]
+    tables = [_table(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedEmbedding)]
     found = _summary(model, layers, tables, dtype)
     if layers or tables:
         return replace(found, **_products((m, m.activation_bits) for _, m in _first(ternary)))
@@ -164,7 +166,7 @@ def _summary(
         for c in choose(model)
     ]
     skipped += [SkippedLayer(c.name, c.reason, _bytes(matrices_of(c.module).values())) for c in others(model)]
-    skipped_tables = [  # a table that could be int8 is worth a line only beside one that is
+    skipped_tables = [  # a table that could be rounded is worth a line only beside one that is
         SkippedLayer(c.name, c.reason or "named in skip", _bytes([c.module.weight]))
         for c in choose_tables(model)
         if isinstance(c.module, nn.Embedding) and c.module.num_embeddings >= SMALLEST_TABLE
@@ -246,12 +248,10 @@ def _products(layers: Iterable[tuple[Any, int]]) -> dict[str, Any]:
     return {"products": tuple(lines), "unpacked_bytes": unpacked}
 
 
-def _table(name: str, table: Int8Embedding) -> TableSummary:
-    scale = table.weight_scale
-    before = table.weight.numel() * scale.element_size()
-    return TableSummary(
-        name, (table.num_embeddings, table.embedding_dim), before, _bytes([table.weight, scale])
-    )
+def _table(name: str, table: QuantizedEmbedding) -> TableSummary:
+    shape, scale = (table.num_embeddings, table.embedding_dim), table.weight_scale
+    before = shape[0] * shape[1] * scale.element_size()
+    return TableSummary(name, shape, before, _bytes([table.weight, scale]), table.bits)
 
 
 def _zeros_of(codes: Tensor) -> float:

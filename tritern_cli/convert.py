@@ -37,7 +37,8 @@ def convert(
     rule: Rule = None,
     activation_bits: ActivationBits = None,
     embedding_bits: Annotated[
-        Literal[8, 16] | None, typer.Option(help="8: word embeddings in int8; 16, the default: as they are.")
+        Literal[4, 8, 16] | None,
+        typer.Option(help="8: word embeddings in int8; 4: in 4 bits; 16, the default: as they are."),
     ] = None,
     skip: Skip = None,
     calibrate: Annotated[
@@ -60,7 +61,7 @@ def convert(
 ) -> Iterator[Result]:
     """Make a model ternary without training, and save it.
 
-    A model that is ternary already is saved in another --format.
+    A model that is ternary already is saved in another --format, or with other --embedding-bits.
     """
     if not calibrate and (column or calibrate_texts):
         raise typer.BadParameter("--column and --calibrate-texts say how to read the file of --calibrate")
@@ -75,10 +76,12 @@ def convert(
     settings = {name: value for name, value in {**settings, "calibration_texts": texts}.items() if value}
     if not is_ternary(loaded):
         tritern.patch(loaded, **settings)
+    elif settings.keys() == {"embedding_bits"}:
+        tritern.patch(loaded, embedding_bits=embedding_bits)
     elif format == "tritern" or settings:
         raise common.Refused(
-            f"{model} is ternary already: save it with --format dense or gguf and no other settings, or name "
-            "the full-precision model"
+            f"{model} is ternary already: save it with --format dense or gguf, or with --embedding-bits, and "
+            "no other settings, or name the full-precision model"
         )
     size = tritern.summary(loaded)
     _save(loaded, output, format)

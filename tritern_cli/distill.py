@@ -72,8 +72,8 @@ def distill(
     rule: Rule = None,
     activation_bits: ActivationBits = None,
     embedding_bits: Annotated[
-        Literal[8, 16] | None,
-        typer.Option(help="8, the default: word embeddings in int8; 16: as they are."),
+        Literal[4, 8, 16] | None,
+        typer.Option(help="8, the default: word embeddings in int8; 4: in 4 bits; 16: as they are."),
     ] = None,
     skip: Skip = None,
     holdout: Annotated[

@@ -299,7 +299,7 @@ def test_every_setting_changes_the_run(tiny_path, sentences, tmp_path):
         {"temperature": 0.5}, {"matryoshka_dims": [8, 32]}, {"joined_ratio": 0.0},
         {"layer_fade_start": 0.0}, {"learn_scale": False}, {"clip": 0.5}, {"blend_ratio": 1.0},
         {"recovery_ratio": 0.5}, {"recovery_ratio": 0.5, "recovery_learning_rate": 0.5},
-        {"train_embeddings": False}, {"train_int8_embeddings": False}, {"cpu_bf16": False},
+        {"train_embeddings": False}, {"train_rounded_embeddings": False}, {"cpu_bf16": False},
         {"cpu_bf16": True}, {"max_length": 8}, {"group_by_length": False}, {"learning_rate": 1e-4},
         {"relations_weight": 1.0, "relation_heads": 4}, {"layer_fade_start": 0.0, "layer_fade": 0.5},
         {"bf16": True},

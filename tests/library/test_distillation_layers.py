@@ -7,7 +7,7 @@ from torch import nn
 
 from tritern import Int8Embedding, TernaryConfig, TernaryLinear, TriternError
 from tritern.distillation.layers import (
-    TrainableInt8Embedding,
+    TrainableQuantizedEmbedding,
     TrainableTernaryLinear,
     make_trainable,
     pack_trained,
@@ -118,7 +118,7 @@ def test_latent_weights_that_are_not_finite_are_refused():
 
 def test_int8_embedding_in_training_gives_the_bits_of_the_rounded_table():
     table = nn.Embedding(50, 16, padding_idx=0)
-    module = TrainableInt8Embedding.around(table)
+    module = TrainableQuantizedEmbedding.around(table, 8)
     ids = torch.tensor([[1, 2, 3], [0, 49, 7]])
     assert torch.equal(module(ids), Int8Embedding.from_embedding(table)(ids))
     assert not torch.equal(module(ids), table(ids))
@@ -133,7 +133,7 @@ def test_a_table_that_multiplies(dtype):
     from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
     table = Gemma3TextScaledWordEmbedding(50, 16, 0, embed_scale=24**0.5).to(dtype)
-    module = TrainableInt8Embedding.around(table)
+    module = TrainableQuantizedEmbedding.around(table, 8)
     ids = torch.tensor([[1, 2, 3], [0, 49, 7]])
     packed = module.packed_table()
     assert torch.equal(module(ids), Int8Embedding.from_embedding(table)(ids))

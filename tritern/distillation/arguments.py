@@ -59,7 +59,7 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
         recovery_ratio: share of the steps, at the end, with frozen codes.
         recovery_learning_rate: learning rate there as a share of the peak.
         train_embeddings: train the embedding tables too.
-        train_int8_embeddings: round tables that become int8 in training too, and not only at its end.
+        train_rounded_embeddings: round the embedding tables in training too, and not only at its end.
         cpu_bf16: on a CPU, run the teacher, the backward products and the blended layers in bfloat16, while
             the student's ternary forward stays as it will be served; None: where the CPU has
             instructions for it. (On CUDA, float32 gradients of a layer's input are 16-bit products.)
@@ -94,7 +94,7 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
     recovery_ratio: float = field(default=0.0)
     recovery_learning_rate: float = field(default=0.1)
     train_embeddings: bool = field(default=True)
-    train_int8_embeddings: bool = field(default=True)
+    train_rounded_embeddings: bool = field(default=True)
     cpu_bf16: bool | None = field(default=None)
 
     def __post_init__(self) -> None:

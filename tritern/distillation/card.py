@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..saving import ROUNDED_TABLES
+
 
 def model_card(record: dict[str, Any]) -> str:
     """Markdown for README.md.
@@ -27,7 +29,7 @@ def model_card(record: dict[str, Any]) -> str:
         minutes += f" since it was resumed from {record['resumed_from']}"
     versions = ", ".join(f"{name} {v}" for name, v in record["versions"].items())
     activations = "int8 per token" if config["activation_bits"] == 8 else "as they are"
-    tables = "int8 per row" if config["embedding_bits"] == 8 else "as they were"
+    tables = ROUNDED_TABLES.get(config["embedding_bits"], "as they were")
     on = f", going on from {record['trained_on_from']}" if "trained_on_from" in record else ""
     named = f"\nbase_model: {record['base_model']}" if record["base_model"] else ""
     return f"""---

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritern_kernels import PackedTernary, ternarize_weight
-from tritern_kernels.reference import Rule, quantize_activations
+from tritern_kernels.reference import Rule
 from tritern_kernels.training import Codes, blended_weight, ternarize_given, ternary_linear, transpose
 
 from .. import hf
 from ..choice import choose, choose_tables
 from ..config import TernaryConfig
-from ..embedding import Int8Embedding, multiplied, multiplier
+from ..embedding import QuantizedEmbedding, embedding_of, multiplied, multiplier
 from ..errors import TriternError
 from ..export import dequantize
 from ..linear import TernaryLinear, autocast
@@ -163,37 +163,39 @@ class TrainableTernaryLinear(nn.Module):
         self._transposed, self._stale = None, True
 
 
-class TrainableInt8Embedding(nn.Embedding):
-    """An ``nn.Embedding`` whose looked-up rows are rounded as in ``Int8Embedding``, straight-through.
+class TrainableQuantizedEmbedding(nn.Embedding):
+    """An ``nn.Embedding`` whose looked-up rows are rounded as in ``Int8Embedding`` or ``Int4Embedding``,
+    straight-through.
 
     Attributes:
-        embed_scale, original: as in ``Int8Embedding``.
+        bits, embed_scale, original: as in ``QuantizedEmbedding``.
     """
 
+    bits: int
     embed_scale: float
     original: type[nn.Embedding]
 
     @classmethod
-    def around(cls, table: nn.Embedding) -> TrainableInt8Embedding:
-        """One that takes over a table's parameter."""
+    def around(cls, table: nn.Embedding, bits: int) -> TrainableQuantizedEmbedding:
+        """One of so many bits that takes over a table's parameter."""
         new = cls(table.num_embeddings, table.embedding_dim, table.padding_idx, device="meta")
-        new.weight = table.weight
+        new.weight, new.bits = table.weight, bits
         new.embed_scale, new.original = multiplier(table) or 1.0, type(table)
         return new.train(table.training)
 
-    def packed_table(self) -> Int8Embedding:
+    def packed_table(self) -> QuantizedEmbedding:
         """The inference table with the present values."""
         shape = self.num_embeddings, self.embedding_dim, self.padding_idx
-        new = Int8Embedding.from_embedding(nn.Embedding(*shape, _weight=self.weight))
+        new = embedding_of(self.bits).from_embedding(nn.Embedding(*shape, _weight=self.weight))
         new.embed_scale, new.original = self.embed_scale, self.original
         return new.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002, the parent's name
         """Ids [...] -> [..., embedding_dim]."""
-        rows = super().forward(input)
-        q, scale = quantize_activations(rows.detach().reshape(-1, rows.shape[-1]))
-        scale = scale.to(rows.dtype)
-        value = (q.to(rows.dtype) * scale[:, None]).view(rows.shape)
+        rows, form = super().forward(input), embedding_of(self.bits)
+        ids, places = input.unique(return_inverse=True)
+        codes, scale = form.quantize(self.weight.detach()[ids])
+        value = form.dequantize(places, codes, scale, self.embedding_dim)
         value = value + (rows - rows.detach())  # value, to the bit, with the rows' gradient
         return multiplied(value, self.embed_scale)
 
@@ -233,7 +235,7 @@ def make_trainable(
     for choice in tables:
         assert isinstance(choice.module, nn.Embedding)
         if through_tables:
-            put(model, choice.names, TrainableInt8Embedding.around(choice.module))
+            put(model, choice.names, TrainableQuantizedEmbedding.around(choice.module, config.embedding_bits))
     return [name for c in linears + tables for name in c.names]
 
 
@@ -250,41 +252,43 @@ def reopen(model: nn.Module, latent: float) -> tuple[TernaryConfig, dict[str, Te
         the layers' names.
 
     Raises:
-        TriternError: as ``dequantize``; layers with different ``activation_bits``, or that ``patch`` would
-            not convert.
+        TriternError: as ``dequantize``; layers with different ``activation_bits``, tables of different
+            ``bits``, or what ``patch`` would not convert.
     """
     named = dict(model.named_modules(remove_duplicate=False))
     layers = {name: m for name, m in named.items() if isinstance(m, TernaryLinear)}
-    names = {*layers, *(name for name, m in named.items() if isinstance(m, Int8Embedding))}
-    bits = {m.activation_bits for m in layers.values()}
+    tables = {name: m.bits for name, m in named.items() if isinstance(m, QuantizedEmbedding)}
+    names = {*layers, *tables}
+    bits, table_bits = {m.activation_bits for m in layers.values()}, set(tables.values())
     if len(bits) > 1:
         raise TriternError(f"activation_bits must be the same in all ternary layers; they are {sorted(bits)}")
+    if len(table_bits) > 1:
+        raise TriternError(f"embedding tables must have the same bits; they have {sorted(table_bits)}")
     scales = {name: layer.weight_scale.detach().clone() for name, layer in layers.items()}
     dequantize(model)
     plain = [model.get_submodule(name) for name in layers]
     for weight in {id(m.weight): m.weight for m in plain if isinstance(m, nn.Linear)}.values():
         weight.data.mul_(latent)
-    tables = len(names) > len(layers)
     found = [c for c in (*choose(model), *(choose_tables(model) if tables else ())) if not c.reason]
     if missing := names.difference(*(c.names for c in found)):
         raise TriternError(f"{sorted(missing)[0]} is ternary, and tritern.patch would not make it so again")
     return TernaryConfig(
         activation_bits=bits.pop() if bits else 8,
-        embedding_bits=8 if tables else 16,
+        embedding_bits=table_bits.pop() if tables else 16,
         skip=tuple(c.name for c in found if names.isdisjoint(c.names)),
     ), scales
 
 
 def pack_trained(model: nn.Module, config: TernaryConfig, names: Iterable[str]) -> None:
     """Replace what is trainable by its packed form, in place."""
-    _swap(model, names)
+    _swap(model, names, config.embedding_bits)
     hf.attach(model, config)
 
 
 @contextmanager
 def packed_form(model: nn.Module, config: TernaryConfig, names: Iterable[str]) -> Iterator[None]:
     """The packed model for as long as the context lasts, to be saved or scored."""
-    trainable = _swap(model, names)
+    trainable = _swap(model, names, config.embedding_bits)
     try:
         hf.attach(model, config)
         yield
@@ -294,16 +298,16 @@ def packed_form(model: nn.Module, config: TernaryConfig, names: Iterable[str]) -
             model.set_submodule(name, layer)
 
 
-def _swap(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+def _swap(model: nn.Module, names: Iterable[str], embedding_bits: int) -> dict[str, nn.Module]:
     old = {name: model.get_submodule(name) for name in names}
     new: dict[int, nn.Module] = {}
     for layer in old.values():
         if isinstance(layer, TrainableTernaryLinear):
             new.setdefault(id(layer), layer.packed_layer())
-        elif isinstance(layer, TrainableInt8Embedding):
+        elif isinstance(layer, TrainableQuantizedEmbedding):
             new.setdefault(id(layer), layer.packed_table())
         elif isinstance(layer, nn.Embedding):
-            new.setdefault(id(layer), Int8Embedding.from_embedding(layer))
+            new.setdefault(id(layer), embedding_of(embedding_bits).from_embedding(layer))
     for name, layer in old.items():
         put(model, [name], new[id(layer)])
     return old

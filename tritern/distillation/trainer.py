@@ -139,7 +139,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
             learn_scale=args.learn_scale,
             clip=args.clip,
             backward_dtype=args.backward_dtype(),
-            through_tables=args.train_int8_embeddings,
+            through_tables=args.train_rounded_embeddings,
         )
         if args.learning_rate is None:
             args.learning_rate = suggested_learning_rate(sum(p.numel() for p in model.parameters()))
