@@ -30,8 +30,13 @@ EDITABLE = "config_sentence_transformers.json"
 _MODULE_FOLDER = re.compile(r"(\w+_)?\d+_\w+")
 """How sentence-transformers names the folders of its modules: ``1_Pooling``, ``query_0_Transformer``."""
 
-_SAVED_AS = {("U8", "F32"), *(("I8", scale) for scale in ("F32", "F16", "BF16"))}
-"""Types of codes and scales in safetensors files: of ternary layers, and of tables."""
+_SAVED_AS = {
+    ("U8", "F32", 1),
+    *((codes, kind, rank) for codes, rank in (("I8", 1), ("U8", 2)) for kind in ("F32", "F16", "BF16")),
+}
+"""Types of codes and scales in safetensors files, and the scales' dimensions: of ternary layers, and of
+tables of 8 and of 4 bits.
+"""
 
 _NO_PART_OF_A_MODEL = (".csv", ".err", ".jsonl", ".log", ".md", ".out")
 """Model cards and logs, which may change at any time."""
@@ -95,10 +100,11 @@ def _check_dtypes(owner: dict[str, Any]) -> None:
         if name.endswith(".weight_scale"):
             weight = name.removesuffix("_scale")
             kinds = [owner[n].get_slice(n).get_dtype() if n in owner else "" for n in (weight, name)]
-            if tuple(kinds) not in _SAVED_AS and "" not in kinds:
+            rank = len(owner[name].get_slice(name).get_shape())
+            if (*kinds, rank) not in _SAVED_AS and "" not in kinds:
                 raise CheckpointError(
-                    f"{weight} and its scale must be uint8 and float32, or int8 and floating point; the file "
-                    f"holds {kinds[0]} and {kinds[1]}. Save the model again with model.save_pretrained()."
+                    f"{weight} and its scale must be uint8 and float32, or for a table int8 or uint8 and "
+                    f"floating point; the file holds {kinds[0]} and {kinds[1]}. Save the model again with model.save_pretrained()."
                 )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from tritern_kernels import linear, tables
 from tritern_kernels.dispatch import BertSizes, DecoderSizes, _device, block_plan
+from tritern_kernels.embedding import lookup, quantize_table
 from tritern_kernels.ternarize import expand, ternarize
 from tritern_kernels.training import transpose
 
@@ -70,6 +71,11 @@ def main() -> None:
                 sys.exit(f"wrong result: {M} x {N} x {K}, {bits} bits, {config}")
         expand(weight.packed, weight.scale, K, torch.bfloat16)
         transpose(weight.packed, K)
+    for M, rows, width in ((1, 3, 1), (700, 130, 300)):
+        packed, scale = quantize_table(torch.randn(rows, width, device="cuda").half())
+        ids = torch.randint(-1, rows + 1, (M,), device="cuda")
+        if not torch.equal(lookup(ids, packed, scale, width).isnan().any(1), (ids < 0) | (ids >= rows)):
+            sys.exit(f"wrong rows of a table of {rows} x {width}")
     for M, hidden, inner in ((1, 130, 70), (33, 384, 1536), (700, 130, 300)):
         bert(M, hidden, inner)
         decoder(M, hidden, inner, 3, 1, 16)

@@ -145,8 +145,8 @@ def wrapped(model, config):
         (LoraConfig(target_modules=["query"]), r"model.add_adapter\(tritern.lora\(peft.LoraConfig"),
         (LoHaConfig(target_modules=["query"]), "take LoRA adapters only"),
         (IA3Config(target_modules=["query"], feedforward_modules=[]), "take LoRA adapters only"),
-        (LoraConfig(target_modules=["word_embeddings"]), "int8 tables take no adapters"),
-        (tritern.lora(LoraConfig(target_modules=["word_embeddings"])), "int8 tables take no adapters"),
+        (LoraConfig(target_modules=["word_embeddings"]), "rounded tables take no adapters"),
+        (tritern.lora(LoraConfig(target_modules=["word_embeddings"])), "rounded tables take no adapters"),
         (LoraConfig(target_modules="all-linear"), "'all-linear' finds each nn.Linear and no ternary layer"),
         (
             tritern.lora(LoraConfig(target_modules="all-linear")),

@@ -55,7 +55,7 @@ def kernels():
 
 
 def layers():
-    """``TernaryLinear`` and ``Int8Embedding``, there and back."""
+    """``TernaryLinear`` and rounded tables, there and back."""
     from torch import nn
     from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
@@ -72,9 +72,10 @@ def layers():
     ids, scaled = torch.arange(7), Gemma3TextScaledWordEmbedding(50, 130, None, embed_scale=11.4)
     scaled.weight.data = given(50, 130)
     for table in (nn.Embedding(50, 130, _weight=given(50, 130)), scaled):
-        made = tritern.Int8Embedding.from_embedding(table)
-        again = made.to_embedding()
-        yield [state(made), bits(made(ids)), state(again), bits(again(ids))]
+        for kind in (tritern.Int8Embedding, tritern.Int4Embedding):
+            made = kind.from_embedding(table)
+            again = made.to_embedding()
+            yield [state(made), bits(made(ids)), state(again), bits(again(ids))]
 
 
 def models(path, texts):

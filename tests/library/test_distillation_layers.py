@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from tritern import Int8Embedding, TernaryConfig, TernaryLinear, TriternError
+from tritern import Int4Embedding, Int8Embedding, TernaryConfig, TernaryLinear, TriternError
 from tritern.distillation.layers import (
     TrainableQuantizedEmbedding,
     TrainableTernaryLinear,
@@ -116,11 +116,13 @@ def test_latent_weights_that_are_not_finite_are_refused():
         module.packed_layer()
 
 
-def test_int8_embedding_in_training_gives_the_bits_of_the_rounded_table():
+@pytest.mark.parametrize("kind", [Int8Embedding, Int4Embedding])
+def test_a_table_in_training_gives_the_bits_of_the_rounded_one(kind):
     table = nn.Embedding(50, 16, padding_idx=0)
-    module = TrainableQuantizedEmbedding.around(table, 8)
+    module = TrainableQuantizedEmbedding.around(table, kind.bits)
     ids = torch.tensor([[1, 2, 3], [0, 49, 7]])
-    assert torch.equal(module(ids), Int8Embedding.from_embedding(table)(ids))
+    assert torch.equal(module(ids), kind.from_embedding(table)(ids))
+    assert type(module.packed_table()) is kind
     assert not torch.equal(module(ids), table(ids))
     module(ids).sum().backward()
     expected = torch.zeros(50, 16)
@@ -142,15 +144,16 @@ def test_a_table_that_multiplies(dtype):
     assert table.weight.grad[1, 0] == torch.tensor(24**0.5).to(dtype) and table.weight.grad[4, 0] == 0
 
 
-def test_a_model_there_and_back(tiny, sentences):
-    config = TernaryConfig(embedding_bits=8, skip=("*.layer.0.output.dense",))
+@pytest.mark.parametrize("kind", [Int8Embedding, Int4Embedding])
+def test_a_model_there_and_back(tiny, sentences, kind):
+    config = TernaryConfig(embedding_bits=kind.bits, skip=("*.layer.0.output.dense",))
     names = make_trainable(tiny, config)
     assert sum(isinstance(m, TrainableTernaryLinear) for m in tiny.modules()) == 11
     tiny.eval()
     vectors = tiny.encode(sentences[:20])
     with packed_form(tiny, config, names):
         assert sum(isinstance(m, TernaryLinear) for m in tiny.modules()) == 11
-        assert sum(isinstance(m, Int8Embedding) for m in tiny.modules()) == 1
+        assert sum(isinstance(m, kind) for m in tiny.modules()) == 1
         assert np.array_equal(tiny.encode(sentences[:20]), vectors)
     assert not hasattr(tiny[0].auto_model.config, "quantization_config")
     assert sum(isinstance(m, TrainableTernaryLinear) for m in tiny.modules()) == 11

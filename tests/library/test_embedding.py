@@ -15,22 +15,27 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 import tritern
 from tests.library.test_save_load import change_settings
-from tritern import CheckpointError, Int8Embedding, TernaryConfig, TernaryLinear, TriternError
+from tritern import CheckpointError, Int4Embedding, Int8Embedding, TernaryConfig, TernaryLinear, TriternError
 from tritern.checkpoint import MANIFEST
 from tritern.patch import choose_tables
+from tritern_kernels.embedding import quantize_table
 from tritern_kernels.reference import quantize_activations
 
 WORD_TABLE = "0.model.embeddings.word_embeddings"
 IDS = torch.tensor([1, 2])
 
 
-def int8_names(model):
-    return [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Int8Embedding)]
+KINDS = {8: Int8Embedding, 4: Int4Embedding}
+BITS = pytest.mark.parametrize("bits", KINDS)
 
 
-@pytest.fixture
-def table():
-    return Int8Embedding.from_embedding(nn.Embedding(60, 33, padding_idx=3))
+def int8_names(model, kind=Int8Embedding):
+    return [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, kind)]
+
+
+@pytest.fixture(params=KINDS.values(), ids=["int8", "int4"])
+def table(request):
+    return request.param.from_embedding(nn.Embedding(60, 33, padding_idx=3))
 
 
 def test_values_by_hand():
@@ -52,26 +57,47 @@ def test_rows_are_rounded_as_activations_are():
     assert (error <= embedding.weight.abs().amax(1) / 254 * 1.0001).all() and error.max() > 0
 
 
+def test_four_bits_by_hand():
+    values = torch.stack([torch.arange(36) % 16 - 8.0, torch.zeros(36)]) / 4
+    table = Int4Embedding.from_embedding(nn.Embedding.from_pretrained(values))
+    assert table.weight.shape == (2, 32) and table.weight_scale.tolist() == [[0.25, 0.25], [0.0, 0.0]]
+    assert torch.equal(table(torch.tensor([[1, 0]])), values[[1, 0]][None])
+    with pytest.raises(IndexError):
+        table(torch.tensor([2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_four_bits_are_those_of_the_kernels(dtype):
+    embedding = nn.Embedding(60, 100).to(dtype)
+    table = Int4Embedding.from_embedding(embedding)
+    packed, scale = quantize_table(embedding.weight.detach())
+    assert torch.equal(table.weight, packed) and torch.equal(table.weight_scale, scale)
+    error = (table.to_embedding().weight - embedding.weight).float().square().sum()
+    assert 0 < error < 0.008 * embedding.weight.float().square().sum()
+
+
 @pytest.mark.parametrize(
     "cast",
     [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.float16), lambda m: m.type(torch.half)],
 )
-def test_casts_leave_the_table_int8(table, cast):
+def test_casts_leave_the_codes(table, cast):
     other = cast(copy.deepcopy(table))
     dtype = other.weight_scale.dtype
-    assert other.weight.dtype == torch.int8 and torch.equal(other.weight, table.weight)
+    assert other.weight.dtype == table.weight.dtype and torch.equal(other.weight, table.weight)
     assert torch.equal(other.weight_scale, table.weight_scale.to(dtype)) and dtype != torch.float32
     assert other(IDS).dtype == dtype
-    assert torch.equal(other(IDS), table.weight[IDS].to(dtype) * table.weight_scale[IDS, None].to(dtype))
+    rounded = copy.deepcopy(table)
+    rounded.weight_scale = other.weight_scale.float()
+    assert torch.equal(other(IDS), rounded(IDS).to(dtype))  # each product rounded once
 
 
 def test_copies_give_the_same_bits(table):
-    fresh = Int8Embedding(60, 33)
+    fresh = type(table)(60, 33)
     fresh.load_state_dict(table.state_dict())
     for other in (copy.deepcopy(table), pickle.loads(pickle.dumps(table)), fresh):
         assert torch.equal(other(IDS), table(IDS)) and other(IDS).any()
         assert other.weight.data_ptr() != table.weight.data_ptr()
-    assert repr(table) == "Int8Embedding(60, 33, padding_idx=3)"
+    assert repr(table) == f"{type(table).__name__}(60, 33, padding_idx=3)"
 
 
 def test_round_trip_to_embedding(table):
@@ -82,37 +108,38 @@ def test_round_trip_to_embedding(table):
 
 
 def test_refusals(table):
-    with pytest.raises(TriternError, match="max_norm=1.0 cannot be made int8.*set max_norm to None"):
-        Int8Embedding.from_embedding(nn.Embedding(5, 4, max_norm=1.0))
+    kind, codes = type(table), table.weight.dtype
+    with pytest.raises(TriternError, match=f"max_norm=1.0 cannot be made int{kind.bits}.*max_norm to None"):
+        kind.from_embedding(nn.Embedding(5, 4, max_norm=1.0))
     with pytest.raises(TriternError, match="meta device; load the weights"):
-        Int8Embedding.from_embedding(nn.Embedding(5, 4, device="meta"))
+        kind.from_embedding(nn.Embedding(5, 4, device="meta"))
     with pytest.raises(TriternError, match="float16 or bfloat16; received torch.float64: cast it first"):
-        Int8Embedding.from_embedding(nn.Embedding(5, 4).double())
+        kind.from_embedding(nn.Embedding(5, 4).double())
     with pytest.raises(TriternError, match="received torch.int8"):
-        Int8Embedding(5, 4, dtype=torch.int8)
+        kind(5, 4, dtype=torch.int8)
     with pytest.raises(TriternError, match="NaN or infinity; repair"):
-        Int8Embedding.from_embedding(nn.Embedding.from_pretrained(torch.full((2, 2), torch.inf)))
+        kind.from_embedding(nn.Embedding.from_pretrained(torch.full((2, 2), torch.inf)))
     with pytest.raises(TriternError, match=r"cannot be trained.*`table.to_embedding\(\)`"):
         table.requires_grad_()
     assert table.requires_grad_(False) is table
     state = table.state_dict()
     with pytest.raises(
-        RuntimeError, match="weight must be torch.int8; the state dict holds torch.float32. Load full-precis"
+        RuntimeError, match=f"weight must be {codes}; the state dict holds torch.float32. Load full-precis"
     ):
-        table.load_state_dict({**state, "weight": torch.ones(60, 33)})
+        table.load_state_dict({**state, "weight": state["weight"].float()})
     with pytest.raises(RuntimeError, match="weight_scale must be torch.float32 or.*holds torch.int8"):
-        table.load_state_dict({**state, "weight_scale": torch.ones(60, dtype=torch.int8)})
+        table.load_state_dict({**state, "weight_scale": state["weight_scale"].to(torch.int8)})
     for given in (torch.ones(60, 33), "words", None, torch.nn.Linear(60, 33)):
         with pytest.raises(TriternError, match="embedding must be an nn.Embedding; received"):
-            Int8Embedding.from_embedding(given)
+            kind.from_embedding(given)
     torch.set_default_dtype(torch.float64)
     try:
         with pytest.raises(TriternError, match="dtype must be float32, float16 or bfloat16; received"):
-            Int8Embedding(60, 33)
+            kind(60, 33)
     finally:
         torch.set_default_dtype(torch.float32)
-    with pytest.raises(TriternError, match="embedding_bits must be 8 or 16; received 4"):
-        TernaryConfig(embedding_bits=4)
+    with pytest.raises(TriternError, match="embedding_bits must be 4, 8 or 16; received 5"):
+        TernaryConfig(embedding_bits=5)
 
 
 def test_by_default_tables_stay(tiny, tmp_path):
@@ -131,11 +158,13 @@ def test_by_default_tables_stay(tiny, tmp_path):
     assert np.array_equal(loaded.encode(["ba be bi"]), tiny.encode(["ba be bi"]))
 
 
-def test_patched_saved_and_loaded(tiny, sentences, tmp_path):
+@BITS
+def test_patched_saved_and_loaded(tiny, sentences, tmp_path, bits):
     bytes_before = tritern.summary(tiny).model_bytes_before
     original = tiny.encode(sentences[:20])
-    tritern.patch(tiny, embedding_bits=8)
-    assert int8_names(tiny) == [WORD_TABLE]  # not positions and types
+    tritern.patch(tiny, embedding_bits=bits)
+    kind, said = KINDS[bits], {8: "int8 per row", 4: "4 bits in groups of 32"}[bits]
+    assert int8_names(tiny, kind) == [WORD_TABLE]  # not positions and types
     vectors = tiny.encode(sentences[:20])
     assert not np.array_equal(vectors, original)
     transformer = tiny[0].model
@@ -144,20 +173,24 @@ def test_patched_saved_and_loaded(tiny, sentences, tmp_path):
     )
 
     tiny.save_pretrained(str(tmp_path / "model"))
-    assert "word embeddings int8 per row" in " ".join((tmp_path / "model/README.md").read_text().split())
+    assert f"word embeddings {said}" in " ".join((tmp_path / "model/README.md").read_text().split())
     loaded = SentenceTransformer(str(tmp_path / "model"), device="cpu")
-    assert int8_names(loaded) == [WORD_TABLE]
+    assert int8_names(loaded, kind) == [WORD_TABLE]
     assert np.array_equal(loaded.encode(sentences[:20]), vectors)
     size = tritern.summary(loaded)
     (table,) = size.tables
-    assert (table.bytes_before, table.bytes_after) == (4 * table.shape[0] * 32, table.shape[0] * (32 + 4))
-    assert f"{WORD_TABLE} (int8)" in str(size)
+    row = {8: 32 + 4, 4: 16 + 4}[bits]
+    assert (table.bytes_before, table.bytes_after) == (4 * table.shape[0] * 32, table.shape[0] * row)
+    assert table.bits == bits and f"{WORD_TABLE} (int{bits})" in str(size)
     assert size.model_bytes_before == bytes_before
     with pytest.raises(TriternError, match="already ternary"):
         tritern.patch(loaded)
 
     as_bf16 = AutoModel.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).embeddings.word_embeddings
-    assert as_bf16.weight.dtype == torch.int8 and as_bf16.weight_scale.dtype == torch.bfloat16
+    assert (
+        as_bf16.weight.dtype == tiny.get_submodule(WORD_TABLE).weight.dtype
+        and as_bf16.weight_scale.dtype == torch.bfloat16
+    )
     plain = AutoModel.from_pretrained(tmp_path / "model")
     plain.dequantize()
     assert type(plain.embeddings.word_embeddings) is nn.Embedding
@@ -165,17 +198,18 @@ def test_patched_saved_and_loaded(tiny, sentences, tmp_path):
     change_settings(tmp_path / "model", embeddings=["embeddings.LayerNorm"])
     (tmp_path / "model" / MANIFEST).unlink()
     with pytest.raises(
-        CheckpointError, match="names the int8 table 'embeddings.LayerNorm', but the model has"
+        CheckpointError, match="names the rounded table 'embeddings.LayerNorm', but the model has"
     ):
         SentenceTransformer(str(tmp_path / "model"), device="cpu")
 
 
+@BITS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(tiny, sentences, tmp_path, dtype):
-    tritern.patch(tiny, embedding_bits=8)
+def test_half_precision(tiny, sentences, tmp_path, dtype, bits):
+    tritern.patch(tiny, embedding_bits=bits)
     full = tiny.encode(sentences[:20], normalize_embeddings=True)
     vectors = tiny.to(dtype).encode(sentences[:20])
-    assert tiny.get_submodule(WORD_TABLE).weight.dtype == torch.int8
+    assert tiny.get_submodule(WORD_TABLE).weight.dtype == {8: torch.int8, 4: torch.uint8}[bits]
     cosines = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) * full).sum(1)
     assert cosines.min() > 0.99
     tiny.save_pretrained(str(tmp_path))
@@ -184,9 +218,10 @@ def test_half_precision(tiny, sentences, tmp_path, dtype):
     assert np.array_equal(loaded.encode(sentences[:20]), vectors)
 
 
-def test_minilm_in_half_precision_takes_16_megabytes(minilm, texts, tmp_path):
-    tritern.patch(minilm, embedding_bits=8).half().save_pretrained(str(tmp_path))
-    assert sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()) <= 16_500_000
+@pytest.mark.parametrize(("bits", "most"), [(8, 16_500_000), (4, 11_000_000)])
+def test_minilm_in_half_precision(minilm, texts, tmp_path, bits, most):
+    tritern.patch(minilm, embedding_bits=bits).half().save_pretrained(str(tmp_path))
+    assert sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()) <= most
     loaded = SentenceTransformer(str(tmp_path), device="cpu", model_kwargs={"dtype": torch.float16})
     assert np.array_equal(loaded.encode(texts), minilm.encode(texts))
 
@@ -251,6 +286,65 @@ def test_word_embeddings_of_sentence_transformers_stay():
     words = WordEmbeddings(WhitespaceTokenizer([str(i) for i in range(2000)]), torch.ones(2000, 8))
     (choice,) = choose_tables(SentenceTransformer(modules=[words], device="cpu"))
     assert choice.reason == "sentence-transformers WordEmbeddings"
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 4), (16, 4), (4, 8), (8, 16), (16, 16), (4, 4)])
+def test_tables_of_a_ternary_model_are_changed(tiny, sentences, tmp_path, before, after):
+    skip = "*.layer.0.*"
+    tritern.patch(tiny, embedding_bits=before, rule="twn", skip=skip)
+    old = tiny.get_submodule(WORD_TABLE)
+    values = (old if before == 16 else old.to_embedding()).weight.detach().clone()
+    assert tritern.patch(tiny, embedding_bits=after) is tiny
+    new = tiny.get_submodule(WORD_TABLE)
+    if after == 16:
+        assert type(new) is nn.Embedding and torch.equal(new.weight, values)
+    else:
+        assert type(new) is KINDS[after]
+        assert torch.equal(new.weight, KINDS[after].quantize(values)[0])
+    if before == after == 4:  # rounded values are rounded to themselves
+        assert torch.allclose(new.to_embedding().weight, values, rtol=1e-5, atol=1e-7)
+    vectors = tiny.encode(sentences[:20])
+    tiny.save_pretrained(str(tmp_path))
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    assert np.array_equal(loaded.encode(sentences[:20]), vectors)
+    settings = loaded[0].model.config.quantization_config
+    assert (settings.rule, settings.skip) == ("twn", [skip]) and len(settings.modules) == 6
+    card = " ".join((tmp_path / "README.md").read_text().split())
+    assert "The word embeddings of a ternary model were changed" in card and "(rule `twn`)" in card
+    loaded = tritern.patch(loaded, embedding_bits=4)  # from disk too
+    assert int8_names(loaded, Int4Embedding) == [WORD_TABLE]
+
+
+def test_tables_of_a_ternary_model_that_stay(tiny):
+    tritern.patch(tiny, skip="*word_embeddings")
+    with pytest.raises(TriternError, match="no embedding table that can be rounded"):
+        tritern.patch(tiny, embedding_bits=4)
+    for others in ({"rule": "mse"}, {"skip": "pooler"}, {"config": TernaryConfig()}):
+        with pytest.raises(TriternError, match="already ternary .*with embedding_bits alone"):
+            tritern.patch(tiny, embedding_bits=4, **others)
+    with pytest.raises(TriternError, match="embedding_bits must be 4, 8 or 16; received 2"):
+        tritern.patch(tiny, embedding_bits=2)
+
+
+def test_tables_of_several_bits_are_not_saved(tiny, tmp_path):
+    tritern.patch(tiny, embedding_bits=8)
+    embeddings = tiny[0].model.embeddings
+    embeddings.position_embeddings = Int4Embedding.from_embedding(embeddings.position_embeddings)
+    with pytest.raises(TriternError, match="must have the same bits; they are .*: 8.*: 4"):
+        tiny.save_pretrained(str(tmp_path))
+
+
+def test_damaged_scales_are_refused(tiny, tmp_path):
+    """NaN; a negative scale belongs to the format of 4 bits and not to that of 8."""
+    for bits, value, allowed in ((4, -1.0, True), (4, torch.nan, False), (8, -1.0, False)):
+        model = tritern.patch(copy.deepcopy(tiny), embedding_bits=bits)
+        model.get_submodule(WORD_TABLE).weight_scale.view(-1)[5] = value
+        model.save_pretrained(str(tmp_path / f"{bits}{value}"))
+        if allowed:
+            SentenceTransformer(str(tmp_path / f"{bits}{value}"), device="cpu")
+        else:
+            with pytest.raises(CheckpointError, match="word_embeddings: scale holds NaN, infinity or a neg"):
+                SentenceTransformer(str(tmp_path / f"{bits}{value}"), device="cpu")
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -1,3 +1,4 @@
+import copy
 import re
 from unittest.mock import Mock
 
@@ -20,7 +21,7 @@ from transformers import (
 
 import tritern
 from tests.conftest import TEXTS, WORDS
-from tritern import Int8Embedding, TernaryLinear, TriternError
+from tritern import Int4Embedding, Int8Embedding, TernaryLinear, TriternError
 from tritern.linear import RMSNorm
 
 gguf = pytest.importorskip("gguf")
@@ -98,6 +99,13 @@ def equal_to(model, path, names):
         elif isinstance(module, Int8Embedding):
             assert torch.equal(value, module.weight_scale.half().float()[:, None] * module.weight)
             assert stored[f"{name}.weight"].tensor_type.name == "Q8_0"
+        elif isinstance(module, Int4Embedding):
+            kind = "Q4_0" if module.embedding_dim % 32 == 0 else "F16"
+            expected = copy.deepcopy(module) if kind == "F16" else copy.deepcopy(module).half().float()
+            expected = expected.to_embedding().weight.detach()
+            expected = expected.half().float() if kind == "F16" else expected
+            assert torch.equal(value, expected)
+            assert stored[f"{name}.weight"].tensor_type.name == kind
         else:
             exact = value.dtype == torch.float32 and stored[f"{name}.weight"].tensor_type.name == "F32"
             expected = module.weight if exact else module.weight.half()
@@ -157,7 +165,7 @@ def test_a_file_that_is_there_stays_until_the_new_one_is_whole(tmp_path, monkeyp
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("embedding_bits", [8, 16])
+@pytest.mark.parametrize("embedding_bits", [4, 8, 16])
 def test_bert_weights(tmp_path, embedding_bits):
     model = tritern.patch(bert(tmp_path), embedding_bits=embedding_bits)
     tritern.export_gguf(model, tmp_path / "model.gguf")

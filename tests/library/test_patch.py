@@ -196,7 +196,9 @@ def test_config_refusals():
             TriternError, match="activation_bits must be 8 or 16; received .*(bool|float|str)"
         ):
             TernaryLinear(8, 8, activation_bits=value)
-        with pytest.raises(TriternError, match="embedding_bits must be 8 or 16; received .*(bool|float|str)"):
+        with pytest.raises(
+            TriternError, match="embedding_bits must be 4, 8 or 16; received .*(bool|float|str)"
+        ):
             TernaryConfig(embedding_bits=value)
     config = TernaryConfig(activation_bits=np.int64(16), embedding_bits=np.int64(8), skip=["pooler"])
     assert type(config.activation_bits) is type(config.embedding_bits) is int and config.skip == ("pooler",)

@@ -14,15 +14,21 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
 import tritern
-from tritern import CheckpointError, Int8Embedding, TernaryLinear, TriternError
+from tritern import CheckpointError, TernaryLinear, TriternError
 from tritern.checkpoint import EDITABLE, MANIFEST, sealed
+from tritern.embedding import QuantizedEmbedding
+
+
+@pytest.fixture(scope="module", params=[8, 4])
+def embedding_bits(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def ternary(tiny_path):
-    """Ternary layers, an int8 table and a prompt. Not to be changed."""
+def ternary(tiny_path, embedding_bits):
+    """Ternary layers, a rounded table and a prompt. Not to be changed."""
     model = SentenceTransformer(tiny_path, device="cpu", prompts={"query": "bab dad "})
-    return tritern.patch(model, embedding_bits=8)
+    return tritern.patch(model, embedding_bits=embedding_bits)
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +91,12 @@ def test_shards(ternary, saved, same, tmp_path):
 
 
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"])
-def test_device_map(saved, tiny_path, same, device_map):
+def test_device_map(saved, tiny_path, same, device_map, embedding_bits):
     assert same(saved, device=None, model_kwargs={"device_map": device_map})
     patched = AutoModel.from_pretrained(
-        tiny_path, quantization_config=tritern.TernaryConfig(embedding_bits=8), device_map=device_map
+        tiny_path,
+        quantization_config=tritern.TernaryConfig(embedding_bits=embedding_bits),
+        device_map=device_map,
     )
     loaded = AutoModel.from_pretrained(saved)
     assert all(torch.equal(t, loaded.state_dict()[k]) for k, t in patched.state_dict().items())
@@ -121,7 +129,8 @@ def test_dtypes(saved, sentences, dtype):
     kinds = {type(m): m for m in loaded.modules()}
     assert kinds[TernaryLinear].weight.dtype == torch.uint8
     assert kinds[TernaryLinear].weight_scale.dtype == torch.float32
-    assert kinds[Int8Embedding].weight_scale.dtype == other.dtype
+    (table,) = (m for kind, m in kinds.items() if issubclass(kind, QuantizedEmbedding))
+    assert table.weight_scale.dtype == other.dtype
     assert np.array_equal(loaded.encode(sentences[:8]), other.encode(sentences[:8]))
     assert np.array_equal(loaded.half().encode(sentences[:8]), other.half().encode(sentences[:8]))
 
@@ -154,11 +163,11 @@ def test_deepcopy_and_pickle(ternary, same, tmp_path):
     assert same(torch.load(tmp_path / "whole.pt", weights_only=False))
 
 
-def test_state_dicts(ternary, tiny_path, same, tmp_path):
+def test_state_dicts(ternary, tiny_path, same, tmp_path, embedding_bits):
     torch.save(ternary.state_dict(), tmp_path / "state.pt")
-    other = tritern.patch(SentenceTransformer(tiny_path, device="cpu"), embedding_bits=8)
+    other = tritern.patch(SentenceTransformer(tiny_path, device="cpu"), embedding_bits=embedding_bits)
     for layer in other.modules():
-        if isinstance(layer, (TernaryLinear, Int8Embedding)):
+        if isinstance(layer, (TernaryLinear, QuantizedEmbedding)):
             layer.weight.zero_()
     assert not same(other)
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
