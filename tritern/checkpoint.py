@@ -104,7 +104,8 @@ def _check_dtypes(owner: dict[str, Any]) -> None:
             if (*kinds, rank) not in _SAVED_AS and "" not in kinds:
                 raise CheckpointError(
                     f"{weight} and its scale must be uint8 and float32, or for a table int8 or uint8 and "
-                    f"floating point; the file holds {kinds[0]} and {kinds[1]}. Save the model again with model.save_pretrained()."
+                    f"floating point; the file holds {kinds[0]} and {kinds[1]}. Save the model again with "
+                    "model.save_pretrained()."
                 )
 
 

@@ -308,7 +308,7 @@ def _described(model: PreTrainedModel, made_by: Any = None) -> TernaryQuantizati
         raise TriternError(
             f"embedding tables of a model that is saved must have the same bits; they are {tables}"
         )
-    table_bits = next(iter(tables.values()), 8)
+    table_bits = next(iter(tables.values()), 16)
     names = [n for n, _ in layers]
     return TernaryQuantizationConfig(names, bits, made_by.rule, made_by.skip, list(tables), table_bits, norms)
 
