@@ -11,8 +11,8 @@
 DIR/train/sentences.txt.zst holds one text a line and DIR/train/sources.txt.gz the letter of its source, one
 of SOURCES. The run of the model in the package took 7.5 minutes on an H200, with cuDNN's attention switched
 off (``torch.backends.cuda.enable_cudnn_sdp(False)``) and the tokens counted by the tokenizer's Rust part.
-``pack`` takes the model of the last of the runs named, rounds its embedding table to 4 bits, and writes it
-with a card that names what it was trained on.
+``pack`` takes the model of the last of the runs named, rounds its embedding table to --embedding-bits, and
+writes it with a card that names what it was trained on.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def write_texts(data: Path, out: Path) -> dict[str, int]:
     return count
 
 
-ROUNDED = """ Training had its word embeddings in {before};
-they were rounded to {after} at the end. Closeness and sizes below are those before, scores those after."""
+ROUNDED = """ It was trained with word embeddings in {before}, which
+were then rounded to {after}. Closeness and sizes below are of before that rounding, scores of after it."""
 
 
 def card(records: list[dict[str, Any]], model: Any, size: int) -> str:
@@ -147,10 +147,8 @@ def card(records: list[dict[str, Any]], model: Any, size: int) -> str:
     from tritern.saving import ROUNDED_TABLES
 
     found = tritern.summary(model)
-    trained, shipped = (
-        ROUNDED_TABLES.get(bits, "16 bits")
-        for bits in (records[-1]["config"]["embedding_bits"], *(t.bits for t in found.tables[:1]))
-    )
+    bits = records[-1]["config"]["embedding_bits"], next((t.bits for t in found.tables), 16)
+    trained, shipped = (ROUNDED_TABLES.get(n, "16 bits") for n in bits)
 
     rows = [
         f"| {s.name} | [{s.repository}](https://github.com/{s.repository}) | {s.licence} |"

@@ -241,6 +241,23 @@ def quality() -> str:
     return "\n".join(lines) + "\n"
 
 
+def development() -> str:
+    """The splits that the shipped model and the bits of its table were chosen by."""
+    file = load("cpu-minilm-l6-ternary-development.json")
+    columns = [*file["tasks"], "sts", "retrieval", "all sets"]
+    lines = ["| | MB | " + " | ".join(columns) + " |", "|" + " --- |" * (len(columns) + 2)]
+    for label, row in file["rows"].items():
+        cells = [f"{row['scores'][name]:.2f}" for name in file["tasks"]]
+        for name in columns[len(cells) :]:
+            cell = f"{row['means'][name]:.2f}"
+            if "intervals" in row:
+                low, high = row["intervals"][name]
+                cell += f", {row['retention'][name]:.1f} % ({low:.1f} to {high:.1f})"
+            cells.append(cell)
+        lines.append(f"| {label} | {row['bytes'] / 1e6:.1f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def search(file: str) -> str:
     """Search with the shipped model and the original, by ``embed_search.py`` or by ``ann.py``."""
     found, arm = load(file), f"{SHIPPED} int8"
@@ -324,6 +341,7 @@ def main() -> None:
         "search": (readme, search("cpu-embed-search.json")),
         "ann": (readme, search("cpu-ann.json")),
         "cpu": (readme, encoding()),
+        "development": (mode, development()),
         "cpu-layers": (mode, layers()),
         "h200": (readme, block()),
     }

@@ -156,7 +156,7 @@ to the input or the output, or could not be loaded again.
 """
 
 NOTES = """
-T5's word table is shared by several modules and does not become int8; Gemma's, which multiplies what it
+T5's word table is shared by several modules and is not rounded; Gemma's, which multiplies what it
 looks up, does. Of ALBERT's layers, which share their weights, each is stored once. Of SigLIP, CLIP and
 other models of text and images both halves are patched. A head is what a transformers model has around
 its base model, under whatever name.

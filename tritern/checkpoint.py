@@ -103,8 +103,9 @@ def _check_dtypes(owner: dict[str, Any]) -> None:
             rank = len(owner[name].get_slice(name).get_shape())
             if (*kinds, rank) not in _SAVED_AS and "" not in kinds:
                 raise CheckpointError(
-                    f"{weight} and its scale must be uint8 and float32, or for a table int8 or uint8 and "
-                    f"floating point; the file holds {kinds[0]} and {kinds[1]}. Save the model again with "
+                    f"{weight} and its scale must be uint8 and float32 [N], in a table of 8 bits int8 and "
+                    "floating point [rows], of 4 bits uint8 and floating point [rows, groups]; the file "
+                    f"holds {kinds[0]} and {kinds[1]} of {rank} dimensions. Save the model again with "
                     "model.save_pretrained()."
                 )
 

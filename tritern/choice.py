@@ -1,4 +1,4 @@
-"""Which parts of a model become ternary or int8, and why the others do not."""
+"""Which parts of a model become ternary or rounded, and why the others do not."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class QuantizedEmbedding(nn.Module):
     look up, such as Gemma's, in the dtype of ``weight_scale``, which follows the module when it is cast.
 
     Attributes:
-        bits: of a value, 8 or 4; of the class.
+        bits: class attribute, bits of a value: 8 or 4.
         weight, weight_scale: buffers, the codes and their scales.
         embed_scale: multiplies the output, rounded to its dtype first; 1 for an ``nn.Embedding``.
         original: class of the table that this one stands for.
@@ -190,19 +190,20 @@ class Int8Embedding(QuantizedEmbedding):
 
     @staticmethod
     def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-        """As the class says."""
+        """int8 [rows, width] and the scale of each row, in weight's dtype."""
         codes, scale = quantize_activations(weight)
         return codes, scale.to(weight.dtype)
 
     @staticmethod
     def dequantize(ids: Tensor, packed: Tensor, scale: Tensor, width: int) -> Tensor:
-        """As of the parent."""
+        """Rows of int8 times their scales."""
         return F.embedding(ids, packed).to(scale.dtype) * F.embedding(ids, scale[:, None])
 
 
 class Int4Embedding(QuantizedEmbedding):
     """A table of 4 bits a value and a scale for every 32 values of a row, 4.5 bits a value in 16-bit dtypes:
     the numbers of llama.cpp's Q4_0, with scales of a smaller squared error (``tritern_kernels.embedding``).
+    On a GPU an id that is no row gives a row of NaN, not an error.
 
     Arguments, attributes and errors as in ``QuantizedEmbedding``; ``weight`` is uint8 [num_embeddings, 16 *
     groups] and ``weight_scale`` [num_embeddings, groups], groups being embedding_dim / 32, rounded up.

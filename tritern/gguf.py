@@ -211,8 +211,8 @@ def _int8(gguf: ModuleType, name: str, table: Int8Embedding) -> tuple[np.ndarray
 
 def _int4(gguf: ModuleType, name: str, table: Int4Embedding) -> tuple[np.ndarray, Any]:
     types, K = gguf.GGMLQuantizationType, table.embedding_dim
-    scale = _half(f"{name}.weight_scale", table.weight_scale)
     if K % 32 == 0:
+        scale = _half(f"{name}.weight_scale", table.weight_scale)
         return _blocks(scale, table.weight.cpu().numpy().reshape(*scale.shape, 16)), types.Q4_0
     return _half(name, table.to_embedding().weight), types.F16
 

@@ -36,12 +36,12 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         modules: names of the ternary layers, relative to the transformers model.
         activation_bits, rule, skip: as in ``TernaryConfig``.
         embeddings: names of the rounded embedding tables.
-        embedding_bits: of their values, 8 or 4.
+        embedding_bits: of their values, 8 or 4 (16 where there are none). Older models, of 8, do not say.
         norms: of the ternary layers with an RMSNorm, the name and the norm's eps.
         format_version: of the packed layout; a newer one is refused.
 
     Raises:
-        CheckpointError: unknown version or field.
+        CheckpointError: unknown version, field or bits of tables.
     """
 
     def __init__(
@@ -65,6 +65,11 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         if unknown:
             raise CheckpointError(
                 f"unknown fields in the tritern quantization_config: {', '.join(sorted(unknown))}"
+            )
+        if embeddings and embedding_bits not in (4, 8):
+            raise CheckpointError(
+                f"embedding_bits of a saved model are 4 or 8; config.json says {embedding_bits!r}: upgrade "
+                "tritern, or save the model again"
             )
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers takes registered names as str
         self.modules = list(modules or [])

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tritern_kernels.devices import check_device
 from tritern_kernels.dispatch import FLOATS
@@ -57,11 +58,14 @@ def patch(
     fitted to them, layer by layer (``tritern.calibration``): no training, minutes on a CPU for a small model,
     and far closer to the original. That takes a second copy of the model for as long as it lasts.
 
-    With ``embedding_bits=8`` every ``nn.Embedding`` of at least 1,024 rows becomes an ``Int8Embedding``, with
-    4 an ``Int4Embedding``, except those with max_norm or in sentence-transformers' own modules, weights
-    shared with another module, as in T5 or with an lm_head, and subclasses other than those that only
-    multiply the output, as Gemma's. A model that is ternary already takes ``embedding_bits`` alone, which
-    changes its tables only: from 8 bits to 4, say.
+    ``embedding_bits=8`` makes every ``nn.Embedding`` of at least 1,024 rows an ``Int8Embedding``, 4 an
+    ``Int4Embedding``. These stay: tables with max_norm, those in sentence-transformers' own modules, weights
+    shared with another module, as in T5 or with an lm_head, and subclasses that do more than multiply the
+    output, as Gemma's do.
+
+    ``patch(model, embedding_bits=N)`` of a model that is ternary already changes its tables only, and 16
+    makes them plain. No other argument may be given then. (Of a model that is none of transformers' no
+    ``skip`` is remembered.)
 
     Args:
         model: the model; its weights must be loaded, finite, in float32, float16 or bfloat16.
@@ -83,7 +87,8 @@ def patch(
     if config is not None and not isinstance(config, TernaryConfig):
         raise TriternError(f"config must be a tritern.TernaryConfig; received {type(config).__name__}")
     others_given = (config, skip, rule, activation_bits, calibration_texts)
-    if embedding_bits is not None and others_given == (None,) * 5 and is_ternary(model):
+    ternary = any(isinstance(m, TernaryLinear) for m in model.modules())
+    if ternary and embedding_bits is not None and others_given == (None,) * 5:
         return _with_tables(model, bits(embedding_bits, "embedding_bits", EMBEDDING_BITS))
     changes: dict[str, Any] = {"rule": rule, "activation_bits": activation_bits}
     changes["embedding_bits"] = embedding_bits
@@ -127,26 +132,45 @@ def patch(
 
 
 def _with_tables(model: Model, wanted: int) -> Model:
-    """Round the embedding tables of a ternary model anew, or with 16 bits make them plain, in place."""
-    settings, tables = settings_of(model), dict[int, tuple[nn.Embedding, list[str]]]()
+    """Round the embedding tables of a ternary model to so many bits, or with 16 make them plain, in place."""
+    _refuse_adapters(model)
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedEmbedding):
-            _, names = tables.setdefault(id(module), (module.to_embedding(), []))
-            names.append(name)
-    chosen = [(table, list(names)) for table, names in tables.values()]
-    if not chosen and wanted != 16:
-        plain = (c for c in choose_tables(model, tuple(settings.skip)) if not c.reason)
-        chosen = [(c.module, list(c.names)) for c in plain if isinstance(c.module, nn.Embedding)]
-        if not chosen:
-            raise TriternError(
-                "the model has no embedding table that can be rounded; tritern.summary says why"
-            )
-    for table, names in chosen:
-        put(model, names, table if wanted == 16 else embedding_of(wanted).from_embedding(table))
-    hf.attach(model, settings)
-    if hasattr(model, "_model_card_text"):
-        vars(model)["_model_card_text"] = model_card(model, settings, tables_alone=True)
+            found.setdefault(id(module), (module, []))[1].append(name)
+    if not found and wanted != 16:
+        skipped = _skipped_tables(model)
+        plain = (c for c in choose_tables(model) if not c.reason and id(c.module) not in skipped)
+        found = {id(c.module): (c.module, list(c.names)) for c in plain}
+        if not found:
+            raise TriternError("the model has no embedding table to round; tritern.summary(model) says why")
+    new: list[tuple[list[str], nn.Module]] = []
+    for table, names in found.values():
+        if getattr(table, "bits", 16) == wanted:
+            continue
+        try:
+            whole: Any = table.to_embedding() if isinstance(table, QuantizedEmbedding) else table
+            new.append((names, whole if wanted == 16 else embedding_of(wanted).from_embedding(whole)))
+        except TriternError as error:
+            raise TriternError(f"{names[0]}: {error}") from None
+    for names, table in new:  # all of them are good
+        put(model, names, table)
+    if new:
+        hf.attach(model)
+        if hasattr(model, "_model_card_text"):
+            vars(model)["_model_card_text"] = model_card(model, settings_of(model), tables_alone=True)
     return model
+
+
+def _skipped_tables(model: nn.Module) -> set[int]:
+    """ids of the tables that ``skip`` left plain when the transformers models inside were patched."""
+    return {
+        id(c.module)
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel) and is_ternary(part)
+        for c in choose_tables(part, tuple(settings_of(part).skip))
+        if c.reason.startswith("skip=")
+    }
 
 
 def put(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
@@ -213,12 +237,7 @@ def _check(model: nn.Module, config: TernaryConfig, linears: list[Choice], table
                 if linears
                 else f"skip={pattern!r} matches nothing: the model has no linear layers"
             )
-    adapters = [n for n, m in model.named_modules() if type(m).__module__.startswith("peft.tuners.")]
-    if adapters:
-        raise TriternError(
-            f"the model carries PEFT adapters ({len(adapters)} modules, such as {adapters[-1]}). Merge them "
-            "into its weights first (merge_and_unload of peft), or patch the plain model and adapt that"
-        )
+    _refuse_adapters(model)
     if all(c.reason for c in linears):
         detail = _reasons([*linears, *others(model)]) or "it has no nn.Linear at all"
         raise TriternError(f"no linear layer to make ternary in {type(model).__name__} ({detail})")
@@ -246,6 +265,15 @@ def _check(model: nn.Module, config: TernaryConfig, linears: list[Choice], table
                 check_shape(*weight.shape)
         except ValueError as error:
             raise TriternError(f"{c.name}: {error} Or name it in skip=.") from None
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    adapters = [n for n, m in model.named_modules() if type(m).__module__.startswith("peft.tuners.")]
+    if adapters:
+        raise TriternError(
+            f"the model carries PEFT adapters ({len(adapters)} modules, such as {adapters[-1]}). Merge them "
+            "into its weights first (merge_and_unload of peft), or patch the plain model and adapt that"
+        )
 
 
 def _reasons(choices: list[Choice]) -> str:

@@ -174,7 +174,7 @@ def model_card(model: Any, config: Any, calibrated_on: int = 0, tables_alone: bo
     fitted = f", its weights fitted to {calibrated_on:,} texts" if calibrated_on else ""
     made = f"Made by `tritern.patch` without training{fitted}: expect lower quality than the original's."
     if tables_alone:
-        made = "The word embeddings of a ternary model were changed: its scores do not hold for this one."
+        made = "Its word embeddings were changed when it was ternary already: earlier scores do not hold."
     kind = kind_of(model)
     return f"""---
 library_name: sentence-transformers{named}

@@ -7,6 +7,7 @@ from torch import nn
 
 from tritern_kernels.tuning import MOST_TOKENS, bucket
 
+from .embedding import Int4Embedding
 from .fused import Fused, fused_blocks, kind_of, run_on_zeros
 from .inputs import check_model, whole_number
 from .linear import TernaryLinear
@@ -56,6 +57,9 @@ def warmup(
             blocks.setdefault(kind, block)
     buckets = [1 << i for i in range(4, bucket(max_tokens).bit_length())]
     with torch.inference_mode():
+        for table in model.modules():
+            if isinstance(table, Int4Embedding) and table.weight.is_cuda:  # a kernel for every number of ids
+                table(torch.zeros(1, dtype=torch.int64, device=table.weight.device))
         for layer in bar(kinds.values(), desc="Compiling", unit="layer", disable=not progress):
             for tokens in buckets:
                 layer(torch.zeros(tokens, layer.in_features, dtype=dtype, device=layer.weight.device))

@@ -33,8 +33,8 @@ def groups(width: int) -> int:
 def quantize_table(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round a table to 4 bits, each group with the scale of the smallest squared error that was found.
 
-    Of the scales tried the best gives codes, these their least-squares scale, and that, rounded to the
-    table's dtype, the codes.
+    The best of the scales tried gives a first set of codes. Their least-squares scale is rounded to the
+    table's dtype. The values divided by it give the codes.
 
     Args:
         weight: [rows, width] fp32, fp16 or bf16, finite.
@@ -61,14 +61,15 @@ def quantize_table(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _quantize(weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
     values = torch.nn.functional.pad(weight.float(), (0, GROUP * count - weight.shape[1]))
     values = values.view(-1, count, GROUP)
-    start = values.gather(-1, values.abs().argmax(-1, keepdim=True)) / -8
-    best, least = torch.zeros_like(values), torch.full_like(start, torch.inf)
+    peak = values.gather(-1, values.abs().argmax(-1, keepdim=True))
+    shares = values / torch.where(peak == 0, 1.0, peak)  # whose squares neither over- nor underflow
+    best, least = torch.zeros_like(values), torch.full_like(peak, torch.inf)
     for factor in _FACTORS:
-        codes = _codes(values, start * factor)
-        error = (codes * (start * factor) - values).square().sum(-1, keepdim=True)
+        codes = (shares * (-8 / factor)).round_().clamp_(-8, 7)
+        error = (codes * (factor / -8) - shares).square_().sum(-1, keepdim=True)
         best, least = torch.where(error < least, codes, best), torch.minimum(error, least)
     length = (best * best).sum(-1, keepdim=True)
-    scale = ((best * values).sum(-1, keepdim=True) / length.clamp(min=1)).to(weight.dtype)
+    scale = (peak * ((best * shares).sum(-1, keepdim=True) / length.clamp(min=1))).to(weight.dtype)
     nibbles = (_codes(values, scale.float()) + 8).to(torch.uint8)
     low, high = nibbles[..., :_HALF], nibbles[..., _HALF:]
     return (low | high << 4).flatten(1), scale.squeeze(-1)

@@ -69,6 +69,14 @@ def test_better_than_the_rounding_of_llama_cpp():
     assert relative_error(ours, weight) < 0.93 * relative_error(torch.from_numpy(theirs), weight)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_rounding_does_not_depend_on_the_size(size):
+    weight = torch.randn(9, 64)
+    packed, scale = quantize_table(weight)
+    other, other_scale = quantize_table(weight * size)
+    assert torch.equal(other, packed) and torch.allclose(other_scale, scale * size)
+
+
 def test_values_too_small_for_a_scale_are_zero():
     weight = torch.full((1, 32), 1e-7).half()
     packed, scale = quantize_table(weight / 8)

@@ -214,6 +214,16 @@ def test_convert_to_an_ordinary_checkpoint(tiny_path, ternary_path, texts, tmp_p
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
+def test_convert_changes_the_tables_of_a_ternary_model(ternary_path, texts, tmp_path):
+    (found,) = answer("convert", ternary_path, tmp_path / "four", "--embedding-bits", 4)
+    assert [table["bits"] for table in found["summary"]["tables"]] == [4]
+    expected = tritern.patch(load(ternary_path), embedding_bits=4).encode(texts)
+    assert np.array_equal(load(tmp_path / "four").encode(texts), expected)
+    answer("convert", ternary_path, tmp_path / "dense", "--embedding-bits", 4, "--format", "dense")
+    table = load(tmp_path / "dense")[0].auto_model.embeddings.word_embeddings
+    assert all(len(group.unique()) <= 16 for group in table.weight[:50].view(-1, 32))
+
+
 def test_convert_to_gguf(tiny_path, tmp_path):
     pytest.importorskip("gguf")
     path = tmp_path / "new" / "tiny.gguf"

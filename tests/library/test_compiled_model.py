@@ -43,9 +43,9 @@ def worst_cosine(a, b):
     return float(torch.nn.functional.cosine_similarity(a, b, dim=-1).min())
 
 
-@pytest.fixture
-def tiny_ternary(tiny):
-    return tritern.patch(tiny, embedding_bits=8)[0].auto_model.eval()
+@pytest.fixture(params=[8, 4])
+def tiny_ternary(tiny, request):
+    return tritern.patch(tiny, embedding_bits=request.param)[0].auto_model.eval()
 
 
 def batch(texts, length):

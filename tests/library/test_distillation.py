@@ -17,6 +17,7 @@ from tritern.distillation import FidelityEvaluator, TernaryDistillationArguments
 from tritern.distillation.arguments import suggested_learning_rate
 from tritern.distillation.trainer import STATE_FILE
 from tritern.draw import drawn
+from tritern.embedding import QuantizedEmbedding
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"per_device_train_batch_size": 16, "max_steps": 12, "disable_tqdm": True, "learning_rate": 3e-3}
@@ -57,7 +58,7 @@ def test_raw_text_in_a_closer_ternary_model_out(tiny, tiny_path, sentences, tmp_
     assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.1}, "as it was"
 
 
-FORMS = TernaryLinear, tritern.Int8Embedding
+FORMS = TernaryLinear, QuantizedEmbedding
 FURTHER = {k: v for k, v in SMALL.items() if k != "learning_rate"} | {"save_strategy": "no"}
 
 
@@ -116,16 +117,19 @@ def test_a_ternary_model_is_trained_on_from_where_it_is(tiny_path, sentences, tm
     assert losses(tmp_path / "on") == [entry["loss"] for entry in record["log"] if "loss" in entry]
 
 
-def test_a_ternary_model_is_trained_on_by_vectors(tiny_path, sentences, tmp_path):
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_ternary_model_is_trained_on_by_vectors(tiny_path, sentences, tmp_path, bits):
     teacher = SentenceTransformer(tiny_path, device="cpu")
-    model = tritern.patch(SentenceTransformer(tiny_path, device="cpu"), embedding_bits=8)
+    model = tritern.patch(SentenceTransformer(tiny_path, device="cpu"), embedding_bits=bits)
     settings = {**FURTHER, "max_steps": 60, "teacher": teacher.encode(sentences), "holdout": 64}
     with pytest.raises(TriternError, match="hidden_weight must be 0"):
         tritern.distill(model, sentences, tmp_path, **settings)
     assert len(codes(model)) == 13  # refused before anything was changed
     tritern.distill(model, sentences, tmp_path, hidden_weight=0.0, **settings)
-    given, distilled = json.loads((tmp_path / "distillation.json").read_text())["fidelity"].values()
+    record = json.loads((tmp_path / "distillation.json").read_text())
+    given, distilled = record["fidelity"].values()
     assert distilled["cosine"] > given["cosine"] + 0.02
+    assert record["config"]["embedding_bits"] == bits == tritern.summary(model).tables[0].bits
 
 
 def test_an_interrupted_run_resumed_equals_one_that_was_not(tiny_path, sentences, tmp_path):

@@ -310,7 +310,7 @@ def test_tables_of_a_ternary_model_are_changed(tiny, sentences, tmp_path, before
     settings = loaded[0].model.config.quantization_config
     assert (settings.rule, settings.skip) == ("twn", [skip]) and len(settings.modules) == 6
     card = " ".join((tmp_path / "README.md").read_text().split())
-    assert "The word embeddings of a ternary model were changed" in card and "(rule `twn`)" in card
+    assert ("Its word embeddings were changed when" in card) == (before != after) and "(rule `twn`)" in card
     loaded = tritern.patch(loaded, embedding_bits=4)  # from disk too
     assert int8_names(loaded, Int4Embedding) == [WORD_TABLE]
 
@@ -326,12 +326,87 @@ def test_tables_of_a_ternary_model_that_stay(tiny):
         tritern.patch(tiny, embedding_bits=2)
 
 
+class Two(nn.Module):
+    def __init__(self, tiny_path):
+        super().__init__()
+        self.q, self.d = (AutoModel.from_pretrained(tiny_path) for _ in range(2))
+
+
+def test_each_model_inside_keeps_its_settings(tiny_path):
+    two = Two(tiny_path)
+    tritern.patch(two.q, rule="twn", skip="embeddings.word_embeddings")
+    tritern.patch(two.d)
+    tritern.patch(two, embedding_bits=4)
+    assert int8_names(two, Int4Embedding) == ["d.embeddings.word_embeddings"]
+    settings = [m.config.quantization_config for m in (two.q, two.d)]
+    assert [s.rule for s in settings] == ["twn", "mse"] and settings[0].skip == ["embeddings.word_embeddings"]
+    assert [s.embedding_bits for s in settings] == [16, 4]
+
+
+class Tables(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.linear = nn.Embedding(2000, 32), nn.Embedding(2000, 32), nn.Linear(32, 32)
+        self.c = self.a
+
+
+def test_changing_tables_changes_all_or_none():
+    model = tritern.patch(Tables())
+    calls = []
+    model.a.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        model.b.weight[0, 0] = torch.nan
+    with pytest.raises(TriternError, match="b: the table holds NaN or infinity"):
+        tritern.patch(model, embedding_bits=4)
+    assert type(model.a) is type(model.b) is nn.Embedding
+    with torch.no_grad():
+        model.b.weight[0, 0] = 0
+    for bits in (8, 4):
+        tritern.patch(model, embedding_bits=bits)
+        assert int8_names(model, KINDS[bits]) == ["a", "b", "c"] and model.a is model.c
+    model.c(IDS)
+    assert calls == [1]
+    tables = model.a, model.b
+    tritern.patch(model, embedding_bits=4)  # nothing to do
+    assert (model.a, model.b) == tables
+
+
+def test_a_rounded_table_alone_is_not_a_ternary_model():
+    model = Tables()
+    model.a = Int8Embedding.from_embedding(model.a)
+    tritern.patch(model, embedding_bits=8)
+    assert type(model.linear) is TernaryLinear and type(model.b) is Int8Embedding
+
+
+def test_tables_beneath_adapters_stay(tiny):
+    peft = pytest.importorskip("peft", reason="needs peft")
+    tritern.patch(tiny, embedding_bits=8)
+    tiny[0].auto_model.add_adapter(tritern.lora(peft.LoraConfig(target_modules=["query"])))
+    with pytest.raises(TriternError, match="carries PEFT adapters"):
+        tritern.patch(tiny, embedding_bits=4)
+
+
 def test_tables_of_several_bits_are_not_saved(tiny, tmp_path):
     tritern.patch(tiny, embedding_bits=8)
     embeddings = tiny[0].model.embeddings
     embeddings.position_embeddings = Int4Embedding.from_embedding(embeddings.position_embeddings)
     with pytest.raises(TriternError, match="must have the same bits; they are .*: 8.*: 4"):
         tiny.save_pretrained(str(tmp_path))
+
+
+def test_settings_of_older_and_newer_models(tiny, sentences, tmp_path):
+    tritern.patch(tiny, embedding_bits=8).save_pretrained(str(tmp_path))
+    (tmp_path / MANIFEST).unlink()
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config["quantization_config"].pop("embedding_bits") == 8
+    file.write_text(json.dumps(config))
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    assert np.array_equal(loaded.encode(sentences[:9]), tiny.encode(sentences[:9]))
+    for bits, error in ((2, CheckpointError), (16, CheckpointError), (4, (CheckpointError, RuntimeError))):
+        change_settings(tmp_path, embedding_bits=bits)
+        with pytest.raises(error, match="embedding_bits of a saved model are 4 or 8|(?i:mismatch|must be)"):
+            SentenceTransformer(str(tmp_path), device="cpu")
 
 
 def test_damaged_scales_are_refused(tiny, tmp_path):

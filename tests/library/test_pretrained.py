@@ -38,7 +38,7 @@ def test_it_loads_by_name_and_is_close_to_its_original(model, minilm, texts):
     assert shipped() == [NAME] and resolve(NAME) == str(FOLDER)
     layers = [m for m in model.modules() if isinstance(m, tritern.TernaryLinear)]
     assert len(layers) == 36 and {m.activation_bits for m in layers} == {8}
-    assert sum(isinstance(m, tritern.Int8Embedding) for m in model.modules()) == 1
+    assert sum(isinstance(m, tritern.Int4Embedding) for m in model.modules()) == 1
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.max_seq_length == minilm.max_seq_length == 256
     cosines = (model.encode(texts) * minilm.encode(texts)).sum(1)
@@ -196,6 +196,13 @@ def test_a_run_is_packed_in_16_bits_with_its_card(tiny_path, sentences, tmp_path
     records = json.loads((tmp_path / "r.json").read_text())["runs"]
     assert [(r["steps"], r["texts_per_step"]) for r in records] == [(2, 64)] * 2
     assert (tmp_path / "curve.png").stat().st_size > 10_000
+    options = ["--embedding-bits", "4", "--source", "the first lines"]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), *options])
+    release.main()
+    assert tritern.summary(tritern.load(tmp_path / "to", device="cpu")).tables[0].bits == 4
+    card = (tmp_path / "to" / "README.md").read_text()
+    assert "texts from the first lines, 2 steps" in card and "word embeddings in int8 per row, which" in card
+    assert "were then rounded to 4 bits in groups of 32." in card
     monkeypatch.setattr(release, "MOST_BYTES", 1000)
     with pytest.raises(SystemExit, match="at most 1,000 are shipped"):
         release.main()

@@ -11,6 +11,23 @@ def test_nothing_to_compile_on_a_cpu(tiny):
 
 
 @pytest.mark.gpu
+def test_after_warmup_no_lookup_compiles(tiny, sentences, monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    model = tritern.patch(tiny, embedding_bits=4).cuda().half()
+    tritern.warmup(model)
+    expected = model[0].auto_model.embeddings.word_embeddings.to_embedding()
+
+    def compiles(*args, **kwargs):
+        raise AssertionError("compiled after the warm-up")
+
+    monkeypatch.setattr(JITFunction, "_do_compile", compiles)
+    for texts in (1, 7, 100):
+        ids = model.tokenizer(sentences[:texts], padding=True, return_tensors="pt")["input_ids"].cuda()
+        assert torch.equal(model[0].auto_model.embeddings.word_embeddings(ids), expected(ids))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("bits", [8, 16])
 def test_after_warmup_no_number_of_tokens_compiles(bits, monkeypatch):
     from triton.runtime.jit import JITFunction
