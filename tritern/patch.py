@@ -17,7 +17,7 @@ from tritern_kernels.formats import check_shape
 
 from . import hf
 from .calibration import calibrate, checked
-from .choice import Choice, choose, choose_tables, common_name, matrices_of, others, starred
+from .choice import Choice, choose, choose_tables, common_name, matrices_of, of_peft, others, starred
 from .config import EMBEDDING_BITS, TernaryConfig, bits
 from .embedding import QuantizedEmbedding, embedding_of
 from .errors import TriternError
@@ -268,7 +268,7 @@ def _check(model: nn.Module, config: TernaryConfig, linears: list[Choice], table
 
 
 def _refuse_adapters(model: nn.Module) -> None:
-    adapters = [n for n, m in model.named_modules() if type(m).__module__.startswith("peft.tuners.")]
+    adapters = [n for n, m in model.named_modules() if of_peft(m)]
     if adapters:
         raise TriternError(
             f"the model carries PEFT adapters ({len(adapters)} modules, such as {adapters[-1]}). Merge them "

@@ -296,13 +296,13 @@ def test_tables_of_a_ternary_model_are_changed(tiny, sentences, tmp_path, before
     values = (old if before == 16 else old.to_embedding()).weight.detach().clone()
     assert tritern.patch(tiny, embedding_bits=after) is tiny
     new = tiny.get_submodule(WORD_TABLE)
-    if after == 16:
+    if before == after:
+        assert new is old
+    elif after == 16:
         assert type(new) is nn.Embedding and torch.equal(new.weight, values)
     else:
         assert type(new) is KINDS[after]
         assert torch.equal(new.weight, KINDS[after].quantize(values)[0])
-    if before == after == 4:  # rounded values are rounded to themselves
-        assert torch.allclose(new.to_embedding().weight, values, rtol=1e-5, atol=1e-7)
     vectors = tiny.encode(sentences[:20])
     tiny.save_pretrained(str(tmp_path))
     loaded = SentenceTransformer(str(tmp_path), device="cpu")
@@ -317,7 +317,7 @@ def test_tables_of_a_ternary_model_are_changed(tiny, sentences, tmp_path, before
 
 def test_tables_of_a_ternary_model_that_stay(tiny):
     tritern.patch(tiny, skip="*word_embeddings")
-    with pytest.raises(TriternError, match="no embedding table that can be rounded"):
+    with pytest.raises(TriternError, match="no embedding table to round"):
         tritern.patch(tiny, embedding_bits=4)
     for others in ({"rule": "mse"}, {"skip": "pooler"}, {"config": TernaryConfig()}):
         with pytest.raises(TriternError, match="already ternary .*with embedding_bits alone"):

@@ -271,7 +271,7 @@ def cast(name, dtype):
         ),
         (
             lambda s: s.update({f"{TABLE}.weight": s[f"{TABLE}.weight"].byte()}),
-            "must be int8; received torch.uint8",
+            "must be torch.int8; received torch.uint8",
         ),
         (cast(f"{LAYER}.weight", torch.float32), "must be uint8 and float32 .*the file holds F32 and F32"),
         (
