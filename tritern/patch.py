@@ -17,7 +17,7 @@ from tritern_kernels.formats import check_shape
 
 from . import hf
 from .calibration import calibrate, checked
-from .choice import Choice, choose, choose_tables, common_name, matrices_of, of_peft, others, starred
+from .choice import Choice, choose, choose_tables, common_name, matrices_of, others, starred
 from .config import EMBEDDING_BITS, TernaryConfig, bits
 from .embedding import QuantizedEmbedding, embedding_of
 from .errors import TriternError
@@ -268,7 +268,11 @@ def _check(model: nn.Module, config: TernaryConfig, linears: list[Choice], table
 
 
 def _refuse_adapters(model: nn.Module) -> None:
-    adapters = [n for n, m in model.named_modules() if of_peft(m)]
+    adapters = [
+        name
+        for name, module in model.named_modules()
+        if any(kind.__module__.startswith("peft.tuners.") for kind in type(module).__mro__)
+    ]
     if adapters:
         raise TriternError(
             f"the model carries PEFT adapters ({len(adapters)} modules, such as {adapters[-1]}). Merge them "

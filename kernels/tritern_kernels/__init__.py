@@ -1,6 +1,7 @@
 """Ternary kernels: two-bit weights, int8 or 16-bit activations. Needs torch and triton, nothing else."""
 
 from .dispatch import linear, quantize_activations, ternarize_weight
+from .embedding import lookup, quantize_table
 from .formats import ATOM, MAX_K, PackedTernary, pack, padded_k, unpack
 
 __all__ = [
@@ -8,9 +9,11 @@ __all__ = [
     "MAX_K",
     "PackedTernary",
     "linear",
+    "lookup",
     "pack",
     "padded_k",
     "quantize_activations",
+    "quantize_table",
     "ternarize_weight",
     "unpack",
 ]

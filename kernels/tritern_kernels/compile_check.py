@@ -27,7 +27,7 @@ from typing import Any, get_args
 
 import triton
 
-from . import activations, dispatch, gemm, gemm_few, lookup, norms, tables, ternarize, tuning
+from . import activations, dispatch, embedding_kernel, gemm, gemm_few, norms, tables, ternarize, tuning
 from .launch import INTERPRETED
 from .reference import RULES
 
@@ -109,7 +109,9 @@ def jobs(capability: int) -> Iterator[Job]:
         yield _job(f"RMSNorm rotate bf16 {head_dim}", norms.norm_rotate_kernel, constants, capability, types)
     for ids in ("i32", "i64"):
         types = {"ids_ptr": f"*{ids}", "scale_ptr": "*fp16", "y_ptr": "*fp16"}
-        yield _job(f"lookup fp16 {ids}", lookup.lookup_kernel, (lookup.BLOCK,), capability, types)
+        yield _job(
+            f"lookup fp16 {ids}", embedding_kernel.lookup_kernel, (embedding_kernel.BLOCK,), capability, types
+        )
     yield _job("expand bf16", ternarize.expand_kernel, (16,), capability, {"out_ptr": "*bf16"}, last=())
     for rule in (*RULES, "given"):
         kernel = ternarize.ternarize_kernel
@@ -163,7 +165,7 @@ _KERNELS = {
     for kernel in (
         gemm.gemm_int8_kernel, gemm.gemm_16bit_kernel, gemm_few.gemm_int8_few_kernel,
         gemm_few.gemm_16bit_few_kernel, gemm_few.gemm_quantizing_kernel, activations.quantize_kernel,
-        norms.norm_quantize_kernel, norms.norm_rotate_kernel, lookup.lookup_kernel,
+        norms.norm_quantize_kernel, norms.norm_rotate_kernel, embedding_kernel.lookup_kernel,
         ternarize.expand_kernel, ternarize.ternarize_kernel,
     )
 }  # fmt: skip

@@ -130,7 +130,7 @@ def _lookup_cpu(ids: Tensor, packed: Tensor, scale: Tensor, width: int) -> Tenso
 def _lookup_cuda(ids: Tensor, packed: Tensor, scale: Tensor, width: int) -> Tensor:
     _check(ids, packed, scale, width)
     check_device(packed.device)
-    from .lookup import lookup as launched
+    from .embedding_kernel import lookup as launched
 
     with torch.cuda.device(packed.device):
         rows = launched(ids.reshape(-1).contiguous(), packed.contiguous(), scale.contiguous(), width)

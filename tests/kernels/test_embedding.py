@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tritern_kernels.embedding import lookup, quantize_table
-from tritern_kernels.lookup import lookup as launched
+from tritern_kernels import lookup, quantize_table
+from tritern_kernels.embedding_kernel import lookup as launched
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
