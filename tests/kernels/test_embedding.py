@@ -87,7 +87,7 @@ def test_rows_are_rounded_alone():
     """However many are rounded at once, and whatever stands beside them."""
     weight = torch.randn(5000, 40)
     packed, scale = quantize_table(weight)
-    for part in (slice(0, 1), slice(4095, 4097), slice(4999, 5000)):
+    for part in (slice(0, 1), slice(1023, 1025), slice(4999, 5000)):
         alone = quantize_table(weight[part])
         assert torch.equal(alone[0], packed[part]) and torch.equal(alone[1], scale[part])
 
