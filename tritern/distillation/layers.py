@@ -193,9 +193,9 @@ class TrainableQuantizedEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002, the parent's name
         """Ids [...] -> [..., embedding_dim]."""
         rows, form = super().forward(input), embedding_of(self.bits)
-        ids, places = input.unique(return_inverse=True)
-        codes, scale = form.quantize(self.weight.detach()[ids])
-        value = form.dequantize(places, codes, scale, self.embedding_dim)
+        codes, scale = form.quantize(rows.detach().reshape(-1, self.embedding_dim))
+        places = torch.arange(len(codes), dtype=torch.int64, device=rows.device)
+        value = form.dequantize(places, codes, scale, self.embedding_dim).view(rows.shape)
         value = value + (rows - rows.detach())  # value, to the bit, with the rows' gradient
         return multiplied(value, self.embed_scale)
 
