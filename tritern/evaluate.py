@@ -12,6 +12,7 @@ import numpy as np
 from scipy.stats import rankdata
 from torch import nn
 
+from .engine.encoder import encode
 from .errors import TriternError
 from .inputs import check_texts, check_vectors, many, true_or_false, whole_number
 from .passes import evaluating
@@ -130,7 +131,7 @@ def text_list(texts: Iterable[str]) -> list[str]:
 def encoded(model: Any, texts: list[str], **options: Any) -> np.ndarray:
     """A model's vectors, [len(texts), width]; the model stays in its mode, which ``encode`` would change."""
     with evaluating(model) if isinstance(model, nn.Module) else nullcontext():
-        return np.asarray(model.encode(texts, convert_to_numpy=True, **options))  # pyright: ignore[reportCallIssue]
+        return np.asarray(encode(model, texts, convert_to_numpy=True, **options))
 
 
 def fidelity(ours: np.ndarray, theirs: np.ndarray, k: int) -> Fidelity:

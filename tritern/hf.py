@@ -19,7 +19,9 @@ from tritern_kernels.formats import check_codes, check_scale
 from .checkpoint import DIGEST_KEY, digest, verify, verify_files
 from .config import TernaryConfig
 from .embedding import Int4Embedding, QuantizedEmbedding, embedding_of, multiplier
+from .engine.encoder import attach_to_loading
 from .errors import CheckpointError, TriternError
+from .fused import fuse_what_fits
 from .linear import TernaryLinear
 from .saving import extend, is_ternary, model_card
 
@@ -154,10 +156,14 @@ class TernaryHfQuantizer(HfQuantizer):
         if isinstance(self.quantization_config, TernaryConfig):
             from .patch import patch  # which imports this module
 
+            attach_to_loading()
             return patch(model, self.quantization_config)
         extend()
         for name, module in [*_named(model, TernaryLinear), *_named(model, QuantizedEmbedding)]:
             _check_loaded(name, module)
+        attach_to_loading()
+        if any(p.is_cuda for p in model.parameters()):
+            fuse_what_fits(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:

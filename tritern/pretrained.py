@@ -11,7 +11,9 @@ import torch
 
 from tritern_kernels.devices import SUPPORTED, check_device, unsupported
 
+from .engine.encoder import attach
 from .errors import CheckpointError, TriternError
+from .inputs import true_or_false
 from .saving import is_ternary
 
 if TYPE_CHECKING:
@@ -136,13 +138,16 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def load(name: str | Path, *, device: str | None = None, **settings: Any) -> SentenceTransformer:
+def load(
+    name: str | Path, *, device: str | None = None, fuse: bool = True, **settings: Any
+) -> SentenceTransformer:
     """A ternary sentence-transformer, ready to encode.
 
     Args:
         name: ``"minilm-l6-ternary"``, which comes with the package and needs no network, or the folder or
             hub name of a saved ternary model.
         device: as of ``SentenceTransformer``; by default a CUDA GPU with kernels, otherwise the CPU.
+        fuse: fuse blocks on a CUDA GPU (``tritern.fuse``).
         **settings: further arguments of ``SentenceTransformer``, such as ``cache_folder``. What was saved in
             16 bits is float32 on a CPU, unless ``model_kwargs`` name a ``dtype``.
 
@@ -167,5 +172,6 @@ def load(name: str | Path, *, device: str | None = None, **settings: Any) -> Sen
         raise TriternError(
             f"{name} is no ternary model; tritern.patch(SentenceTransformer({str(name)!r})) makes it one"
         )
+    attach(model, fuse=true_or_false(fuse, "fuse"))
     named = settings.get("model_kwargs") or {}
     return in_float32_on_cpu(model, named.get("dtype", named.get("torch_dtype")))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
 from tqdm.asyncio import tqdm_asyncio
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as tqdm_std
@@ -61,23 +58,3 @@ class Lines(tqdm_std):
             left = seconds / done * (self.total - self.n)
             line += f", about {self.format_interval(left)} left"
         return line
-
-
-@contextmanager
-def of_encode(models: Sequence[nn.Module], texts: int, desc: str) -> Iterator[None]:
-    """Show how many texts the calls of ``encode`` in the body have done; their vectors stay as they are.
-
-    Args:
-        models: sentence-transformers models.
-        texts: that all of them will encode together.
-        desc: what the work is called.
-    """
-    with ExitStack() as stack:
-        shown = stack.enter_context(bar(desc=desc, total=texts, unit=" texts", leave=False))
-
-        def count(model: nn.Module, args: Any, output: dict[str, Any]) -> None:
-            shown.update(len(output["sentence_embedding"]))
-
-        for model in models:
-            stack.callback(model.register_forward_hook(count).remove)
-        yield

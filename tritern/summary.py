@@ -14,6 +14,8 @@ from tritern_kernels import cpu, padded_k, ternarize_weight
 from .choice import SMALLEST_TABLE, choose, choose_tables, common_name, matrices_of, others, starred
 from .config import TernaryConfig
 from .embedding import QuantizedEmbedding
+from .engine.encoder import Encoder
+from .engine.path import path_of
 from .errors import TriternError
 from .inputs import check_model
 from .linear import TernaryLinear
@@ -66,6 +68,7 @@ class Summary:
         refusal: why ``patch`` would refuse such a model as it is, or empty.
         products: what multiplies the ternary layers on the devices where they are.
         unpacked_bytes: kept besides for the layers on a CPU, from the first use on.
+        path: of a ternary SentenceTransformer, the way its texts take to their vectors, and why.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -83,6 +86,7 @@ class Summary:
     refusal: str = ""
     products: tuple[str, ...] = ()
     unpacked_bytes: int = 0
+    path: str = ""
 
     def __str__(self) -> str:
         if self.planned is not None:
@@ -105,6 +109,7 @@ class Summary:
                 f"and model 1/{self.model_bytes_before / max(self.model_bytes_after, 1):.1f} of {dtype}"
             )
         lines += [f"Multiplied by {product}" for product in self.products]
+        lines += [f"Encoded by {self.path}"] if self.path else []
         lines += _skipped_lines("ternary", self.skipped)
         lines += _skipped_lines(f"int{self.tables[0].bits}" if self.tables else "int8", self.skipped_tables)
         return "\n".join(line.rstrip() for line in lines)
@@ -146,7 +151,8 @@ def summary(model: nn.Module) -> Summary:
     tables = [_table(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedEmbedding)]
     found = _summary(model, layers, tables, dtype)
     if layers or tables:
-        return replace(found, **_products((m, m.activation_bits) for _, m in _first(ternary)))
+        path = str(path_of(model)) if isinstance(model, Encoder) else ""
+        return replace(found, path=path, **_products((m, m.activation_bits) for _, m in _first(ternary)))
     try:
         plan(model, TernaryConfig())
         refusal = ""

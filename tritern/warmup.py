@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import nn
 
 from tritern_kernels.tuning import MOST_TOKENS, bucket
 
 from .embedding import Int4Embedding
+from .engine.encoder import Encoder, capture
 from .fused import Fused, fused_blocks, kind_of, run_on_zeros
 from .inputs import check_model, whole_number
 from .linear import TernaryLinear
 from .passes import evaluating
 from .progress import bar
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def warmup(
-    model: nn.Module,
+    model: Model,
     *,
     max_tokens: int = MOST_TOKENS,
     dtype: torch.dtype | None = None,
     progress: bool = False,
-) -> int:
-    """Compile and load every kernel that the model's ternary layers and fused blocks call, so that no later
-    call does.
+) -> Model:
+    """Compile and load every kernel that the model's ternary layers and fused blocks call, and capture the
+    CUDA graphs that its ``encode`` replays, so that no later call has to.
 
     Kernels are chosen by the number of tokens (texts times their padded length), rounded up to a power of
     two from 16 to 16,384; larger numbers use the kernels of 16,384. Compiled kernels are kept on disk (in
@@ -36,7 +41,7 @@ def warmup(
         progress: show a progress bar.
 
     Returns:
-        The number of kinds of layers on a GPU (by sizes, bias and activations), fused blocks among them.
+        The model.
 
     Raises:
         TriternError: not a model, or ``max_tokens`` is no whole number of at least 1.
@@ -67,4 +72,6 @@ def warmup(
             with evaluating(block):
                 for tokens in buckets:
                     run_on_zeros(block, tokens // 16, 16, dtype)
-    return len(kinds) + len(blocks)
+        if isinstance(model, Encoder) and buckets:
+            capture(model, bar(buckets, desc="Capturing", unit="graph", disable=not progress))
+    return model

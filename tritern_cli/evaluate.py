@@ -56,12 +56,12 @@ def evaluate(
     teacher = teacher or _base_model(model)
 
     import tritern
-    from tritern.progress import of_encode
 
     settings = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     judged, original = common.load(model, **settings), common.load(teacher, **settings)
-    with of_encode([judged, original], 2 * len(sample), "Encoding by both models"):
-        fidelity = tritern.evaluate(judged, original, sample, k=k, batch_size=batch_size, prompt=prompt)
+    fidelity = tritern.evaluate(
+        judged, original, sample, k=k, batch_size=batch_size, prompt=prompt, show_progress_bar=True
+    )
     values = {name: None if math.isnan(v) else v for name, v in asdict(fidelity).items()}
     yield Result({"model": model, "teacher": teacher, **values}, f"{fidelity}\nTeacher: {teacher}")
 

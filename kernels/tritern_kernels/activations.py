@@ -25,6 +25,7 @@ _INF_BITS = tl.constexpr(0x7F800000)
 _ROUND = tl.constexpr(12582912.0)
 _SMALLEST = tl.constexpr(SMALLEST_ABSMAX)
 _ONE_127TH = tl.constexpr(ONE_127TH)
+_ASM = tl.constexpr(ASM)
 
 
 @triton.jit
@@ -38,6 +39,20 @@ def load_rows(x_ptr, rows, cols, stride_x, M, K):
 def rounded(x, like_ptr):
     """x rounded to the dtype of what the pointer points to, in fp32."""
     return x.to(like_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def rounded_product(x, y, like_ptr):
+    """x * y, both fp32 of one shape, rounded like ``rounded``, whatever it is added to."""
+    if _ASM:
+        # LLVM turns a rounded product of 16-bit values into a 16-bit multiplication, and this with the sum
+        # that follows into one fma: a rotation's results differed from torch's in one of eight last bits.
+        z = tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        z = x * y
+    return rounded(z, like_ptr)
 
 
 @triton.jit

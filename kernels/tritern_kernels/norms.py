@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import absmax_bits, load_rows, quantize_blocks, rounded, scales_of, store_codes
+from .activations import (
+    absmax_bits,
+    load_rows,
+    quantize_blocks,
+    rounded,
+    rounded_product,
+    scales_of,
+    store_codes,
+)
 from .common import wait_for_inputs
 from .formats import padded_k
 from .launch import ASM, launch
@@ -130,8 +138,8 @@ def norm_rotate_kernel(
     sin_a = tl.load(sin_ptr + turn, mask=mask, other=0.0).to(tl.float32)
     cos_b = tl.load(cos_ptr + turn + HALF, mask=mask, other=0.0).to(tl.float32)
     sin_b = tl.load(sin_ptr + turn + HALF, mask=mask, other=0.0).to(tl.float32)
-    new_a = rounded(a * cos_a, x_ptr) - rounded(b * sin_a, x_ptr)
-    new_b = rounded(b * cos_b, x_ptr) + rounded(a * sin_b, x_ptr)
+    new_a = rounded_product(a, cos_a, x_ptr) - rounded_product(b, sin_a, x_ptr)
+    new_b = rounded_product(b, cos_b, x_ptr) + rounded_product(a, sin_b, x_ptr)
     tl.store(at, new_a.to(x_ptr.dtype.element_ty), mask=mask)
     tl.store(at + HALF, new_b.to(x_ptr.dtype.element_ty), mask=mask)
 

@@ -23,6 +23,9 @@ specifications).
 MOST_TOKENS = 16384
 """More tokens than this are computed as this many are."""
 
+QUERY_ROWS = 64
+"""Queries of a text that one program of the attention over packed texts takes: the rows of a tile."""
+
 MOST_ACCUMULATORS = {"plain": 128, "gelu": 64, "split": 32}
 """Accumulators a thread can hold without spills, by what follows the loop; read off compiled code
 (compile_check).

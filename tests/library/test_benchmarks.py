@@ -19,6 +19,7 @@ import ablation  # noqa: E402
 import cases  # noqa: E402
 import cpu_ops  # noqa: E402
 import encode  # noqa: E402
+import encode_gpu  # noqa: E402
 import gemm as race  # noqa: E402
 import instruction_sets  # noqa: E402
 import report  # noqa: E402
@@ -111,6 +112,74 @@ def test_encode_relates_to_the_baseline_of_the_same_round():
     text = encode.table(rows, "fp32")
     assert "(1.50x)" in text and "(0.50x)" in text and "(3.00x)" in text
     assert "not measured: no optimum" in text
+
+
+def forward_pass(arm, kind, milliseconds):
+    return {"model": "m", "texts": 1, "tokens": 16, "arm": arm, "kind": kind, "p50_ms": milliseconds}
+
+
+def test_speeds_of_whole_models_are_over_the_fastest_16_bit_arm_compiled_included():
+    ours = forward_pass("ternary", "graph", 2.0)
+    eager, graph = forward_pass("fp16", "eager", 8.0), forward_pass("bf16", "graph", 4.0)
+    assert "speed" not in encode_gpu.with_speeds([eager, graph, ours])[2] and ours["speed_of_kind"] == 2
+    compiled = forward_pass("fp16", "compiled", 3.0)
+    assert "speed" not in encode_gpu.with_speeds([eager, compiled, ours])[2]  # a graph against none
+    encode_gpu.with_speeds([eager, graph, compiled, ours])
+    assert ours["speed"] == 1.5 and compiled["speed"] == 1 and eager["speed"] == 3 / 8
+    del compiled["p50_ms"]  # tried, and failed
+    rows = [compiled | {"reason": "no compiler"}, eager, graph, ours, forward_pass("fp32", "graph", 1.0)]
+    assert encode_gpu.with_speeds(rows)[3]["speed"] == 2
+    assert "not measured: no compiler" in encode_gpu.table(rows[:1])
+
+
+def test_a_gpu_measures_fp16_in_all_kinds():
+    eager, everything = ["eager"], list(encode_gpu.KINDS)
+    for wanted in (eager, everything):
+        passes = [encode_gpu.arms("bge-base", wanted, "cuda", compiled) for compiled in (False, True)]
+        assert passes[0]["fp16"] + passes[1]["fp16"] == encode_gpu.KINDS
+        assert list(passes[0]) == ["fp16", "ternary", "ternary fused"]
+    assert passes[1]["ternary"] == ("compiled", "compiled graph") and "ternary fused" not in passes[1]
+    assert encode_gpu.arms("bge-base", eager, "cuda", True) == {"fp16": ("compiled", "compiled graph")}
+    assert encode_gpu.arms("bge-base", eager, "cpu", True) == {}
+    assert encode_gpu.arms("minilm", everything, "cuda", False)["fp32"] == ("eager",)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it times real models instead")
+@pytest.mark.parametrize("kind", ["bert", "qwen3"])
+def test_whole_models_are_compiled_afresh_for_every_shape(kind, monkeypatch, tmp_path, capsys):
+    small = {"type": kind, "hidden": 64, "layers": 2, "heads": 16, "intermediate": 128}
+    monkeypatch.setattr(encode_gpu, "MODELS", {"small": small})
+    monkeypatch.setattr(encode_gpu, "SECONDS", 0.01)
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compiled.append(how))
+    file = tmp_path / "rows.json"
+    command = ["encode_gpu.py", "--models", "small", "--shapes", "1x4", "2x8", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", command)
+    encode_gpu.main()
+    rows = json.loads(file.read_text())["rows"]
+    assert not [r["reason"] for r in rows if "reason" in r]
+    found = {(r["arm"], r["kind"], r["texts"]) for r in rows}
+    arms = [("fp16", "eager"), ("ternary", "eager"), ("ternary fused", "eager")]
+    arms += [("fp16", "compiled"), ("ternary", "compiled")]
+    assert found == {(*arm, texts) for arm in arms for texts in (1, 2)} and len(rows) == 10
+    assert all(r["speed"] > 0 for r in rows) and "small" in capsys.readouterr().out
+    assert compiled == [{"dynamic": False}] * 8  # two blocks, arms and shapes
+
+
+def test_where_lengths_vary_cudnn_has_no_attention(monkeypatch):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    seen = []
+
+    def build(*arguments):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encode_gpu, "build", build)
+    monkeypatch.setattr(encode, "texts_for", build)
+    for call in (lambda: encode_gpu.new_lengths("cpu"), lambda: encode_gpu.end_to_end("", "cpu", 1, False)):
+        with pytest.raises(KeyboardInterrupt):
+            call()
+    assert seen == [False, False] and torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 @pytest.mark.parametrize("name", ["AVX512", "AVX2"])
@@ -207,6 +276,19 @@ def test_training_step_is_measured(tiny_path, sentences, tmp_path):
         assert found["seconds a step"] > 0 and found["peak MB"] > 0
     found = train.run(train.ARMS[0], options, 4, train.FRUGAL)
     assert found["seconds a step"] > 0 and found["peak MB"] > 0
+
+
+def test_whole_models_have_a_verdict_only_beside_compiled_fp16():
+    rows = [
+        forward_pass("fp16", "graph", 4.0), forward_pass("ternary", "graph", 3.0),
+        forward_pass("ternary fused", "graph", 2.0),
+    ]  # fmt: skip
+    for r in rows:
+        r["held_mb"] = 1.0
+    found = {"models": {"m": {}}, "rows": rows}
+    assert tables.models(found).endswith("| - / 4.00 / - / - | - / 3.00 / - / - | - / 2.00 | (2.00x) |  |")
+    rows.append(forward_pass("fp16", "compiled", 2.5) | {"held_mb": 1.0})
+    assert tables.models(found).endswith("| - / 2.00 | 1.25x | missed |")
 
 
 def test_the_pages_tables_are_those_of_the_results(tmp_path, monkeypatch):

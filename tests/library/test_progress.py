@@ -88,12 +88,11 @@ def test_patch_and_calibration_speak(every_step, tiny, sentences, capsys):
     assert "\r" not in log and log.endswith("\n") and out == ""
 
 
-def test_encode_is_counted_and_its_vectors_stay(every_step, tiny, sentences, capsys):
-    expected = tiny.encode(sentences[:20], batch_size=8)
+def test_encode_counts_its_texts(every_step, tiny, sentences, capsys):
+    model = tritern.patch(tiny)
     capsys.readouterr()
-    with progress.of_encode([tiny], 20, "Encoding"):
-        assert np.array_equal(tiny.encode(sentences[:20], batch_size=8), expected)
-    done = re.findall(r"^Encoding: (\d+) of 20 texts", capsys.readouterr().err, re.MULTILINE)
-    assert done == ["0", "8", "16", "20", "20"]
-    tiny.encode("ba")
-    assert not tiny._forward_hooks and capsys.readouterr().err == ""
+    model.encode(sentences, show_progress_bar=True)
+    done = re.findall(r"^Embedding: (\d+) of 400 texts", capsys.readouterr().err, re.MULTILINE)
+    assert len(done) > 3 and done == sorted(done, key=int) and done[-1] == "400"
+    model.encode(sentences)
+    assert capsys.readouterr().err == ""

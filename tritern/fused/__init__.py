@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from inspect import signature
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,23 +19,27 @@ from tritern_kernels.dispatch import BertSizes, DecoderSizes
 from tritern_kernels.internals import changed
 
 from ..errors import TriternError
+from ..extended import extend
 from ..inputs import check_model
 from .bert import FusedBert
-from .common import Fused, fused_class, prepare, weights
+from .common import Fused, prepare, weights
 from .decoder import FusedDecoder
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _KINDS = FusedBert, FusedDecoder
 
 
-def fuse(model: nn.Module) -> int:
-    """Fuse the steps of ternary transformer blocks, in place, for faster inference on a CUDA GPU.
+def fuse(model: Model) -> Model:
+    """Fuse the steps of ternary transformer blocks, in place, for faster inference on a CUDA GPU. ``patch``,
+    loading and ``encode`` do so by themselves where the model is on a GPU.
 
     For blocks of BERT, RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA (MiniLM, E5, BGE, GTE, LaBSE and many more
     are these) with exact GELU, and of Qwen3, Qwen2, Mistral and Llama (Qwen3-Embedding, E5-Mistral) with
     SwiGLU and heads of a power of two, all with int8 activations and at most 8,192 hidden features; others
     stay as they are. Parameters and saved files stay the same.
-    Results differ from the unfused model's in last bits of norms and activations, which int8 rounding now and
-    then turns into a step, so embed queries and documents the same way. In training, on a CPU, under
+    Results differ from the unfused model's in last bits of norms and activations, which int8 rounding can
+    turn into one quantization step, so embed queries and documents the same way. In training, on a CPU, under
     autocast, ``torch.compile``, ``torch.jit.trace`` or an export, with eager attention, a cache of keys and
     values or hooks inside a block, it runs unfused.
 
@@ -42,7 +47,7 @@ def fuse(model: nn.Module) -> int:
         model: a model that ``tritern.patch`` or loading made ternary.
 
     Returns:
-        The number of fused blocks.
+        The model.
 
     Raises:
         TriternError: not a model, or one without a block that can be fused.
@@ -51,27 +56,31 @@ def fuse(model: nn.Module) -> int:
         UserWarning: the model is not on a GPU with kernels, or transformers has changed its blocks.
     """
     check_model(model)
-    found = [(m, kind) for m in model.modules() if (kind := _kind(m))]
-    if not found and any(_kind_by_name(m) and not _as_known(m) for m in model.modules()):
-        return 0
-    if not found:
+    if fuse_what_fits(model):
+        block = fused_blocks(model)[0]
+        _warn_without_kernels(block._tritern_family.parts(block).layers[0].weight.device)
+    elif not any(_kind_by_name(m) and not _as_known(m) for m in model.modules()):
         raise TriternError(
             "the model has no block to fuse: fuse() takes blocks of BERT, RoBERTa, XLM-RoBERTa, CamemBERT or "
             "ELECTRA with GELU, and of Qwen3, Qwen2, Mistral or Llama with SwiGLU and heads as wide as a "
             "power of two, whose linear layers are ternary with activation_bits=8. Call tritern.patch() "
             "first, if it is not; other models run without fuse()."
         )
+    return model
+
+
+def fuse_what_fits(model: nn.Module) -> int:
+    """Fuse the blocks that can be fused, and give their number, which may be 0."""
+    found = [(m, kind) for m in model.modules() if (kind := _kind(m))]
     for block, kind in found:
         if not isinstance(block, Fused):
-            block.__class__ = fused_class(kind, type(block))
+            extend(block, kind)
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
     following = {block: after for blocks in lists for block, after in zip(blocks, blocks[1:])}
     blocks = {block for block, _ in found}
     for block in blocks:
         after = following.get(block)
         prepare(block, after if after in blocks else None)
-    first, kind = found[0]
-    _warn_without_kernels(kind._tritern_family.parts(first).layers[0].weight.device)
     return len(found)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from tritern_kernels.dispatch import BertSizes, DecoderSizes
 from tritern_kernels.internals import changed, recorded
 
+from ..extended import Extended
 from ..linear import TernaryLinear
 
 Tensors = tuple[Tensor, ...]
@@ -91,34 +91,15 @@ class Family(ABC):
         return {}
 
 
-class Fused(nn.Module):
+class Fused(Extended, nn.Module):
     """What a block's class is extended by; the block's own ``forward`` stays for everything but serving."""
 
     _tritern_family: Family
-    _tritern_base: type[nn.Module]
+    _tritern_unsaved = ("_tritern_merged",)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         vars(self).pop("_tritern_merged", None)  # of the place before
         return super()._apply(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # the class is made at run time: copies and pickles name the classes that it is made of
-        reduced: Any = super().__reduce_ex__(protocol)
-        state, *rest = reduced[2:]
-        state = {name: value for name, value in state.items() if name != "_tritern_merged"}
-        return _new, (type(self).__mro__[1], self._tritern_base), state, *rest
-
-
-def _new(kind: type[Fused], base: type[nn.Module]) -> nn.Module:
-    fused = fused_class(kind, base)
-    return fused.__new__(fused)
-
-
-@cache
-def fused_class(kind: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
-    """The class of fused blocks whose class was ``base``; it goes by that name."""
-    names = {"__module__": base.__module__, "__doc__": base.__doc__, "_tritern_base": base}
-    return type(base.__name__, (kind, base), names)
 
 
 def prepare(block: Any, following: Any) -> None:

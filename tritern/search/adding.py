@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import TriternError
 from ..inputs import check_texts, check_vectors, many
 from ..progress import bar
-from .embed import embed_windows
+from .embed import embed_each
 from .store import Id, Store, unique
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def add(
     shown = bar(desc="Embedding", total=total, initial=first, unit=" texts", disable=not show_progress_bar)
     with shown, ThreadPoolExecutor(1) as writer:
         writing = writer.submit(lambda: None)
-        for vectors in embed_windows(
+        for vectors in embed_each(
             model, windows, task="document", tokens_per_batch=tokens_per_batch, advance=shown.update
         ):
             writing.result()

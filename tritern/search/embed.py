@@ -1,27 +1,28 @@
-"""Vectors of many texts: tokenized on one thread while others run the model."""
+"""Vectors of texts as an index takes them: finite, float32, of length 1 where they are compared by cosine."""
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..engine.encoder import embed as embed_texts
+from ..engine.encoder import prepare, unit_length
+from ..engine.path import way_of
+from ..engine.pipeline import Way, embed_windows
 from ..errors import TriternError
-from ..inputs import check_texts, many, true_or_false
+from ..inputs import check_texts, many, true_or_false, whole_number
 from ..pretrained import model_of
-from ..progress import bar
-from .batches import Batching, Task, batches, batching, checked, vectors_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-INLINE = 64
-"""Up to so many texts are embedded on the calling thread: starting threads takes longer than a query."""
+Task = Literal["query", "document"]
+PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
+"""Names that the prompt of a task may have, as in sentence-transformers' encode_query, encode_document."""
 
 
 def embed(
@@ -32,7 +33,7 @@ def embed(
     tokens_per_batch: int | None = None,
     show_progress_bar: bool = False,
 ) -> Tensor:
-    """Vectors of texts, as ``model.encode`` gives them, in less time.
+    """Vectors of texts, as ``model.encode`` gives them, in less time if the model is not ternary.
 
     Args:
         model: any sentence-transformer for text; or the name or folder of one, which is loaded anew in every
@@ -52,21 +53,15 @@ def embed(
     show_progress_bar = true_or_false(show_progress_bar, "show_progress_bar")
     texts = [texts] if isinstance(texts, str) else list(many(texts, "texts"))
     check_texts(texts)
-    model = model_of(model, "model").eval()
-    plan = batching(model.device, task, tokens_per_batch)
+    model = model_of(model, "model")
+    way = _way(model, task, tokens_per_batch)
     if not texts:
         width = model.get_embedding_dimension() or 0
         return torch.empty(0, width, dtype=torch.float32, device=model.device)
-    if len(texts) <= INLINE:
-        return checked(_inline(model, texts, task, plan), texts)
-    with bar(desc="Embedding", total=len(texts), unit=" texts", disable=not show_progress_bar) as shown:
-        windows = embed_windows(
-            model, [texts], task=task, tokens_per_batch=tokens_per_batch, advance=shown.update
-        )
-        return next(windows)
+    return _checked(embed_texts(way, texts, _finish(model), shown=show_progress_bar), texts)
 
 
-def embed_windows(
+def embed_each(
     model: SentenceTransformer,
     windows: Iterable[Sequence[str]],
     *,
@@ -82,144 +77,79 @@ def embed_windows(
         advance: called with the number of texts done.
         model, task, tokens_per_batch: as in ``embed``.
     """
-    pipeline = _Pipeline(model.eval(), windows, task, batching(model.device, task, tokens_per_batch))
-    try:
-        yield from pipeline.run(advance)
-    finally:
-        pipeline.stop()
+    under_way: list[Sequence[str]] = []
+
+    def taken() -> Iterator[Sequence[str]]:
+        for window in windows:
+            under_way.append(window)
+            yield window
+
+    way = _way(model, task, tokens_per_batch)
+    for vectors in embed_windows(way, taken(), _finish(model), advance=advance):
+        yield _checked(vectors, under_way.pop(0))
 
 
-_setting_up = threading.Lock()
-"""Held while the number of torch's threads is another: what one thread sets, later ones start with."""
+def tokens_of(tokens_per_batch: int | None) -> int | None:
+    """The argument of that name as an int; None: the default of the device.
+
+    Raises:
+        TriternError: it is no whole number, or under 1.
+    """
+    return None if tokens_per_batch is None else whole_number(tokens_per_batch, "tokens_per_batch", 1)
 
 
-class _Stopped(Exception):
-    """The reader of the pipeline is gone."""
+class _Encode:
+    """What the engine does not take, by the model's own ``encode``."""
+
+    workers = 1
+
+    def __init__(self, model: Any, prompt: str | None, task: str | None) -> None:
+        self.model: Any = model
+        self.own = {"prompt": prompt or ""} | ({} if task is None else {"task": task})
+
+    def batches(self, texts: Sequence[str]) -> Iterator[tuple[Tensor, list[str]]]:
+        order = torch.tensor(sorted(range(len(texts)), key=lambda i: -len(texts[i])))
+        for part in order.split(256):
+            yield part, [texts[i] for i in part.tolist()]
+
+    def vectors(self, batch: list[str]) -> Tensor:
+        kind = getattr(type(self.model), "_tritern_base", type(self.model))
+        return kind.encode(self.model, batch, convert_to_tensor=True, show_progress_bar=False, **self.own)
 
 
-class _Pipeline:
-    """A thread tokenizes, some run the model, the caller's puts vectors in their places."""
-
-    def __init__(
-        self, model: Any, windows: Iterable[Sequence[str]], task: Task | None, plan: Batching
-    ) -> None:
-        self.model, self.windows, self.task, self.plan = model, windows, task, plan
-        self.tokenized: queue.Queue[Any] = queue.Queue(2 * plan.workers)
-        self.results: queue.Queue[Any] = queue.Queue(64)
-        self.stopping = threading.Event()
-        self.torch_threads = 1
-        self.set_up = threading.Barrier(plan.workers + 1)
-        jobs = [self._tokenize, *[self._forward] * plan.workers]
-        self.threads = [threading.Thread(target=self._guarded, args=(job,), daemon=True) for job in jobs]
-
-    def run(self, advance: Callable[[int], object]) -> Iterator[Tensor]:
-        with _setting_up:
-            self.torch_threads = torch.get_num_threads()
-            try:
-                for thread in self.threads:
-                    thread.start()
-                self.set_up.wait()
-            except BaseException:
-                self.stop()
-                raise
-            finally:
-                torch.set_num_threads(self.torch_threads)
-        texts: dict[int, Sequence[str]] = {}
-        places: dict[int, Tensor] = {}
-        missing: dict[int, int] = {}
-        ended, given, failure = 0, 0, None
-        while ended < self.plan.workers:
-            match self.results.get():
-                case BaseException() as error:
-                    raise error
-                case ("failure", failure):
-                    pass
-                case ("window", number, window):
-                    texts[number], missing[number] = window, len(window)
-                case (number, rows, vectors):
-                    if number not in places:
-                        places[number] = vectors.new_empty(missing[number], vectors.shape[1])
-                    _put_in_place(places[number], rows, vectors)
-                    missing[number] -= len(rows)
-                    advance(len(rows))
-                    while missing.get(given) == 0:
-                        del missing[given]
-                        yield checked(places.pop(given), texts.pop(given))
-                        given += 1
-                case None:
-                    ended += 1
-        if failure is not None:
-            raise failure
-
-    def stop(self) -> None:
-        self.stopping.set()
-        self.set_up.abort()  # those that wait where another could not be started
-        for thread in self.threads:
-            if thread.ident is not None:  # the first may wait for texts; with the next it ends
-                thread.join(timeout=1 if thread is self.threads[0] else None)
-
-    def _guarded(self, job: Callable[[], None]) -> None:
-        try:
-            job()
-        except (_Stopped, threading.BrokenBarrierError):
-            pass
-        except BaseException as error:  # noqa: BLE001 - raised again where the vectors are waited for
-            try:
-                self._put(self.results, error)
-            except _Stopped:
-                pass
-
-    def _put(self, where: queue.Queue[Any], item: Any) -> None:
-        while not self.stopping.is_set():
-            try:
-                return where.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-        raise _Stopped
-
-    def _tokenize(self) -> None:
-        try:
-            for number, window in enumerate(many(self.windows, "windows")):
-                if not many(window, f"windows: number {number}"):
-                    raise TriternError(f"windows must hold texts; number {number} is empty")
-                self._put(self.results, ("window", number, window))
-                for rows, features in batches(self.model, window, self.task, self.plan):
-                    self._put(self.tokenized, (number, rows, features))
-        except Exception as error:
-            if isinstance(error, _Stopped):
-                raise
-            self._put(self.results, ("failure", error))
-        for _ in range(self.plan.workers):
-            self._put(self.tokenized, None)
-
-    def _forward(self) -> None:
-        torch.get_num_threads()  # which torch sets for a thread when it is first asked
-        torch.set_num_threads(max(1, self.torch_threads // self.plan.workers))
-        self.set_up.wait()
-        while not self.stopping.is_set():
-            try:
-                item = self.tokenized.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            if item is None:
-                return self._put(self.results, None)
-            number, rows, features = item
-            self._put(self.results, (number, rows, vectors_of(self.model, features, self.task)))
+def _way(model: Any, task: str | None, tokens: int | None) -> Way:
+    tokens = tokens_of(tokens)
+    if task not in (None, *PROMPTS):
+        raise TriternError(f"task must be None or one of {', '.join(map(repr, PROMPTS))}; received {task!r}")
+    prepare(model)
+    names = [name for name in PROMPTS.get(task or "", ()) if name in model.prompts]
+    prompt = model.prompts.get(names[0] if names else model.default_prompt_name)
+    way = way_of(model, prompt, task, tokens, padded=task == "query")
+    return _Encode(model, prompt, task) if isinstance(way, str) else way
 
 
-def _inline(model: Any, texts: Sequence[str], task: Task | None, plan: Batching) -> Tensor:
-    places: Tensor | None = None
-    for rows, features in batches(model, texts, task, plan):
-        vectors = vectors_of(model, features, task)
-        if places is None:
-            places = vectors.new_empty(len(texts), vectors.shape[1])
-        _put_in_place(places, rows, vectors)
-    assert places is not None
-    return places
+def _finish(model: Any) -> Callable[[Tensor], Tensor]:
+    of_length_1 = type(model[-1]).__name__ == "Normalize" and model.truncate_dim is None
+    normalize = model.similarity_fn_name == "cosine" and not of_length_1
+
+    def finish(vectors: Tensor) -> Tensor:
+        vectors = vectors[:, : model.truncate_dim].float()
+        return unit_length(vectors) if normalize else vectors
+
+    return finish
 
 
-def _put_in_place(places: Tensor, rows: Tensor, vectors: Tensor) -> None:
-    if places.device.type == "cpu":  # by numpy: torch's threads would wait for cores that the model is on
-        places.numpy()[rows.numpy()] = vectors.numpy()
-    else:
-        places[rows.to(places.device, non_blocking=True)] = vectors
+def _checked(vectors: Tensor, texts: Sequence[str]) -> Tensor:
+    """The vectors, if they are finite.
+
+    Raises:
+        TriternError: names the text of the first that is not.
+    """
+    finite = vectors.isfinite().all(1)
+    if not finite.all():
+        number = int((~finite).nonzero()[0])
+        raise TriternError(
+            f"the vector of {texts[number][:60]!r} is not finite: the model overflows in its dtype, or its "
+            "weights are damaged; load it in float32 or bfloat16"
+        )
+    return vectors

@@ -19,8 +19,7 @@ from ..errors import TriternError
 from ..inputs import check_texts, check_vectors, many, true_or_false, whole_number
 from ..pretrained import model_of
 from . import adding, kinds
-from .batches import tokens_of
-from .embed import embed
+from .embed import embed, tokens_of
 from .faiss_index import FaissIndex
 from .fingerprint import check_model, name_of, probes, similarity_of
 from .store import ROWS_FILE, Busy, Id, Store

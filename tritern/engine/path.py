@@ -1,0 +1,152 @@
+"""Which way a model's texts take to their vectors, and why."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from tritern_kernels.devices import unsupported
+
+from . import pooling
+from .families import Family, family_of
+from .packing import LARGEST
+from .padded import Padded
+from .pipeline import Way
+from .runner import CudaGraphs, Packed, PackedModel, State, modules_of, state_of
+from .tokens import FastTokenizer, fast_tokenizer
+
+OTHERWISE = "sentence-transformers' own encode"
+
+
+@dataclass(frozen=True)
+class Path:
+    """How a model's texts become vectors.
+
+    Attributes:
+        kind: "packed" (CUDA graphs over texts laid end to end), "padded" (batches of texts of one length) or
+            "sentence-transformers" (its own ``encode``).
+        reason: why not packed; why not padded either.
+    """
+
+    kind: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.kind == "packed":
+            return "the engine, packed: texts end to end in CUDA graphs"
+        if self.kind == "padded":
+            return f"the engine, in batches of texts of one length: {self.reason}"
+        return f"{OTHERWISE}: {self.reason}"
+
+
+def path_of(model: nn.Module, task: str | None = None) -> Path:
+    """The path of a sentence-transformers model as it is now.
+
+    Args:
+        model: the model.
+        task: "query", "document" or None.
+    """
+    state, tokenizer = state_of(model), _tokenizer(model, task)
+    if why := _elsewhere(model, state, tokenizer):
+        return Path("sentence-transformers", why)
+    family = _family(model, state)
+    return Path("padded", family) if isinstance(family, str) else Path("packed")
+
+
+def way_of(
+    model: Any,
+    prompt: str | None = None,
+    task: str | None = None,
+    tokens: int | None = None,
+    padded: bool = False,
+) -> Way | str:
+    """How this model makes vectors of texts now; or, as a string, why only its own ``encode`` does.
+
+    Args:
+        model: a sentence-transformers model. It is put in evaluation mode.
+        prompt: put before every text.
+        task: handed to the model's modules.
+        tokens: most in a batch or run; None: the device's default.
+        padded: on a CPU pad texts to share batches.
+    """
+    state, tokenizer = state_of(model), _tokenizer(model, task)
+    if state.training:
+        model.eval()
+    if why := _elsewhere(model, state, tokenizer):
+        return why
+    assert isinstance(tokenizer, FastTokenizer)
+    family = _family(model, state)
+    if isinstance(family, str) or (prompt and not model[1].include_prompt):
+        return Padded(model, tokenizer, prompt or "", task, tokens, padded)
+    packed = packed_model(model, family, state.places)
+    return Packed(packed, model, tokenizer, prompt or "", None if tokens is None else min(tokens, LARGEST))
+
+
+_packed: WeakKeyDictionary[nn.Module, tuple[Any, PackedModel]] = WeakKeyDictionary()
+_packing = threading.Lock()
+
+
+def packed_model(model: nn.Module, family: Family, state: Any) -> PackedModel:
+    """What is kept of a model's runs; made anew where its modules or tensors are others now."""
+    with _packing:
+        known = _packed.get(model)
+        if known is None or known[0] != state:
+            known = _packed[model] = state, PackedModel(model, family, CudaGraphs())
+        return known[1]
+
+
+def _tokenizer(model: Any, task: str | None) -> FastTokenizer | str:
+    modules = modules_of(model)
+    return fast_tokenizer(modules[0], task) if modules else "it has no modules"
+
+
+def _elsewhere(model: Any, state: State, tokenizer: FastTokenizer | str) -> str:
+    """Why the engine does not take a model's texts; or nothing."""
+    if state.hooked:
+        return "somebody hooks into its modules"
+    if isinstance(tokenizer, str):
+        return tokenizer
+    if _changed(type(model)):
+        return f"its class {type(model).__name__} has a forward or preprocess of its own"
+    if model._compiled_call_impl is not None:
+        return "it is compiled"
+    if getattr(model, "_distributed_inference", None) is not None:
+        return "its inference is distributed"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast is on"
+    if why := unsupported(model.device):
+        return why
+    return ""
+
+
+def _changed(kind: type) -> bool:
+    from sentence_transformers import SentenceTransformer
+
+    names = ("forward", "preprocess", "tokenize", "__call__", "_inference")
+    return any(getattr(kind, n, None) is not getattr(SentenceTransformer, n, None) for n in names)
+
+
+_ORIGINS = ("torch.", "transformers.", "sentence_transformers.", "tritern.")
+_TRAINED = "tritern.distillation."
+"""Where the layers of a model in training come from: they keep what they made of weights that change."""
+
+
+def _family(model: Any, state: State) -> Family | str:
+    """The family of a model that runs packed; or, as a string, why it does not."""
+    first, *others = modules_of(model)
+    if model.device.type != "cuda":
+        return "it is on a CPU"
+    for kind in state.kinds:
+        if not kind.__module__.startswith(_ORIGINS) or kind.__module__.startswith(_TRAINED):
+            return f"no graph is captured of a {kind.__module__}.{kind.__name__}"
+    if getattr(model, "module_kwargs", None):
+        return "its modules take arguments"
+    if first.modality_config["text"]["method_output_name"] != "last_hidden_state":
+        return "its vectors are not made of the last hidden states"
+    found = family_of(first.auto_model)
+    return found if isinstance(found, str) else pooling.why_not(others) or found

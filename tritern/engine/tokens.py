@@ -1,0 +1,261 @@
+"""Texts to token ids, by a tokenizer's own Rust part: what ``preprocess`` gives, without its Python lists."""
+
+from __future__ import annotations
+
+import copy
+import re
+import threading
+import unicodedata
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+_NO_LIMIT = 10**20
+"""What transformers takes for "any length" where a tokenizer names none."""
+CHARACTERS = 6
+"""Of a long text, so many characters for each token that counts are tokenized at first: English has 4 to 5.
+Few texts are then tokenized again, whole.
+"""
+_LOCAL = ("BertPreTokenizer", "ByteLevel", "Metaspace", "WhitespaceSplit", "Whitespace(")
+"""Rust's ways of splitting a text before its tokens are looked up which never join words across a space."""
+
+
+class Tokens(NamedTuple):
+    """Texts end to end: their ids, int32 [tokens], and how many of them each has, int64 [texts]."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+
+class FastTokenizer:
+    """A copy of a tokenizer's Rust part which truncates as the tokenizer does and never pads.
+
+    A copy, because others may use the tokenizer meanwhile, and change how it pads. Threads may share it.
+
+    Args:
+        tokenizer: of transformers, with a Rust part.
+        max_length: most tokens of a text, special ones included; None: any number.
+
+    Raises:
+        ValueError: the tokenizer gives other ids than its Rust part.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int | None) -> None:
+        self.state = _state(tokenizer)
+        self._rust = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._rust.no_padding()
+        self._rust.no_truncation()
+        self._rust.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+        side = getattr(tokenizer, "truncation_side", "right")
+        if max_length is not None:
+            self._rust.enable_truncation(max_length, stride=0, strategy="longest_first", direction=side)
+        self._max_length = max_length
+        # no character outlives max_length tokens that comes after this many
+        self._characters = (
+            CHARACTERS * max_length if max_length and side == "right" and _local(self._rust) else 0
+        )
+        self._normalizer = _Normalizer.of(self._rust)
+        self._check(tokenizer)
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """Tokens of strings, with special tokens, truncated.
+
+        Raises:
+            TypeError: a string that Rust does not take, as one with lone surrogates.
+        """
+        cut = [self._cut(text) for text in texts] if self._characters else texts
+        ids = self._ids(cut)
+        if cut is not texts:
+            short = [
+                i for i, t in enumerate(cut) if t is not texts[i] and len(ids[i]) < (self._max_length or 0)
+            ]
+            for i, whole in zip(short, self._ids([texts[i] for i in short])):
+                ids[i] = whole
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return Tokens(np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths)
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        if self._normalizer is None:
+            return [e.ids for e in self._rust.encode_batch_fast(texts)]
+        done = [self._normalizer(text) for text in texts]
+        others = [i for i, text in enumerate(done) if text is None]
+        kept = [text for text in done if text is not None]
+        known = iter(self._normalizer.rust.encode_batch_fast(kept))
+        slow = iter(self._rust.encode_batch_fast([texts[i] for i in others])) if others else iter(())
+        return [next(slow if text is None else known).ids for text in done]
+
+    def _cut(self, text: str) -> str:
+        """The text up to a space between two words, behind the most tokens that can count; or as it is."""
+        if len(text) <= self._characters:
+            return text
+        end = self._characters
+        for _ in range(8):
+            end = text.rfind(" ", 1, end)
+            if end < 0:
+                return text
+            around = text[end - 1] + text[end + 1 : end + 2]
+            if len(around) == 2 and around.isascii() and around.isalnum():
+                return text[:end]
+        return text
+
+    def _check(self, tokenizer: Any) -> None:
+        probes = [
+            "",
+            " a  b ",
+            "Hello, World! It's 3.14 [SEP] </s> <s>",
+            "Ünïcode Ωσς İ ﬁ 北京 мир e\u0301\x00\x07\n\t\u200b😀",
+        ]
+        most = min(self._max_length or 64, 512)
+        probes += ["Zebra-crossings, naïve " * most + "end", f"{'x' * 7 * most} and a word"]
+        options = (
+            {}
+            if self._max_length is None
+            else {"truncation": "longest_first", "max_length": self._max_length}
+        )
+        expected = tokenizer(probes, padding=False, return_attention_mask=False, **options)
+        tokens = self(probes)
+        types = expected.get("token_type_ids") or []
+        if tokens.ids.tolist() != list(chain.from_iterable(expected["input_ids"])) or any(map(any, types)):
+            raise ValueError("its tokenizer gives other ids than its Rust part alone")
+
+
+class _Normalizer:
+    """BERT's normalizer in Python, where that is simple: Rust's takes a third of the time.
+
+    Lower case is Python's for ASCII. Every other character is what the Rust normalizer makes of it alone,
+    asked once. ``rust`` tokenizes what comes out.
+    """
+
+    def __init__(self, rust: Any, known: Any) -> None:
+        self.rust = rust
+        self._ask: Callable[[str], str] = known.normalize_str
+        self._lower = bool(known.lowercase)
+        self._others = re.compile(r"[^\x20-\x7e]")
+        self._known: dict[str, str | None] = {}
+        self._special = [t.content for t in rust.get_added_tokens_decoder().values()]
+        self._starts = {content[:1] for content in self._special}
+
+    @classmethod
+    def of(cls, rust: Any) -> _Normalizer | None:
+        """For a Rust tokenizer; None where it has another normalizer, or tokens that are found behind it."""
+        from tokenizers import normalizers
+
+        known = rust.normalizer
+        added = rust.get_added_tokens_decoder().values()
+        if type(known) is not normalizers.BertNormalizer or any(t.normalized for t in added):
+            return None
+        plain = copy.deepcopy(rust)
+        plain.normalizer = normalizers.Sequence([])
+        return cls(plain, known)
+
+    def __call__(self, text: str) -> str | None:
+        """The text as Rust would normalize it; None where Rust has to do it, as with special tokens in it."""
+        if any(start in text for start in self._starts):
+            lower = text.lower()
+            if any(content in text or content in lower for content in self._special):
+                return None
+        if not (text.isascii() and text.isprintable()):
+            try:
+                text = self._others.sub(self._one, text)
+            except _Unsafe:
+                return None
+        return text.lower() if self._lower else text
+
+    def _one(self, match: re.Match[str]) -> str:
+        character = match.group()
+        if character not in self._known:
+            given = self._ask(character)
+            # marks may change their order among others, and what Python would lower is not Rust's
+            safe = given.lower() == given or not self._lower
+            self._known[character] = given if safe and not any(map(unicodedata.combining, given)) else None
+        known = self._known[character]
+        if known is None:
+            raise _Unsafe
+        return known
+
+
+class _Unsafe(Exception):
+    """A character that depends on others."""
+
+
+def _local(rust: Any) -> bool:
+    kind = str(rust.pre_tokenizer)
+    return any(name in kind for name in _LOCAL) and "split=False" not in kind
+
+
+def _state(tokenizer: Any) -> tuple[Any, ...]:
+    """What a copy of the Rust part depends on. Cheap: it is compared before every use."""
+    rust = tokenizer.backend_tokenizer
+    return (
+        rust,
+        len(tokenizer),
+        str(rust.post_processor),
+        getattr(tokenizer, "truncation_side", "right"),
+        getattr(tokenizer, "split_special_tokens", False),
+    )
+
+
+_tokenizers: WeakKeyDictionary[Any, dict[int | None, FastTokenizer]] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def fast_tokenizer(transformer: Any, task: str | None = None) -> FastTokenizer | str:
+    """For a Transformer module of sentence-transformers; or, as a string, why that needs its ``preprocess``.
+
+    Args:
+        transformer: the module.
+        task: "query", "document" or None: some models truncate these differently.
+    """
+    if why := _unlike(transformer, task):
+        return why
+    tokenizer = transformer.tokenizer
+    limit = {"query": "query_length", "document": "document_length"}.get(task or "")
+    max_length = getattr(transformer, limit, None) if limit else None
+    if max_length is None and (tokenizer.model_max_length or 0) < _NO_LIMIT:
+        max_length = tokenizer.model_max_length
+    with _making:
+        of_this_one = _tokenizers.setdefault(tokenizer, {})
+        known = of_this_one.get(max_length)
+        state = _state(tokenizer)
+        if known is None or known.state[0] is not state[0] or known.state[1:] != state[1:]:
+            try:
+                known = of_this_one[max_length] = FastTokenizer(tokenizer, max_length)
+            except ValueError as error:
+                return str(error)
+    return known
+
+
+def _unlike(transformer: Any, task: str | None) -> str:
+    """What in a Transformer module has more to do with texts than its tokenizer's Rust part; or nothing."""
+    from sentence_transformers.base.modules import Transformer
+
+    tokenizer = getattr(transformer, "tokenizer", None)
+    if type(transformer) is not Transformer or "preprocess" in vars(transformer):
+        return f"its first module is a {type(transformer).__name__}"
+    if not getattr(tokenizer, "is_fast", False) or transformer.processor is not tokenizer:
+        return "its tokenizer is not a fast one (Rust)"
+    modalities = transformer.modality_config
+    if "message" in modalities or modalities.get("text", {}).get("method") != "forward":
+        return "its texts go through a chat template or a method of the model's own"
+    if transformer.processing_kwargs:
+        return "it has processing_kwargs"
+    if transformer.can_flatten_inputs:
+        return "sentence-transformers packs its texts for flash attention"
+    if task == "query" and getattr(transformer, "query_expansion", None) is not None:
+        return "it expands queries"
+    if _overridden(tokenizer):
+        return f"a {type(tokenizer).__name__} does more than its Rust part"
+    return ""
+
+
+def _overridden(tokenizer: Any) -> bool:
+    from transformers import PreTrainedTokenizerFast
+
+    names = ("__call__", "_encode_plus", "_batch_encode_plus", "set_truncation_and_padding", "_call_one")
+    kind, base = type(tokenizer), PreTrainedTokenizerFast
+    return any(getattr(kind, n, None) is not getattr(base, n, None) or n in vars(tokenizer) for n in names)

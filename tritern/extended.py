@@ -1,0 +1,39 @@
+"""Objects whose class is extended by another at run time, and stay what they are in copies and pickles."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+
+class Extended:
+    """What an object's class is extended by; ``extend`` does it."""
+
+    _tritern_base: type
+    _tritern_unsaved: tuple[str, ...] = ()
+    """Attributes that copies and pickles go without."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the class is made at run time: copies and pickles name the classes that it is made of
+        reduced: Any = super().__reduce_ex__(protocol)
+        state, *rest = reduced[2:]
+        state = {name: value for name, value in state.items() if name not in self._tritern_unsaved}
+        return _new, (type(self).__mro__[1], self._tritern_base), state, *rest
+
+
+def _new(kind: type[Extended], base: type) -> Any:
+    extended: Any = extended_class(kind, base)
+    return extended.__new__(extended)
+
+
+@cache
+def extended_class(kind: type[Extended], base: type) -> type:
+    """``base`` extended by ``kind``; it goes by base's name."""
+    names = {"__module__": base.__module__, "__doc__": base.__doc__, "_tritern_base": base}
+    return type(base.__name__, (kind, base), names)
+
+
+def extend(obj: Any, kind: type[Extended]) -> None:
+    """Extend an object's class by ``kind``, unless it is already."""
+    if not isinstance(obj, kind):
+        obj.__class__ = extended_class(kind, type(obj))
