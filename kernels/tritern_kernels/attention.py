@@ -15,7 +15,7 @@ from torch import Tensor
 from .common import wait_for_inputs
 from .dispatch import FLOATS
 from .launch import INTERPRETED, launch
-from .tuning import QUERY_ROWS
+from .tuning import QUERY_ROWS, widest_head
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LOWEST = tl.constexpr(-1e38)  # below every score, yet finite: a row that has seen no key gives no NaN
@@ -31,11 +31,12 @@ class Blocks:
 
 
 @cache
-def blocks_of(head_dim: int, dtype: torch.dtype) -> Blocks:
+def blocks_of(head_dim: int, dtype: torch.dtype, bias: bool) -> Blocks:
     """``Blocks`` for heads of a width: what neither spills registers nor needs more than sm_89's 99 KB."""
     if dtype == torch.float32:
-        return Blocks(32, 4, 2)
-    return Blocks(64, 4, 2) if head_dim <= 128 else Blocks(32, 4, 2)
+        return Blocks(16, 8, 2)
+    block_k, warps = (64, 4) if head_dim <= 64 else (32, 8)
+    return Blocks(block_k // 2 if bias else block_k, warps, 2)
 
 
 @triton.jit
@@ -54,7 +55,8 @@ def packed_attention_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile (first, start, end) of queries of one head: y [T, heads, D] from row ``first``. GROUP heads
-    share keys and values. Positions count from the text's start, and so do blocks of keys. SCALE includes log2(e).
+    share keys and values. Positions count from the text's start, and so do blocks of keys. SCALE includes
+    log2(e).
     """
     wait_for_inputs(PDL)
     first = tl.load(tiles_ptr + 3 * tl.program_id(0))
@@ -122,7 +124,7 @@ def packed_attention(
     A text's result depends on its own rows alone, to the last bit, wherever they lie.
 
     Args:
-        q: [heads, T, D] fp32, fp16 or bf16, D from 16 to 256; rows contiguous.
+        q: [heads, T, D] fp32, fp16 or bf16, D from 16 to ``widest_head``; rows contiguous.
         k, v: [key heads, T, D] of the same dtype; as many query heads after each other share each.
         tiles: int32 [G, 3], contiguous: the first row of ``QUERY_ROWS`` queries, and start and end of their
             text. The first row is a multiple of ``QUERY_ROWS`` behind the start. Tiles whose first row is not
@@ -144,7 +146,7 @@ def packed_attention(
     y = torch.empty((T, heads, D), dtype=q.dtype, device=q.device)
     if not len(tiles) or not T:
         return y
-    blocks = blocks_of(D, q.dtype)
+    blocks = blocks_of(D, q.dtype, bias is not None)
     values = tiles if bias is None else bias.contiguous()
     launch(
         packed_attention_kernel,
@@ -167,7 +169,7 @@ def constants_of(
     """The kernel's compile-time arguments but the last."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     upcast = INTERPRETED and dtype == torch.bfloat16  # the interpreter gets bf16 products wrong
-    block_k = blocks_of(head_dim, dtype).block_k
+    block_k = blocks_of(head_dim, dtype, bias).block_k
     return group, head_dim, block_d, QUERY_ROWS, block_k, causal, window, bias, upcast
 
 
@@ -184,12 +186,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, bias: Tensor | None) 
         or k.dim() != 3
         or k.shape[1:] != q.shape[1:]
         or len(q) % len(k)
-        or not 16 <= q.shape[2] <= 256
+        or not 16 <= q.shape[2] <= widest_head(q.dtype)
         or {q.stride(2), k.stride(2), v.stride(2)} != {1}
     ):
         raise ValueError(
             "q must be [heads, T, D], k and v [key heads, T, D], with heads a multiple of key heads, D from "
-            f"16 to 256, and contiguous rows; received {shapes[0]}, {shapes[1]} and {shapes[2]}"
+            f"16 to {widest_head(q.dtype)}, and contiguous rows; received "
+            f"{shapes[0]}, {shapes[1]} and {shapes[2]}"
         )
     if tiles.dtype != torch.int32 or tiles.dim() != 2 or tiles.shape[1] != 3 or not tiles.is_contiguous():
         kind = f"{tiles.dtype} {list(tiles.shape)}"

@@ -25,9 +25,22 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 import triton
 
-from . import activations, dispatch, embedding_kernel, gemm, gemm_few, norms, tables, ternarize, tuning
+from . import (
+    activations,
+    attention,
+    dispatch,
+    embedding_kernel,
+    gemm,
+    gemm_few,
+    norms,
+    pooling,
+    tables,
+    ternarize,
+    tuning,
+)
 from .launch import INTERPRETED
 from .reference import RULES
 
@@ -49,7 +62,7 @@ class Job:
     constants: dict[str, Any]
     options: dict[str, int]
     capability: int
-    unaligned: tuple[str, ...] = ("M", "period", "HEADS", "Q_HEADS")
+    unaligned: tuple[str, ...] = ("M", "period", "HEADS", "Q_HEADS", "window", "BIASES")
 
 
 @dataclass(frozen=True)
@@ -112,10 +125,32 @@ def jobs(capability: int) -> Iterator[Job]:
         yield _job(
             f"lookup fp16 {ids}", embedding_kernel.lookup_kernel, (embedding_kernel.BLOCK,), capability, types
         )
+    yield from _attention_jobs(capability)
+    for mode in pooling.MODES:
+        constants = mode, pooling.BLOCK_T, pooling.BLOCK_H
+        yield _job(f"pool {mode} bf16", pooling.pool_kernel, constants, capability, {"starts_ptr": "*i32"})
+    for width in (384, 4096):
+        block = 1 << (width - 1).bit_length()
+        yield _job(f"normalize bf16 {width}", pooling.normalize_kernel, (block,), capability)
     yield _job("expand bf16", ternarize.expand_kernel, (16,), capability, {"out_ptr": "*bf16"}, last=())
     for rule in (*RULES, "given"):
         kernel = ternarize.ternarize_kernel
         yield _job(f"ternarize {rule}", kernel, (rule,), capability, {"w_ptr": "*fp32"}, last=())
+
+
+def _attention_jobs(capability: int) -> Iterator[Job]:
+    kinds = [(d, dtype) for d in (32, 64, 96, 128, 256) for dtype in ("fp16", "bf16")]
+    for head_dim, name in [*kinds, (64, "fp32"), (128, "fp32")]:
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
+        types = {n: f"*{name}" for n in ("q_ptr", "k_ptr", "v_ptr", "bias_ptr", "y_ptr")}
+        types |= {"tiles_ptr": "*i32", "SCALE": "fp32"}
+        for causal, window, bias in ((False, False, False), (True, True, False), (False, False, True)):
+            blocks = attention.blocks_of(head_dim, dtype, bias)
+            options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+            constants = attention.constants_of(head_dim, dtype, 1, causal, window, bias)
+            what = " causal window" * causal + " bias" * bias
+            kernel = attention.packed_attention_kernel
+            yield _job(f"attention {name} {head_dim}{what}", kernel, constants, capability, types, options)
 
 
 def _gemm_jobs(
@@ -166,6 +201,7 @@ _KERNELS = {
         gemm.gemm_int8_kernel, gemm.gemm_16bit_kernel, gemm_few.gemm_int8_few_kernel,
         gemm_few.gemm_16bit_few_kernel, gemm_few.gemm_quantizing_kernel, activations.quantize_kernel,
         norms.norm_quantize_kernel, norms.norm_rotate_kernel, embedding_kernel.lookup_kernel,
+        attention.packed_attention_kernel, pooling.pool_kernel, pooling.normalize_kernel,
         ternarize.expand_kernel, ternarize.ternarize_kernel,
     )
 }  # fmt: skip
@@ -240,6 +276,10 @@ def _problem(
         return f"{registers} registers do not fit a multiprocessor"
     if job.kernel == "quantize_kernel" and not job.constants["ACTIVATION"] and "FFMA" in counts:
         return "the product is fused into the rounding: codes differ from the reference's"
+    if job.kernel == "norm_rotate_kernel" and "mul.rn.f32" not in ptx:
+        return "products are not rounded before they are added: results differ from torch's"
+    if job.kernel == "packed_attention_kernel" and job.types["q_ptr"] != "*fp32" and not mma:
+        return "no tensor-core instruction in the main loop"
     if not job.kernel.startswith("gemm"):
         return ""
     if job.kernel == "gemm_quantizing_kernel":  # it has no loop

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from .formats import ATOM, padded_k
 
 Mode = Literal["int8", "16bit"]
@@ -25,6 +27,12 @@ MOST_TOKENS = 16384
 
 QUERY_ROWS = 64
 """Queries of a text that one program of the attention over packed texts takes: the rows of a tile."""
+
+
+def widest_head(dtype: torch.dtype) -> int:
+    """Most features of a head that this attention takes: a tile of them fits every GPU's shared memory."""
+    return 128 if dtype == torch.float32 else 256
+
 
 MOST_ACCUMULATORS = {"plain": 128, "gelu": 64, "split": 32}
 """Accumulators a thread can hold without spills, by what follows the loop; read off compiled code

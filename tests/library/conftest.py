@@ -2,7 +2,11 @@
 
 import pytest
 
+from tritern.fused import bert as berts
+from tritern.fused import common
+from tritern.fused import decoder as decoders
 from tritern.reading import read_texts
+from tritern_kernels import dispatch
 
 from .cli import run
 
@@ -32,3 +36,26 @@ def read(tmp_path, monkeypatch):
         return read_texts(name, **settings)
 
     return read
+
+
+@pytest.fixture
+def on_gpu(monkeypatch, device):
+    """Fused steps wherever the tensors are; lists the blocks that took them."""
+    ran = []
+
+    def listed(run):
+        def call(block, *arguments):
+            result = run(block, *arguments)
+            if result is not None:
+                ran.append(block)
+            return result
+
+        return call
+
+    for family in (berts, decoders):
+        monkeypatch.setattr(family, "run", listed(family.run))
+    if device == "cpu":
+        monkeypatch.setattr(common, "on_gpu", lambda x: True)
+        monkeypatch.setattr(dispatch, "_device", lambda index: ("a GPU without a table", 90, 132))
+        dispatch._plans.clear()
+    return ran

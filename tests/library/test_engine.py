@@ -280,16 +280,15 @@ def test_packed_families_give_the_vectors_of_encode(name, tmp_path, device):
 
 
 @pytest.mark.parametrize("name", ["bert", "qwen3", "mpnet", "roberta"])
-def test_packed_ternary_models_run_fused(name, tmp_path, device, monkeypatch):
-    from tritern.fused import common
-
+@pytest.mark.filterwarnings("ignore:the fused blocks run unfused where the model is now")
+def test_packed_ternary_models_run_fused(name, tmp_path, device, on_gpu):
     model = tritern.patch(families.build(name, tmp_path)).to(device)
-    monkeypatch.setattr(common, "on_gpu", lambda x: True)
     texts = [*families.TEXTS, "be"]
     unfused, _ = packed_vectors(model, texts)
     if name != "mpnet":
         tritern.fuse(model)
     found, _ = packed_vectors(model, texts)
+    assert len(on_gpu) == (0 if name == "mpnet" else 2)
     assert (cosines(found.cpu(), unfused.cpu()) > 0.999).all()  # int8 rounding
     assert torch.equal(packed_vectors(model, texts[2:4])[0], found[2:4])
 

@@ -19,9 +19,10 @@ from tritern_kernels.tuning import QUERY_ROWS
 
 LONG = " ".join(f"word{i}" for i in range(3000))
 ODD = [
-    "", " ", "\t\n", "a\x00b", "Ünïcödé", "e\u0301\u0323", "ΑΣ ΑΣΑ", "İstanbul", "ﬁne", "北京大学", "한국어", "👩‍👩‍👧",
-    "[SEP] [CLS] [MASK] [pad]", "[sep]", "<s> </s> <pad>", "it's", "x" * 500, "\u200b\u200e", "\u302e\u302f a",
-    "A" * 9000, "a " * 9000, LONG, LONG.upper(), f"é{LONG}", "naïve café " * 700, "\U0001d15e\U0001d165",
+    "", " ", "\t\n", "a\x00b", "Ünïcödé", "e\u0301\u0323", "ΑΣ ΑΣΑ", "İstanbul", "ﬁne", "北京大学", "한국어",
+    "👩‍👩‍👧", "[SEP] [CLS] [MASK] [pad]", "[sep]", "<s> </s> <pad>", "it's", "x" * 500, "\u200b\u200e",
+    "\u302e\u302f a", "A" * 9000, "a " * 9000, LONG, LONG.upper(), f"é{LONG}", "naïve café " * 700,
+    "\U0001d15e\U0001d165",
 ]  # fmt: skip
 
 

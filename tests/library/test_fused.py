@@ -27,10 +27,8 @@ from transformers.utils import output_capturing
 
 import tritern
 from tritern import fused, linear
-from tritern.fused import bert as berts
 from tritern.fused import common
-from tritern.fused import decoder as decoders
-from tritern_kernels import block, dispatch, internals, reference
+from tritern_kernels import block, internals, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:the fused blocks run unfused where the model is now")
 SIZES = {
@@ -39,29 +37,6 @@ SIZES = {
 }  # fmt: skip
 BERTS = [BertConfig, RobertaConfig, XLMRobertaConfig, CamembertConfig, ElectraConfig]
 DECODERS = [Qwen3Config, Qwen2Config, MistralConfig, LlamaConfig]
-
-
-@pytest.fixture
-def on_gpu(monkeypatch, device):
-    """Fused steps wherever the tensors are; lists the blocks that took them."""
-    ran = []
-
-    def listed(run):
-        def call(block, *arguments):
-            result = run(block, *arguments)
-            if result is not None:
-                ran.append(block)
-            return result
-
-        return call
-
-    for family in (berts, decoders):
-        monkeypatch.setattr(family, "run", listed(family.run))
-    if device == "cpu":
-        monkeypatch.setattr(common, "on_gpu", lambda x: True)
-        monkeypatch.setattr(dispatch, "_device", lambda index: ("a GPU without a table", 90, 132))
-        dispatch._plans.clear()
-    return ran
 
 
 def model_of(config, device, **patch):

@@ -156,9 +156,11 @@ def _packed(model: nn.Module) -> Iterator[None]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
-    configs = {
-        id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")
-    }
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            configs[id(config)] = config
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:

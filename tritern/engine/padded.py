@@ -20,9 +20,8 @@ class Padded:
     """Texts of one call as batches, and their vectors.
 
     On a CPU a thread per core, up to 8, has a batch each: small models gain nothing from several cores in one
-    layer. There texts of one length share a batch, and nothing is padded, or up to a multiple of 16: what
-    padding adds to sums of numbers in groups of 16 is zeros. Either way a text has the same vector, whatever
-    it is embedded with.
+    layer. There texts of one length share a batch and nothing is padded, so that a text has the same vector
+    whatever it is embedded with.
 
     Args:
         model: the model.
@@ -30,7 +29,6 @@ class Padded:
         prompt: put before every text.
         task: handed to the modules.
         tokens: most in a batch, unless one text has more; None: 1,024 on a CPU and 16,384 on a GPU.
-        padded: pad up to a multiple of 16 on a CPU: for queries, which are few and wait for every batch.
     """
 
     def __init__(
@@ -40,15 +38,14 @@ class Padded:
         prompt: str,
         task: str | None,
         tokens: int | None,
-        padded: bool,
     ) -> None:
         self.model, self.tokenizer, self.prompt, self.task = model, tokenizer, prompt, task
         self.on_cpu = model.device.type == "cpu"
         self.workers = min(8, torch.get_num_threads()) if self.on_cpu else 1
         self.tokens = tokens or (1024 if self.on_cpu else 16384)
         self.chunk = 1024 if self.on_cpu else 8192
-        # shorter texts join a batch if that adds no more padding altogether: so much is a batch less worth
-        self.round_to, self.most_padding = (8, 1024) if not self.on_cpu else (16, 32) if padded else (1, 0)
+        # on a GPU shorter texts join a batch if that adds no more padding: so much is a batch less worth
+        self.round_to, self.most_padding = (1, 0) if self.on_cpu else (8, 1024)
         transformer = model[0]
         self.side, pad = model.tokenizer.padding_side, model.tokenizer.pad_token_id
         self.pad = 0 if pad is None else pad
@@ -63,7 +60,8 @@ class Padded:
         order = np.argsort([-len(text) for text in texts], kind="stable")
         for start in range(0, len(order), self.chunk):
             numbers = order[start : start + self.chunk]
-            tokens = self.tokenizer([self.prompt + texts[i] for i in numbers.tolist()])
+            chunk: list[int] = numbers.tolist()
+            tokens = self.tokenizer([self.prompt + texts[i] for i in chunk])
             for rows, width in self._groups(tokens.lengths):
                 yield torch.from_numpy(numbers[rows]), self._features(tokens, rows, width)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tritern_kernels.devices import unsupported
+from tritern_kernels.tuning import widest_head
 
 from . import pooling
 from .families import Family, family_of
@@ -63,7 +64,6 @@ def way_of(
     prompt: str | None = None,
     task: str | None = None,
     tokens: int | None = None,
-    padded: bool = False,
 ) -> Way | str:
     """How this model makes vectors of texts now; or, as a string, why only its own ``encode`` does.
 
@@ -72,7 +72,6 @@ def way_of(
         prompt: put before every text.
         task: handed to the model's modules.
         tokens: most in a batch or run; None: the device's default.
-        padded: on a CPU pad texts to share batches.
     """
     state, tokenizer = state_of(model), _tokenizer(model, task)
     if state.training:
@@ -82,7 +81,7 @@ def way_of(
     assert isinstance(tokenizer, FastTokenizer)
     family = _family(model, state)
     if isinstance(family, str) or (prompt and not model[1].include_prompt):
-        return Padded(model, tokenizer, prompt or "", task, tokens, padded)
+        return Padded(model, tokenizer, prompt or "", task, tokens)
     packed = packed_model(model, family, state.places)
     return Packed(packed, model, tokenizer, prompt or "", None if tokens is None else min(tokens, LARGEST))
 
@@ -149,4 +148,10 @@ def _family(model: Any, state: State) -> Family | str:
     if first.modality_config["text"]["method_output_name"] != "last_hidden_state":
         return "its vectors are not made of the last hidden states"
     found = family_of(first.auto_model)
-    return found if isinstance(found, str) else pooling.why_not(others) or found
+    if isinstance(found, str):
+        return found
+    config, dtype = first.auto_model.config, first.auto_model.dtype
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if not 16 <= width <= widest_head(dtype):
+        return f"its heads have {width} features, in {str(dtype).removeprefix('torch.')}"
+    return pooling.why_not(others) or found

@@ -110,7 +110,8 @@ class _Encode:
     def batches(self, texts: Sequence[str]) -> Iterator[tuple[Tensor, list[str]]]:
         order = torch.tensor(sorted(range(len(texts)), key=lambda i: -len(texts[i])))
         for part in order.split(256):
-            yield part, [texts[i] for i in part.tolist()]
+            numbers: list[int] = part.tolist()
+            yield part, [texts[i] for i in numbers]
 
     def vectors(self, batch: list[str]) -> Tensor:
         kind = getattr(type(self.model), "_tritern_base", type(self.model))
@@ -124,7 +125,7 @@ def _way(model: Any, task: str | None, tokens: int | None) -> Way:
     prepare(model)
     names = [name for name in PROMPTS.get(task or "", ()) if name in model.prompts]
     prompt = model.prompts.get(names[0] if names else model.default_prompt_name)
-    way = way_of(model, prompt, task, tokens, padded=task == "query")
+    way = way_of(model, prompt, task, tokens)
     return _Encode(model, prompt, task) if isinstance(way, str) else way
 
 
