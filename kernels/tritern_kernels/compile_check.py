@@ -139,18 +139,23 @@ def jobs(capability: int) -> Iterator[Job]:
 
 
 def _attention_jobs(capability: int) -> Iterator[Job]:
-    kinds = [(d, dtype) for d in (32, 64, 96, 128, 256) for dtype in ("fp16", "bf16")]
-    for head_dim, name in [*kinds, (64, "fp32"), (128, "fp32")]:
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    heads = [(width, "fp16") for width in (32, 64, 96, 128, 256)]
+    heads += [(width, name) for width in (64, 128) for name in ("bf16", "fp32")]
+    for width, name in heads:
         types = {n: f"*{name}" for n in ("q_ptr", "k_ptr", "v_ptr", "bias_ptr", "y_ptr")}
         types |= {"tiles_ptr": "*i32", "SCALE": "fp32"}
-        for causal, window, bias in ((False, False, False), (True, True, False), (False, False, True)):
-            blocks = attention.blocks_of(head_dim, dtype, bias)
+        kinds = [
+            ("", False, False, False),
+            (" causal window", True, True, False),
+            (" bias", False, False, True),
+        ]
+        for what, causal, window, bias in kinds[: 3 if width <= 64 else 2]:
+            blocks = attention.blocks_of(width, dtypes[name], bias)
             options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
-            constants = attention.constants_of(head_dim, dtype, 1, causal, window, bias)
-            what = " causal window" * causal + " bias" * bias
+            constants = attention.constants_of(width, dtypes[name], 1, causal, window, bias)
             kernel = attention.packed_attention_kernel
-            yield _job(f"attention {name} {head_dim}{what}", kernel, constants, capability, types, options)
+            yield _job(f"attention {name} {width}{what}", kernel, constants, capability, types, options)
 
 
 def _gemm_jobs(

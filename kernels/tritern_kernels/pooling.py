@@ -50,7 +50,8 @@ def pool_kernel(
             else:
                 sums += x
         if MODE == "max":
-            y = tl.where(count > 0, tl.max(sums, axis=0), 0.0)
+            spoiled = tl.max((sums != sums).to(tl.int32), axis=0) > 0  # tl.max passes over NaN
+            y = tl.where(spoiled, float("nan"), tl.where(count > 0, tl.max(sums, axis=0), 0.0))
         else:
             y = tl.sum(sums, axis=0)
             n = tl.maximum(count, 1).to(tl.float32)
@@ -70,7 +71,7 @@ def normalize_kernel(x_ptr, y_ptr, N, W, stride, BLOCK: tl.constexpr, PDL: tl.co
     row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * stride + cols, mask=cols < W, other=0.0).to(tl.float32)
     length = tl.sqrt(tl.sum(x * x, axis=0))
-    y = x / tl.maximum(length, 1e-12)
+    y = x / tl.where(length < 1e-12, 1e-12, length)  # NaN stays NaN
     tl.store(y_ptr + row * W + cols, y.to(y_ptr.dtype.element_ty), mask=cols < W)
 
 

@@ -11,10 +11,13 @@ import sys
 import torch
 
 from tritern_kernels import linear, tables
+from tritern_kernels.attention import packed_attention
 from tritern_kernels.dispatch import BertSizes, DecoderSizes, _device, block_plan
 from tritern_kernels.embedding import lookup, quantize_table
+from tritern_kernels.pooling import MODES, normalize, pool
 from tritern_kernels.ternarize import expand, ternarize
 from tritern_kernels.training import transpose
+from tritern_kernels.tuning import QUERY_ROWS
 
 
 def products(shapes: tuple[tuple[int, int], ...]) -> list[tuple[torch.Tensor, ...]]:
@@ -60,6 +63,25 @@ def decoder(M: int, hidden: int, inner: int, heads: int, key_heads: int, head_di
         sys.exit(f"wrong result of a block: {M} tokens, {hidden} and {inner} features, {heads} heads")
 
 
+def packed_texts(heads: int, key_heads: int, head_dim: int) -> None:
+    lengths = [1, 63, 65, 2, 200]
+    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    pairs = list(zip(starts, starts[1:]))
+    tiles = [[first, start, end] for start, end in pairs for first in range(start, end, QUERY_ROWS)]
+    on_gpu = torch.tensor(tiles, dtype=torch.int32, device="cuda")
+    rows = torch.randn(starts[-1], (heads + 2 * key_heads) * head_dim, device="cuda").half()
+    qkv = rows.view(starts[-1], -1, head_dim).transpose(0, 1).split([heads, key_heads, key_heads])
+    bias = torch.randn(heads, 41, device="cuda").half()
+    for settings in ({}, {"causal": True, "window": 30}, {"bias": bias}):
+        y = packed_attention(*qkv, on_gpu, scale=0.1, **settings).flatten(1)
+        if not y.isfinite().all():
+            sys.exit(f"wrong attention: {heads} heads of {head_dim}, {settings}")
+    begins = torch.tensor(starts, dtype=torch.int32, device="cuda")
+    for mode in MODES:
+        if not normalize(pool(y, begins, mode)).isfinite().all():
+            sys.exit(f"wrong pooling: {mode}")
+
+
 def main() -> None:
     for M, N, K in ((1, 70, 130), (33, 70, 4096 + 130), (130, 257, 513), (700, 130, 300)):
         weight = ternarize(torch.randn(N, K, device="cuda"), "mse")
@@ -76,6 +98,8 @@ def main() -> None:
         ids = torch.randint(-1, rows + 1, (M,), device="cuda")
         if not torch.equal(lookup(ids, packed, scale, width).isnan().any(1), (ids < 0) | (ids >= rows)):
             sys.exit(f"wrong rows of a table of {rows} x {width}")
+    for heads, key_heads, head_dim in ((3, 3, 32), (4, 2, 48), (2, 1, 128)):
+        packed_texts(heads, key_heads, head_dim)
     for M, hidden, inner in ((1, 130, 70), (33, 384, 1536), (700, 130, 300)):
         bert(M, hidden, inner)
         decoder(M, hidden, inner, 3, 1, 16)

@@ -42,6 +42,12 @@ plain = next(j for j in cc.jobs(90) if j.name == "int8 16t x 64w x 128k")
 fused = next(j for j in cc.jobs(90) if j.name == "quantize bf16 K=16384")
 assert cc.check(fused).problem == ""
 assert "fused" in cc.check(replace(fused, constants=fused.constants | {"ASM": False})).problem
+rotation = next(j for j in cc.jobs(90) if j.name == "RMSNorm rotate bf16 64")
+assert cc.check(rotation).problem == ""
+import triton.language as tl
+cc.activations._ASM = tl.constexpr(False)
+cc.norms.norm_rotate_kernel.device_caches.clear()
+assert "not rounded" in cc.check(replace(rotation, constants=rotation.constants | {"BLOCK": 32})).problem
 slow = replace(plain, constants=plain.constants | {"ASM": False})
 assert cc.check(slow).loop > 2 * cc.check(plain).loop
 """

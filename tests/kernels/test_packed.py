@@ -188,6 +188,14 @@ def test_normalize(N, W, dtype, device):
     assert torch.equal(normalize(x[-1:].to(device)).cpu(), got[-1:])
 
 
+def test_normalize_keeps_nan_with_its_row(device):
+    x = torch.tensor([[float("nan"), 3.0, 4.0], [3.0, 4.0, 0.0], [float("inf"), 1.0, 0.0]], device=device)
+    assert normalize(x).cpu().isnan().any(1).tolist() == [True, False, True]
+    assert normalize(x)[0].isnan().all() and torch.allclose(
+        normalize(x)[1].cpu(), torch.tensor([0.6, 0.8, 0.0])
+    )
+
+
 def test_normalize_refuses(device):
     with pytest.raises(TypeError, match="received torch.int64"):
         normalize(torch.ones(2, 3, dtype=torch.int64, device=device))
