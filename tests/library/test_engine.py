@@ -382,6 +382,33 @@ def test_a_size_is_captured_once_and_replayed_after(tiny, sentences, device, no_
     assert Size.holding(32, 1) in runs.graphs
 
 
+def test_graphs_of_tensors_that_have_moved_are_dropped(tiny, sentences, device, no_streams):
+    model = tiny.to(device)
+
+    def moves_a_table(run, arrays):
+        vectors = run()
+        if list(runs.graphs) == [Size.holding(32, 1)]:  # as merging does, when a block first runs
+            table = model[0].auto_model.embeddings.word_embeddings
+            table.weight.data = table.weight.data.clone()
+        return Graph(lambda: None, arrays, vectors)
+
+    runs = PackedModel(model, family_of(model[0].auto_model), moves_a_table)
+    for tokens in (32, 64):
+        runs.warm(model, Size.holding(tokens, 1))
+    assert list(runs.graphs) == [Size.holding(64, 1)]
+    runs.warm(model, Size.holding(32, 1))
+    assert len(runs.graphs) == 2
+
+
+@pytest.mark.gpu
+def test_moving_a_model_to_where_it_is_keeps_its_graphs_right(sentences):
+    model = tritern.load("minilm-l6-ternary", device="cuda")
+    expected = model.encode(sentences)
+    for count in (1, 40, 400, 3):
+        model.to("cuda")
+        assert np.array_equal(model.encode(sentences[:count], device="cuda"), expected[:count])
+
+
 @pytest.mark.gpu
 def test_graphs_are_captured_anew_after_a_change(sentences):
     model = tritern.load("minilm-l6-ternary", device="cuda")

@@ -72,8 +72,8 @@ def test_fused_blocks_give_the_models_outputs(config, device, on_gpu):
     inputs = batch(device)
     with torch.inference_mode():
         expected = model(**inputs).last_hidden_state
-        assert tritern.fuse(model) == 2
-        assert tritern.fuse(model) == 2  # again: the same
+        assert len(fused.fused_blocks(tritern.fuse(model))) == 2
+        assert len(fused.fused_blocks(tritern.fuse(model))) == 2  # again: the same
         for _ in range(2):  # with kernels to be compiled, then with planned launches
             got = model(**inputs).last_hidden_state
             # last bits of LayerNorm, now and then an int8 step: 1/127 of a value
@@ -300,7 +300,7 @@ def test_everything_but_serving_runs_unfused(device, on_gpu):
         assert not on_gpu
         tritern.dequantize(model)
         model(**inputs)
-        assert not on_gpu and tritern.warmup(model) == 0
+        assert not on_gpu and tritern.warmup(model) is model
         with pytest.raises(tritern.TriternError, match="no block to fuse"):
             tritern.fuse(model)
 
@@ -438,7 +438,7 @@ def test_blocks_that_transformers_has_changed_are_not_fused(change, make, device
     with pytest.warns(
         UserWarning, match=rf"{kind.__name__} is not as tritern knows it: such blocks"
     ) as warned:
-        assert tritern.fuse(model) == 0
+        assert len(fused.fused_blocks(tritern.fuse(model))) == 0
     assert len(warned) == 1 and not any(isinstance(m, common.Fused) for m in model.modules())
     with torch.inference_mode():
         model(**inputs)
@@ -448,7 +448,7 @@ def test_blocks_that_transformers_has_changed_are_not_fused(change, make, device
 def test_fuse_says_where_nothing_runs_fused(monkeypatch):
     model = bert("cpu")
     with pytest.warns(UserWarning, match=r"it is on the CPU\..*model\.to\('cuda'\), need not be fused again"):
-        assert tritern.fuse(model) == 2
+        assert len(fused.fused_blocks(tritern.fuse(model))) == 2
     monkeypatch.setattr(fused, "unsupported", lambda device: "there are no kernels for 'mps' devices")
     with pytest.warns(UserWarning, match="where the model is now: there are no kernels for 'mps' devices"):
         fused._warn_without_kernels(torch.device("mps"))

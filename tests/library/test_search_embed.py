@@ -9,9 +9,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 import tritern
+from tritern.engine.padded import Padded
+from tritern.engine.path import way_of
 from tritern.search import embed
-from tritern.search.batches import Batching, batches
-from tritern.search.embed import embed_windows
+from tritern.search.embed import embed_each
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +37,25 @@ def test_a_text_has_the_same_vector_alone_and_among_others(ternary, mixed):
     for i in (0, 59, 131, 299):
         assert torch.equal(embed(ternary, [mixed[i]])[0], vectors[i])
     assert torch.equal(embed(ternary, mixed, tokens_per_batch=64), vectors)
-    assert torch.equal(
-        torch.cat(list(embed_windows(ternary, [mixed[:7], mixed[7:200], mixed[200:]]))), vectors
-    )
+    assert torch.equal(torch.cat(list(embed_each(ternary, [mixed[:7], mixed[7:200], mixed[200:]]))), vectors)
 
 
-def test_no_batch_is_padded(ternary, mixed, monkeypatch):
-    seen = []
-    forward = type(ternary).forward
+def masks_of(monkeypatch):
+    """The attention masks of all batches from now on."""
+    seen, vectors = [], Padded.vectors
 
-    def spy(self, features, **kwargs):
-        seen.append(features["attention_mask"])
-        return forward(self, features, **kwargs)
+    def spy(self, batch):
+        seen.append(batch["attention_mask"])
+        return vectors(self, batch)
 
-    monkeypatch.setattr(type(ternary), "forward", spy)
-    embed(ternary, mixed, tokens_per_batch=256)
+    monkeypatch.setattr(Padded, "vectors", spy)
+    return seen
+
+
+@pytest.mark.parametrize("task", [None, "query", "document"])
+def test_no_batch_is_padded(ternary, mixed, monkeypatch, task):
+    seen = masks_of(monkeypatch)
+    embed(ternary, mixed, task=task, tokens_per_batch=256)
     assert len(seen) > 10 and all(mask.all() for mask in seen)
     assert all(len(mask) == 1 or mask.numel() <= 256 for mask in seen)
 
@@ -63,18 +68,42 @@ def test_left_padding_is_cut_on_the_left(tiny_path, mixed):
     torch.testing.assert_close(embed(model, mixed), right, atol=2e-6, rtol=0)
 
 
+def as_on_a_gpu(model, round_to, most_padding, tokens=512, chunk=64):
+    """Batches with padding, which only GPUs have."""
+    way = way_of(model)
+    assert isinstance(way, Padded)
+    way.round_to, way.most_padding, way.tokens, way.chunk = round_to, most_padding, tokens, chunk
+    return way
+
+
 def test_left_padding_is_no_more_than_the_longest_needs(tiny_path, mixed):
     model = SentenceTransformer(tiny_path, device="cpu")
     model.tokenizer.padding_side = "left"
-    plan = Batching(tokens=512, round_to=8, padding=20, chunk=64, workers=1)
-    masks = [features["attention_mask"] for _, features in batches(model, mixed, None, plan)]
+    way = as_on_a_gpu(model, 8, 20)
+    masks = [features["attention_mask"] for _, features in way.batches(mixed)]
     assert all(mask[:, -1].all() and mask[:, 0].any() for mask in masks)
     assert sum(len(mask) for mask in masks) == len(mixed) > 4 * len(masks)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches_hold_what_preprocess_gives(tiny_path, mixed, side):
+    model = SentenceTransformer(tiny_path, device="cpu")
+    model.tokenizer.padding_side = side
+    for rows, features in as_on_a_gpu(model, 8, 20).batches(mixed):
+        expected = model.preprocess([mixed[i] for i in rows])
+        assert features.keys() == expected.keys()
+        width = expected["input_ids"].shape[1]
+        kept = slice(-width, None) if side == "left" else slice(width)
+        for name in ("input_ids", "attention_mask", "token_type_ids"):
+            assert torch.equal(features[name][:, kept], expected[name])
+            assert not features[name].sum() - expected[name].sum()  # what is added is padding, id 0
+        vectors = model(dict(features))["sentence_embedding"]
+        if side == "right":
+            torch.testing.assert_close(vectors, model(expected)["sentence_embedding"], atol=2e-5, rtol=0)
+
+
 def test_rounded_lengths_are_padded_little(ternary, mixed):
-    plan = Batching(tokens=512, round_to=8, padding=0, chunk=64, workers=1)
-    found = list(batches(ternary, mixed, None, plan))
+    found = list(as_on_a_gpu(ternary, 8, 0).batches(mixed))
     assert sorted(int(i) for rows, _ in found for i in rows) == list(range(len(mixed)))
     for _, features in found:
         mask = features["attention_mask"]
@@ -82,8 +111,7 @@ def test_rounded_lengths_are_padded_little(ternary, mixed):
 
 
 def test_shorter_texts_join_a_batch_if_that_pads_them_little(ternary, mixed):
-    plan = Batching(tokens=512, round_to=1, padding=20, chunk=1024, workers=1)
-    found = list(batches(ternary, mixed[:40], None, plan))
+    found = list(as_on_a_gpu(ternary, 1, 20, chunk=1024).batches(mixed[:40]))
     assert sorted(int(i) for rows, _ in found for i in rows) == list(range(40))
     lengths = []
     for _, features in found:
@@ -95,24 +123,12 @@ def test_shorter_texts_join_a_batch_if_that_pads_them_little(ternary, mixed):
     assert len(found) < len(torch.cat(lengths).unique()) / 3
 
 
-def test_queries_share_batches_and_have_the_vectors_they_have_alone(ternary, tiny_path, mixed, monkeypatch):
-    seen, forward = [], ternary.forward
-
-    def counting(features, **kwargs):
-        seen.append(tuple(features["input_ids"].shape))
-        return forward(features, **kwargs)
-
-    monkeypatch.setattr(ternary, "forward", counting)
+def test_queries_have_the_vectors_they_have_alone(ternary, mixed):
     found = embed(ternary, mixed[:12], task="query")
-    assert sum(rows for rows, _ in seen) == 12 and len(seen) <= 2
-    assert all(length % 16 == 0 for _, length in seen)
     alone = torch.cat([embed(ternary, [text], task="query") for text in mixed[:12]])
-    assert torch.equal(found, alone) and len(seen) > 12
-    many = embed(ternary, mixed, task="query")
-    assert torch.equal(many[:12], alone)
-    dense = SentenceTransformer(tiny_path, device="cpu")
-    together, apart = (embed(dense, mixed[:12], task=task) for task in ("query", "document"))
-    torch.testing.assert_close(together, apart, atol=2e-6, rtol=0)
+    assert torch.equal(found, alone)
+    assert torch.equal(embed(ternary, mixed, task="query")[:12], alone)
+    assert torch.equal(embed(ternary, mixed, task="document")[:12], alone)
 
 
 @pytest.mark.parametrize("task", ["query", "document"])
@@ -184,7 +200,7 @@ def test_failures_come_after_what_was_done_before_them(ternary, mixed):
 
     done = []
     with pytest.raises(OSError, match="the disk is gone"):
-        for vectors in embed_windows(ternary, windows()):
+        for vectors in embed_each(ternary, windows()):
             done.append(len(vectors))
     assert done == [100, 100]
 
@@ -200,7 +216,7 @@ def test_failures_of_the_model_are_raised_and_end_all_threads(tiny_path, mixed, 
 
 def test_a_reader_that_stops_early_ends_all_threads(ternary, mixed):
     before, threads = threading.active_count(), torch.get_num_threads()
-    windows = embed_windows(ternary, [mixed] * 50)
+    windows = embed_each(ternary, [mixed] * 50)
     next(windows)
     windows.close()
     assert threading.active_count() == before and torch.get_num_threads() == threads
@@ -235,7 +251,7 @@ def test_a_failure_does_not_wait_for_further_texts(ternary, mixed):
         yield mixed[:10]
         released.wait(60)
 
-    embedding = embed_windows(ternary, windows())
+    embedding = embed_each(ternary, windows())
     next(embedding)
     start = time.monotonic()
     embedding.close()
@@ -265,7 +281,7 @@ def test_other_threads_keep_torchs_number_of_threads(ternary, mixed, monkeypatch
     monkeypatch.setattr(ternary, "forward", counting)
     torch.set_num_threads(3)
     try:
-        embedding = embed_windows(ternary, [mixed] * 3)
+        embedding = embed_each(ternary, [mixed] * 3)
         next(embedding)
         run(another)
         embedding.close()

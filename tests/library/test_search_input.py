@@ -101,11 +101,11 @@ def test_one_string_is_one_query(index, model):
 
 
 def test_windows_are_not_taken_apart(model):
-    from tritern.search.embed import embed_windows
+    from tritern.search.embed import embed_each
 
     for windows, name in (("ab", "windows"), (["ab"], "windows: number 0"), ({"ab": 1}, "windows")):
         with pytest.raises(TriternError, match=f"{name} must be a list or another iterable; received"):
-            list(embed_windows(model, windows))
+            list(embed_each(model, windows))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import tritern
 
 
 def test_nothing_to_compile_on_a_cpu(tiny):
-    assert tritern.warmup(tritern.patch(tiny)) == 0
+    assert tritern.warmup(tritern.patch(tiny)) is tiny
     with pytest.raises(tritern.TriternError, match="max_tokens must be at least 1; received 0"):
         tritern.warmup(tiny, max_tokens=0)
 
@@ -25,6 +25,7 @@ def test_after_warmup_no_lookup_compiles(tiny, sentences, monkeypatch):
     for texts in (1, 7, 100):
         ids = model.tokenizer(sentences[:texts], padding=True, return_tensors="pt")["input_ids"].cuda()
         assert torch.equal(model[0].auto_model.embeddings.word_embeddings(ids), expected(ids))
+        model.encode(sentences[:texts])
 
 
 @pytest.mark.gpu
@@ -34,7 +35,7 @@ def test_after_warmup_no_number_of_tokens_compiles(bits, monkeypatch):
 
     layers = [torch.nn.Linear(384, 1536), torch.nn.Linear(1536, 384, bias=False), torch.nn.Linear(384, 1536)]
     model = tritern.patch(torch.nn.Sequential(*layers), activation_bits=bits).cuda().half()
-    assert tritern.warmup(model) == 2
+    assert tritern.warmup(model) is model
 
     def compiles(*args, **kwargs):
         raise AssertionError("compiled after the warm-up")

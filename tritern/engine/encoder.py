@@ -89,8 +89,9 @@ def _encode(model: Any, inputs: Any, given: dict[str, Any]) -> Any:
     texts = _texts(inputs) if _plain(given) else None
     if not texts:
         return kind.encode(model, inputs, **given)
-    if given["device"] is not None:
-        model.to(given["device"])
+    device = given["device"]
+    if device is not None and torch.empty(0, device=device).device != model.device:
+        model.to(device)
     prepare(model)
     prompt, width = given["prompt"], given["truncate_dim"]
     prompt = model._resolve_prompt(None, given["prompt_name"]) if prompt is None else prompt

@@ -82,21 +82,21 @@ def way_of(
     family = _family(model, state)
     if isinstance(family, str) or (prompt and not model[1].include_prompt):
         return Padded(model, tokenizer, prompt or "", task, tokens)
-    packed = packed_model(model, family, state.places)
+    packed = _packed_model(model, family, state)
     return Packed(packed, model, tokenizer, prompt or "", None if tokens is None else min(tokens, LARGEST))
 
 
-_packed: WeakKeyDictionary[nn.Module, tuple[Any, PackedModel]] = WeakKeyDictionary()
+_packed: WeakKeyDictionary[nn.Module, PackedModel] = WeakKeyDictionary()
 _packing = threading.Lock()
 
 
-def packed_model(model: nn.Module, family: Family, state: Any) -> PackedModel:
+def _packed_model(model: nn.Module, family: Family, state: State) -> PackedModel:
     """What is kept of a model's runs; made anew where its modules or tensors are others now."""
     with _packing:
         known = _packed.get(model)
-        if known is None or known[0] != state:
-            known = _packed[model] = state, PackedModel(model, family, CudaGraphs())
-        return known[1]
+        if known is None or known.places != state.places:
+            known = _packed[model] = PackedModel(model, family, CudaGraphs())
+        return known
 
 
 def _tokenizer(model: Any, task: str | None) -> FastTokenizer | str:

@@ -44,10 +44,13 @@ class PackedModel:
         model: its modules as they are now.
         family: of the transformer.
         capture: makes the graph of a run; None: every run is launched kernel by kernel.
+
+    Attributes:
+        places: of the model's tensors, as graphs read them.
     """
 
     def __init__(self, model: Any, family: Family, capture: Callable[..., Graph] | None) -> None:
-        self.family, self.capture = family, capture
+        self.family, self.capture, self.places = family, capture, state_of(model).places
         self.positions = positions_of(_transformer(model))
         self.graphs: dict[Size, Graph | None] = {}
         self.lock = threading.Lock()
@@ -94,7 +97,11 @@ class PackedModel:
             return None
         if size not in self.graphs:
             arrays = run.arrays.to(model.device)
-            self.graphs[size] = self.capture(lambda: self._vectors(model, arrays, size), arrays)
+            graph = self.capture(lambda: self._vectors(model, arrays, size), arrays)
+            if (places := state_of(model).places) != self.places:  # a first run may merge layers' tensors
+                self.places = places
+                self.graphs.clear()
+            self.graphs[size] = graph
         return self.graphs[size]
 
     def _vectors(self, model: Any, arrays: Tensor, size: Size) -> Tensor:

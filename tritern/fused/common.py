@@ -98,8 +98,10 @@ class Fused(Extended, nn.Module):
     _tritern_unsaved = ("_tritern_merged",)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        vars(self).pop("_tritern_merged", None)  # of the place before
-        return super()._apply(*args, **kwargs)
+        result = super()._apply(*args, **kwargs)
+        if not _merged(self, self._tritern_family.parts(self)):
+            vars(self).pop("_tritern_merged", None)  # of the place before
+        return result
 
 
 def prepare(block: Any, following: Any) -> None:
