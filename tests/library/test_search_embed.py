@@ -261,13 +261,13 @@ def test_a_failure_does_not_wait_for_further_texts(ternary, mixed):
 
 def test_other_threads_keep_torchs_number_of_threads(ternary, mixed, monkeypatch):
     """Of torch's, which the model's threads share out among them: also of a thread that starts meanwhile."""
-    before, forward = torch.get_num_threads(), ternary.forward
+    before, vectors = torch.get_num_threads(), Padded.vectors
     shares, others = set(), []
 
     def counting(*args, **kwargs):
         torch.randn(200, 200) @ torch.randn(200, 200)  # before which torch sets the number for a new thread
         shares.add(torch.get_num_threads())
-        return forward(*args, **kwargs)
+        return vectors(*args, **kwargs)
 
     def another():
         torch.randn(200, 200) @ torch.randn(200, 200)
@@ -278,7 +278,7 @@ def test_other_threads_keep_torchs_number_of_threads(ternary, mixed, monkeypatch
         thread.start()
         thread.join()
 
-    monkeypatch.setattr(ternary, "forward", counting)
+    monkeypatch.setattr(Padded, "vectors", counting)
     torch.set_num_threads(3)
     try:
         embedding = embed_each(ternary, [mixed] * 3)

@@ -180,8 +180,7 @@ def embed(
         shown: show a progress bar.
     """
     if len(texts) <= INLINE:
-        found = embed_here(way, texts, finish)
-        return found.cpu() if to_cpu else found
+        return embed_here(way, texts, finish, to_cpu=to_cpu)
     with bar(desc="Embedding", total=len(texts), unit=" texts", leave=False, disable=not shown) as progress:
         return next(embed_windows(way, [texts], finish, to_cpu=to_cpu, advance=progress.update))
 

@@ -62,16 +62,15 @@ def embed_windows(
         pipeline.stop()
 
 
-@torch.inference_mode()
-def embed_here(way: Way, texts: Sequence[str], finish: Finish) -> Tensor:
+def embed_here(way: Way, texts: Sequence[str], finish: Finish, *, to_cpu: bool = False) -> Tensor:
     """The vectors of a few texts, one at least, on the calling thread."""
     places: Tensor | None = None
     for rows, batch in way.batches(texts):
-        found = finish(way.vectors(batch))
-        if len(rows) == len(texts) and bool((rows == torch.arange(len(texts))).all()):
-            return found
-        if places is None:
-            places = found.new_empty(len(texts), found.shape[1])
+        with torch.inference_mode():
+            found = finish(way.vectors(batch))
+            found = found.cpu() if to_cpu else found
+        if places is None:  # not an inference tensor
+            places = torch.empty(len(texts), found.shape[1], dtype=found.dtype, device=found.device)
         _put_in_place(places, rows, found)
     assert places is not None
     return places
@@ -158,7 +157,8 @@ class _Pipeline:
                 case (number, rows, done):
                     vectors = done.tensor()
                     if number not in places:
-                        places[number] = vectors.new_empty(missing[number], vectors.shape[1])
+                        shape = missing[number], vectors.shape[1]
+                        places[number] = torch.empty(shape, dtype=vectors.dtype, device=vectors.device)
                     _put_in_place(places[number], rows, vectors)
                     missing[number] -= len(rows)
                     advance(len(rows))

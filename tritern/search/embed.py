@@ -80,7 +80,7 @@ def embed_each(
     under_way: list[Sequence[str]] = []
 
     def taken() -> Iterator[Sequence[str]]:
-        for window in windows:
+        for window in many(windows, "windows"):
             under_way.append(window)
             yield window
 
