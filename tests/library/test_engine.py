@@ -622,3 +622,28 @@ def test_a_failing_model_is_told(tiny, sentences, monkeypatch):
 
 def test_capturing_on_a_cpu_does_nothing(tiny):
     capture(tritern.patch(tiny), [16, 32])
+
+
+# ---------------------------------------------------------------- attention
+
+
+def test_no_path_with_varying_shapes_takes_cudnns_attention(tiny, sentences, monkeypatch):
+    from tritern.distillation.objective import DistillationLoss
+    from tritern.passes import evaluating
+
+    taken = torch.backends.cuda.cudnn_sdp_enabled
+    assert taken()
+    with evaluating(tiny):
+        assert not taken()
+    assert taken()
+    seen = []
+    monkeypatch.setattr(DistillationLoss, "_teacher_outputs", lambda *_: seen.append(taken()) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        DistillationLoss.forward(object.__new__(DistillationLoss), [{}])
+    way = way_of(tiny)
+    way.on_cpu = False  # as on a GPU
+    monkeypatch.setattr(
+        type(tiny), "forward", lambda *_, **__: seen.append(taken()) or {"sentence_embedding": 0}
+    )
+    way.vectors({})
+    assert seen == [False, False] and taken()

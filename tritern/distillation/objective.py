@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..choice import blocks_of
 from ..errors import TriternError
 from ..linear import TernaryLinear
-from ..passes import evaluating
+from ..passes import evaluating, without_cudnn_attention
 from .layers import TrainableTernaryLinear
 from .losses import LOSSES, Outputs, terms
 
@@ -134,6 +134,7 @@ class DistillationLoss(nn.Module):
                     f"{', '.join(str(width // parts) for width in widths)}; received {heads}"
                 )
 
+    @without_cudnn_attention()
     def forward(self, features: list[dict[str, Tensor]], labels: Tensor | None = None) -> dict[str, Tensor]:
         """The weighted terms by name; their sum is the loss. ``features`` is one tokenized column."""
         teacher = self._teacher_outputs(features[0], labels)

@@ -8,12 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..passes import without_cudnn_attention
 from .tokens import FastTokenizer, Tokens
-
-_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Not cuDNN's, which plans 10 ms or more for every new shape."""
 
 
 class Padded:
@@ -113,5 +110,5 @@ class Padded:
             return self.model(dict(batch), **own)["sentence_embedding"]
         device = self.model.device
         moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        with sdpa_kernel(_ATTENTION):
+        with without_cudnn_attention():
             return self.model(moved, **own)["sentence_embedding"]
