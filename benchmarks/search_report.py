@@ -68,7 +68,7 @@ def _mean(rows: Rows, figure: str) -> float:
 def throughput_table(rows: Rows) -> str:
     """Embed + add, against the pipeline by hand."""
     titles = ["arm", "texts/s", "[p20 p80]", "embed only", "by hand", "embed only", "ratio", "[p20 p80]"]
-    titles += ["largest difference", "smallest cosine", "same top 10", "with"]
+    titles += ["to", "ratio", "largest difference", "smallest cosine", "same top 10", "with"]
     cells = []
     for r in rows:
         speed, ratio = r["texts_per_second"], r["ratio"]
@@ -76,6 +76,7 @@ def throughput_table(rows: Rows) -> str:
             [r["arm"], speed["median"], f"[{speed['p20']:.1f} {speed['p80']:.1f}]", r["embed_only"]["median"]]
             + [r["by_hand"]["median"], r["by_hand_embed_only"]["median"]]
             + [f"{ratio['median']:.2f}x", f"[{ratio['p20']:.2f} {ratio['p80']:.2f}]"]
+            + [r["baseline"], f"{r['over_baseline']['median']:.2f}x"]
             + [f"{r['largest_difference']:.1e}", f"{r['smallest_cosine']:.6f}", f"{r['same_top10']:.2%}"]
             + [r["faiss"]]
         )

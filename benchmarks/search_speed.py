@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import threading
 import time
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 import psutil
 import search_sets
-from search_sets import SearchSet, spread
+from search_sets import TEACHER, SearchSet, spread
+from search_time import Limit, Pace
 
 SCALE_ROWS = 100
 """Measurements of the resident size that are kept of a build."""
@@ -29,12 +31,14 @@ def seconds(start: float) -> float:
     return time.perf_counter() - start
 
 
-def by_hand(model: Any, texts: list[str]) -> tuple[np.ndarray, dict[str, float]]:
-    """encode_document with its defaults and an exact faiss index; the vectors and the stages' seconds."""
+def by_hand(model: Any, texts: list[str], batch: int = 32) -> tuple[np.ndarray, dict[str, float]]:
+    """encode_document and an exact faiss index, on GPUs where faiss has any; the vectors and the stages'
+    seconds.
+    """
     import faiss
 
     start = time.perf_counter()
-    vectors = model.encode_document(texts, show_progress_bar=False)
+    vectors = model.encode_document(texts, batch_size=batch, show_progress_bar=False)
     encoding = seconds(start)
     index = faiss.IndexFlatIP(vectors.shape[1])
     if faiss.get_num_gpus():
@@ -56,43 +60,81 @@ def with_tritern(model: Any, texts: list[str]) -> tuple[np.ndarray, dict[str, fl
         return np.array(index.vectors), {"embed": embedding, "total": total}
 
 
-PIPELINES = {"by hand": by_hand, "tritern": with_tritern}
+PIPELINES = ("by hand", "tritern")
+
+
+def paces(models: Mapping[str, Any], texts: list[str], batches: Sequence[int]) -> dict[str, Pace]:
+    """The pace of every model on these texts; each pipeline runs once before it is timed."""
+    found, characters = {}, sum(map(len, texts))
+    for label, model in models.items():
+        ours = [with_tritern(model, texts)[1]["total"] for _ in range(2)][-1]
+        hand = {n: [by_hand(model, texts, n)[1]["total"] for _ in range(2)][-1] for n in batches}
+        batch = min(hand, key=lambda n: hand[n])
+        found[label] = Pace(hand[batch] / characters, ours / characters, batch)
+    return found
+
+
+def pace_of(models: Mapping[str, Any], texts: list[str], device: str, limit: Limit) -> dict[str, Pace]:
+    """Of a sample, where time is limited or the best batch size is looked for."""
+    if device == "cuda":
+        return paces(models, texts[:2048], (32, 128, 512))
+    if math.isinf(limit.left()):
+        return {label: Pace(0.0, 0.0, 32) for label in models}
+    return paces(models, texts[:128], (32,))
+
+
+def mixed(sets: Sequence[SearchSet], seed: int) -> list[str]:
+    """The documents of all sets, shuffled."""
+    texts = [t for one in sets for t in one.documents]
+    random.Random(seed).shuffle(texts)
+    return texts
 
 
 def throughput(
-    models: Mapping[str, Any], sets: Sequence[SearchSet], options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """Texts per second of embed + add: a row for every arm. Arms and pipelines take turns."""
-    texts = [t for one in sets for t in one.documents]
-    random.Random(options.seed).shuffle(texts)
-    texts = texts[: options.texts]
+    models: Mapping[str, Any], texts: list[str], options: argparse.Namespace, pace: Mapping[str, Pace]
+) -> Iterator[list[dict[str, Any]]]:
+    """Texts per second of embed + add: after each round but the first the rows of all rounds so far, one for
+    every arm. Arms and pipelines take turns.
+    """
     times: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     vectors: dict[tuple[str, str], np.ndarray] = {}
-    for _ in range(options.repeat + 1):
+    baseline = next(label for label in ("fp16", TEACHER, *models) if label in models)
+    for turn in range(options.repeat + 1):
         for label, model in models.items():
-            for name, pipeline in PIPELINES.items():
-                vectors[label, name], found = pipeline(model, texts)
-                times[label, name].append(found)
-    for label in models:
-        rates = {
-            (name, stage): spread([len(texts) / t[stage] for t in times[label, name][1:]])
-            for name in PIPELINES
-            for stage in ("total", "embed")
-        }
-        ratios = [
-            hand["total"] / ours["total"]
-            for hand, ours in zip(times[label, "by hand"][1:], times[label, "tritern"][1:])
-        ]
-        yield {
-            "arm": label,
-            "texts": len(texts),
-            "texts_per_second": rates["tritern", "total"],
-            "embed_only": rates["tritern", "embed"],
-            "by_hand": rates["by hand", "total"],
-            "by_hand_embed_only": rates["by hand", "embed"],
-            "ratio": spread(ratios),
-            **agreement(vectors[label, "tritern"], vectors[label, "by hand"]),
-        }
+            for name in PIPELINES:
+                if name == "tritern":
+                    vectors[label, name], found = with_tritern(model, texts)
+                else:
+                    vectors[label, name], found = by_hand(model, texts, pace[label].batch)
+                if turn:
+                    times[label, name].append(found)
+        if turn:
+            yield [_row(label, times, vectors, len(texts), baseline, pace[label].batch) for label in models]
+
+
+def _row(
+    label: str,
+    times: Mapping[tuple[str, str], list[dict[str, float]]],
+    vectors: Mapping[tuple[str, str], np.ndarray],
+    texts: int,
+    baseline: str,
+    batch: int,
+) -> dict[str, Any]:
+    ours, hand, base = times[label, "tritern"], times[label, "by hand"], times[baseline, "by hand"]
+    return {
+        "arm": label,
+        "texts": texts,
+        "rounds": len(ours),
+        "texts_per_second": spread([texts / t["total"] for t in ours]),
+        "embed_only": spread([texts / t["embed"] for t in ours]),
+        "by_hand": spread([texts / t["total"] for t in hand]),
+        "by_hand_embed_only": spread([texts / t["embed"] for t in hand]),
+        "by_hand_batch_size": batch,
+        "ratio": spread([a["total"] / b["total"] for a, b in zip(hand, ours)]),
+        "baseline": f"{baseline} by hand",
+        "over_baseline": spread([a["total"] / b["total"] for a, b in zip(base, ours)]),
+        **agreement(vectors[label, "tritern"], vectors[label, "by hand"]),
+    }
 
 
 def agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
@@ -111,6 +153,7 @@ def latency(
     models: Mapping[str, Any],
     queries: list[str],
     options: argparse.Namespace,
+    limit: Limit,
 ) -> Iterator[dict[str, Any]]:
     """Queries per second and percentiles of embed + search at every batch size, and of the stages apart.
 
@@ -119,12 +162,16 @@ def latency(
         models: sentence-transformer by arm.
         queries: repeated in order when there are too few.
         options: batches, repeat, seed.
+        limit: a batch size gets its part of a third of what is left; five calls it always gets.
     """
     generator = random.Random(options.seed)
-    for batch in options.batches:
+    for number, batch in enumerate(options.batches):
+        end = time.perf_counter() + limit.left(1 / 3) / (len(options.batches) - number)
         calls = max(options.repeat, min(20 * options.repeat, 512 // batch))
         times: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
         for call in range(-1, calls):
+            if call >= 5 and time.perf_counter() > end:
+                break
             texts = generator.choices(queries, k=batch)
             for (label, kind), index in indexes.items():
                 found = one_search(index, models[label], texts)
@@ -137,7 +184,7 @@ def latency(
                 "kind": kind,
                 "rows": len(index),
                 "batch": batch,
-                "calls": calls,
+                "calls": len(stages["total"]),
                 "queries_per_second": batch * 1e3 / float(np.median(stages["total"])),
                 "ms": {name: spread(values, 50, 99) for name, values in stages.items()},
             }
@@ -196,16 +243,26 @@ class Resident(threading.Thread):
 
 
 def scale(
-    models: Mapping[str, Any], one: SearchSet, options: argparse.Namespace, folder: Path
+    models: Mapping[str, Any],
+    one: SearchSet,
+    options: argparse.Namespace,
+    folder: Path,
+    limit: Limit,
+    pace: Mapping[str, Pace],
 ) -> Iterator[dict[str, Any]]:
-    """Build and search ``options.scale`` rows of real texts varied by templates: speed and memory alone."""
+    """Build and search ``options.scale`` rows of real texts varied by templates: speed and memory alone. As
+    many rows as all arms can build in two thirds of what is left, at least those of the set.
+    """
     from tritern.search import SearchIndex
 
+    each = sum(pace[label].tritern for label in models) * np.mean([len(text) for text in one.documents])
+    affordable = limit.left(2 / 3) / max(float(each) * len(options.kinds), 1e-9)
+    count = int(min(options.scale, max(len(one.documents), affordable)))
     for label, model in models.items():
         for kind in options.kinds:
             resident = Resident()
             before = psutil.Process().memory_info().rss / 1e6
-            texts = resident.count(search_sets.varied(one.documents, options.scale))
+            texts = resident.count(search_sets.varied(one.documents, count))
             resident.start()
             start = time.perf_counter()
             try:
@@ -214,7 +271,7 @@ def scale(
                 memory = resident.stop()
             building = time.perf_counter() - start
             with index:
-                latencies = list(latency({(label, kind): index}, models, one.queries, options))
+                latencies = list(latency({(label, kind): index}, models, one.queries, options, limit))
                 yield {
                     "arm": label,
                     "kind": kind,

@@ -3,13 +3,13 @@
     python benchmarks/tokens.py --data DIR --json tokens.json
     python benchmarks/tokens.py --model BAAI/bge-base-en-v1.5 --short 2000 --long 500
 
-``fast`` is what `encode` of tritern calls (``tritern.engine.tokens``): ids end to end, 4,096 texts at a time.
-``preprocess N`` is ``model.preprocess`` of batches of N texts, longest first as `encode` of
-sentence-transformers sorts them, which pads and makes tensors. Short texts are claims (perspectrum), long ones
-abstracts (scifact) of the labelled sets in --data; without it sentences and paragraphs of Python's own
-language reference. Arms take turns; a time is the median over the rounds, and the speed is the median of the
-ratios within a round, to the batch size that is fastest. Before, the ids of all texts are compared, with and
-without a prompt: there is no speed where they differ.
+``fast`` is what ``encode`` of tritern calls (``tritern.engine.tokens``): ids end to end, 4,096 texts at a
+time. ``preprocess N`` is ``model.preprocess`` of batches of N texts, which pads and makes tensors; longest
+texts first, as ``encode`` of sentence-transformers sorts them. Short texts are claims (perspectrum), long
+ones abstracts (scifact) of the labelled sets in --data; without it sentences and paragraphs of Python's own
+language reference. Arms take turns. A rate is of the median of the rounds, and the speed is the median of
+the ratios within a round, to the batch size that is fastest. Before, the ids of all texts are compared,
+with and without a prompt: there is no speed where they differ.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--model", default="minilm-l6-ternary", help="folder or hub name (default: minilm-l6-ternary)")
-    add("--data", type=Path, default=os.environ.get("TRITERN_DATA"), metavar="DIR", help="labelled sets, laid "
-        "out as benchmarks/eval_sets.py says; default: the environment's TRITERN_DATA")  # fmt: skip
+    add("--data", type=Path, default=os.environ.get("TRITERN_DATA"), metavar="DIR",
+        help="labelled sets, laid out as benchmarks/eval_sets.py says; default: TRITERN_DATA")  # fmt: skip
     add("--short", type=int, default=8192, help="most short texts (default: 8192)")
     add("--long", type=int, default=2048, help="most long texts (default: 2048)")
     add("--rounds", type=int, default=5, help="(default: 5)")
