@@ -29,6 +29,8 @@ from typing import Any
 
 import numpy as np
 
+from tritern.engine.encoder import attach
+
 SETS = {
     "STS-B": ("sts", "sts/stsb"),
     "SICK-R": ("sts", "sts/sickr"),
@@ -92,6 +94,7 @@ class Encoder:
     """
 
     def __init__(self, model: Any, batch_size: int = 64, cache: Path | None = None) -> None:
+        attach(model)  # tritern's engine embeds originals, too
         self.model, self.batch_size, self.cache = model, batch_size, cache
         self.from_cache = 0
         self._known: dict[str, dict[str, np.ndarray]] = {"": {}, "query": {}, "document": {}}
