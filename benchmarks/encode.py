@@ -52,7 +52,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--model", help="hub name or path, on a CPU without --models; default: the packaged all-MiniLM-L6-v2")
     add("--device", help="cuda or cpu; default: cuda if there is one")
     add("--arms", nargs="+", help=f"on a CPU of {', '.join(ARMS)}; of the table by their names there")
-    data = os.environ.get("TRITERN_DATA")
+    data = os.environ.get("TRITERN_DATA") or None
     add("--data", type=Path, default=data, metavar="DIR", help="labelled sets, whose documents are the short "
         "and long texts; default: TRITERN_DATA")  # fmt: skip
     add("--texts", type=Path, help="UTF-8 file, one text a line, in place of all others")
@@ -234,13 +234,11 @@ def table(rows: dict[str, dict[str, Any]], baseline: str) -> str:
         if "reason" in r:
             lines.append(f"{arm:22s} not measured: {r['reason']}")
             continue
-        ratio = f"({r['speed']:.2f}x)" if "speed" in r else ""
-        speed_of_query = f"({r['query_speed']:.2f}x)" if "query_speed" in r else ""
-        held = f"({r['held_mb'] / base['held_mb']:.2f}x)" if "held_mb" in base else ""
-        peak = f"({r['peak_mb'] / base['peak_mb']:.2f}x)" if "held_mb" in base else ""
+        ratio, of_query = (f"({r[k]:.2f}x)" if k in r else "" for k in ("speed", "query_speed"))
+        held, peak = (f"({r[k] / base[k]:.2f}x)" if k in base else "" for k in ("held_mb", "peak_mb"))
         lines.append(
             f"{arm:22s} {r['sentences_per_second']:8.1f} {ratio:>7s} {r['query_p50_ms']:7.2f} ms "
-            f"{speed_of_query:>7s} {r['query_p99_ms']:6.1f} ms {r['held_mb']:6.0f} MB {held:>6s} "
+            f"{of_query:>7s} {r['query_p99_ms']:6.1f} ms {r['held_mb']:6.0f} MB {held:>6s} "
             f"{r['peak_mb']:6.0f} MB {peak:>6s}"
         )
     return "\n".join(lines)
@@ -266,9 +264,8 @@ def rounds(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list[
         for _, arm in tqdm(turns, desc="Measuring", unit="run"):
             if not found[arm] or "reason" not in found[arm][-1]:
                 found[arm].append(run_arm(options, arm, path, folder))
-    facts = environment("cpu") | {"model": options.model or "all-MiniLM-L6-v2"}
-    names = ("sentences", "batch_size", "rounds", "instruction_set")
-    return facts | {name: getattr(options, name) for name in names}, found
+    facts = {n: getattr(options, n) for n in ("sentences", "batch_size", "rounds", "instruction_set")}
+    return environment("cpu") | {"model": options.model or "all-MiniLM-L6-v2"} | facts, found
 
 
 def main() -> None:

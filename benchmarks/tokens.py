@@ -125,7 +125,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--model", default="minilm-l6-ternary", help="folder or hub name (default: minilm-l6-ternary)")
-    add("--data", type=Path, default=os.environ.get("TRITERN_DATA"), metavar="DIR",
+    add("--data", type=Path, default=os.environ.get("TRITERN_DATA") or None, metavar="DIR",
         help="labelled sets, laid out as benchmarks/eval_sets.py says; default: TRITERN_DATA")  # fmt: skip
     add("--short", type=int, default=8192, help="most short texts (default: 8192)")
     add("--long", type=int, default=2048, help="most long texts (default: 2048)")

@@ -19,7 +19,7 @@ from tritern_kernels.formats import check_codes, check_scale
 from .checkpoint import DIGEST_KEY, digest, verify, verify_files
 from .config import TernaryConfig
 from .embedding import Int4Embedding, QuantizedEmbedding, embedding_of, multiplier
-from .engine.encoder import attach_to_loading
+from .engine import encoder
 from .errors import CheckpointError, TriternError
 from .fused import fuse_what_fits
 from .linear import TernaryLinear
@@ -156,12 +156,12 @@ class TernaryHfQuantizer(HfQuantizer):
         if isinstance(self.quantization_config, TernaryConfig):
             from .patch import patch  # which imports this module
 
-            attach_to_loading()
+            encoder.attach_to_loading()
             return patch(model, self.quantization_config)
         extend()
         for name, module in [*_named(model, TernaryLinear), *_named(model, QuantizedEmbedding)]:
             _check_loaded(name, module)
-        attach_to_loading()
+        encoder.attach_to_loading()
         if any(p.is_cuda for p in model.parameters()):
             fuse_what_fits(model)
         return model
@@ -259,7 +259,7 @@ def foreign_quantization(model: nn.Module) -> str | None:
 
 def attach(model: nn.Module, config: TernaryConfig | None = None, calibrated_on: int = 0) -> None:
     """Tell the transformers models inside ``model`` which of their layers are ternary and which tables
-    rounded, so that they save and load.
+    rounded, so that they save and load; and put the engine behind ``encode``.
 
     Args:
         model: has ternary layers.
@@ -279,10 +279,12 @@ def attach(model: nn.Module, config: TernaryConfig | None = None, calibrated_on:
     extend()
     if hasattr(model, "_model_card_text"):  # a sentence-transformers model
         vars(model)["_model_card_text"] = model_card(model, config or TernaryConfig(), calibrated_on)
+    encoder.attach(model)
 
 
 def detach(model: nn.Module) -> None:
-    """Undo ``attach``: the model saves as what it is."""
+    """Undo ``attach``: the model saves as what it is, and sentence-transformers' own ``encode`` is back."""
+    encoder.detach(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):  # whose config may be that of the model around it
             if isinstance(getattr(module.config, "quantization_config", None), TernaryQuantizationConfig):

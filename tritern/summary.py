@@ -14,7 +14,7 @@ from tritern_kernels import cpu, padded_k, ternarize_weight
 from .choice import SMALLEST_TABLE, choose, choose_tables, common_name, matrices_of, others, starred
 from .config import TernaryConfig
 from .embedding import QuantizedEmbedding
-from .engine.encoder import Encoder
+from .engine.encoder import is_sentence_transformer
 from .engine.path import path_of
 from .errors import TriternError
 from .inputs import check_model
@@ -68,7 +68,7 @@ class Summary:
         refusal: why ``patch`` would refuse such a model as it is, or empty.
         products: what multiplies the ternary layers on the devices where they are.
         unpacked_bytes: kept besides for the layers on a CPU, from the first use on.
-        path: of a ternary SentenceTransformer, the way its texts take to their vectors, and why.
+        path: of a SentenceTransformer, the way its texts take to their vectors when it is ternary, and why.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -151,8 +151,9 @@ def summary(model: nn.Module) -> Summary:
     tables = [_table(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedEmbedding)]
     found = _summary(model, layers, tables, dtype)
     if layers or tables:
-        path = str(path_of(model)) if isinstance(model, Encoder) else ""
-        return replace(found, path=path, **_products((m, m.activation_bits) for _, m in _first(ternary)))
+        return replace(
+            found, path=_path(model), **_products((m, m.activation_bits) for _, m in _first(ternary))
+        )
     try:
         plan(model, TernaryConfig())
         refusal = ""
@@ -219,8 +220,13 @@ def _planned(model: nn.Module, dtype: torch.dtype, counted: bool) -> Summary | N
         model_bytes_after=plain.model_bytes_after - before + after,
         bits_per_weight=_bits_per_weight(layers),
         zero_fraction=_zeros(layers),
+        path=_path(model),
         **_products((module, bits) for _, module in chosen),
     )
+
+
+def _path(model: nn.Module) -> str:
+    return str(path_of(model)) if is_sentence_transformer(model) else ""
 
 
 def _first(layers: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:

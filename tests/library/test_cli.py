@@ -114,7 +114,7 @@ def test_long_verbs_say_how_far_they_are_without_a_terminal(
     for command, line in [
         (["search", ternary_path, texts_file, "q"], "Embedding: 60 of 60 texts (100%), "),
         (["eval", ternary_path, texts_file, "--teacher", tiny_path],
-         "Encoding by both models: 120 of 120 texts (100%), "),
+         "Embedding: 60 of 60 texts (100%), "),
         (["bench", ternary_path, "--count", 4, "--rounds", 1, "--queries", 1],
          "Measuring: 3 of 3 steps (100%), "),
         (["convert", tiny_path, tmp_path / "out", "--calibrate", texts_file], "Calibrating: 4 of "),

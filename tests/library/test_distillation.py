@@ -18,6 +18,7 @@ from tritern.distillation.arguments import suggested_learning_rate
 from tritern.distillation.trainer import STATE_FILE
 from tritern.draw import drawn
 from tritern.embedding import QuantizedEmbedding
+from tritern.engine.encoder import encode
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"per_device_train_batch_size": 16, "max_steps": 12, "disable_tqdm": True, "learning_rate": 3e-3}
@@ -272,7 +273,7 @@ def test_checkpoints_hold_the_packed_model_that_was_scored(tiny, tiny_path, sent
 
     class Keep(FidelityEvaluator):
         def __call__(self, model, output_path=None, epoch=-1, steps=-1):
-            scored[steps] = model.encode(sentences[:10])
+            scored[steps] = encode(model, sentences[:10])  # as the evaluator does
             return super().__call__(model, output_path, epoch, steps)
 
     judge = Keep(sentences[:40], tiny.encode(sentences[:40]))

@@ -280,7 +280,8 @@ def test_summary_on_the_meta_device(tiny, tiny_path):
         assert len(meta.layers) == 12 and meta.zero_fraction is None
         assert "-" in str(meta).splitlines()[2].split()
         layers = tuple(replace(layer, zero_fraction=None) for layer in filled.layers)
-        there = {"products": meta.products, "unpacked_bytes": 0}
+        assert filled.path.startswith("the engine, ") and "on the meta device" in meta.path
+        there = {"products": meta.products, "unpacked_bytes": 0, "path": meta.path}
         assert meta == replace(filled, layers=layers, zero_fraction=None, **there)
 
 

@@ -163,6 +163,10 @@ def test_embed_search_runs_whole(data, tiny_path, tmp_path, monkeypatch, capsys)
     arms = ["fp32", "patched 16-bit", "patched int8"]
     assert [r["arm"] for r in found["throughput"]] == arms
     assert all(r["same_top10"] > 0.99 and r["smallest_cosine"] > 0.999 for r in found["throughput"])
+    for row in found["throughput"]:
+        assert row["baseline"] == "fp32 by hand" and row["rounds"] == 1 and row["by_hand_batch_size"] == 32
+        expected = row["texts_per_second"]["median"] / found["throughput"][0]["by_hand"]["median"]
+        assert row["over_baseline"]["median"] == pytest.approx(expected)
     assert [(r["batch"], r["arm"]) for r in found["latency"]] == [(b, a) for b in (1, 128) for a in arms]
     assert {r["kind"] for r in found["quality"]} == set(embed_search.KINDS)
     for row in found["quality"]:
@@ -175,6 +179,16 @@ def test_embed_search_runs_whole(data, tiny_path, tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out.count("| patched int8 |") == 1 + 2 + len(embed_search.KINDS)
     vectors = next((tmp_path / "kept").glob("*fp32/vectors*"))
     assert vectors.stat().st_size == len(TEXTS) * 32 * 4
+
+
+def test_a_run_of_a_minute_says_its_pace(data, tiny_path, tmp_path, monkeypatch):
+    arguments = ["--data", data, "--model", tiny_path, "--device", "cpu", "--repeat", 1, "--minutes", 1]
+    arguments += ["--arms", "ternary int8", "--kinds", "flat", "--batches", 2, "--json", tmp_path / "a.json"]
+    run(embed_search, monkeypatch, *arguments)
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["environment"]["left_out"] == [] and found["environment"]["minutes"] == 1
+    assert all(one["tritern"] > 0 and one["batch"] == 32 for one in found["environment"]["pace"].values())
+    assert len(found["latency"]) == 2 and len(found["quality"]) == 2
 
 
 def test_search_parameters_are_swept(tiny_path, tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ def _encode(model: Any, inputs: Any, given: dict[str, Any]) -> Any:
     if not texts:
         return kind.encode(model, inputs, **given)
     device = given["device"]
-    if device is not None and torch.empty(0, device=device).device != model.device:
+    if device is not None and torch.empty(0, dtype=torch.uint8, device=device).device != model.device:
         model.to(device)
     prepare(model)
     prompt, width = given["prompt"], given["truncate_dim"]
@@ -109,17 +109,25 @@ def _encode(model: Any, inputs: Any, given: dict[str, Any]) -> Any:
     return found[0] if isinstance(inputs, str) else found
 
 
-def attach(model: Any, *, fuse: bool = True) -> None:
+def attach(model: Any, *, fuse: bool | None = None) -> None:
     """Put the engine behind ``encode`` of a SentenceTransformer; of other models nothing changes.
 
     Args:
         model: any module.
-        fuse: fuse what can be fused when the model first runs on a GPU.
+        fuse: fuse what can be fused when the model first runs on a GPU; None: as it was, at first True.
     """
-    if _is_known(model):
+    if is_sentence_transformer(model):
         if cast(Any, type(model)).encode is _known().encode:
             extend(model, Encoder)
-        vars(model)["_tritern_fuse"] = fuse
+        vars(model)["_tritern_fuse"] = vars(model).get("_tritern_fuse", True) if fuse is None else fuse
+        vars(model).pop("_tritern_is_fused", None)
+
+
+def detach(model: Any) -> None:
+    """Undo ``attach``."""
+    if isinstance(model, Encoder):
+        model.__class__ = model._tritern_base
+        vars(model).pop("_tritern_fuse", None)
 
 
 def attach_to_loading() -> None:
@@ -129,7 +137,7 @@ def attach_to_loading() -> None:
     frame = sys._getframe() if _known() is not None else None
     while frame is not None:
         model = frame.f_locals.get("self") if frame.f_code.co_name == "__init__" else None
-        if _is_known(model):
+        if is_sentence_transformer(model):
             if cast(Any, type(model)).encode is _known().encode:
                 extend(model, Encoder)
             return
@@ -141,7 +149,8 @@ def _known() -> Any:
     return getattr(sys.modules.get("sentence_transformers"), "SentenceTransformer", None)
 
 
-def _is_known(model: Any) -> bool:
+def is_sentence_transformer(model: Any) -> bool:
+    """Whether a model is one; nobody has imported the package otherwise."""
     return (known := _known()) is not None and isinstance(model, known)
 
 
@@ -149,9 +158,11 @@ def prepare(model: nn.Module) -> None:
     """Make a model ready to run: in evaluation mode and on a GPU fused, unless the user did not want that."""
     if model.training:
         model.eval()
-    if isinstance(model, Encoder) and vars(model).get("_tritern_fuse", True) and _on_gpu(model):
-        fuse_what_fits(model)
-        vars(model)["_tritern_fuse"] = False  # done
+    own = vars(model)
+    if isinstance(model, Encoder) and own.get("_tritern_fuse", True) and "_tritern_is_fused" not in own:
+        if any(p.is_cuda for p in model.parameters()):
+            fuse_what_fits(model)
+            own["_tritern_is_fused"] = True
 
 
 def capture(model: Any, tokens: Iterable[int]) -> None:
@@ -161,10 +172,6 @@ def capture(model: Any, tokens: Iterable[int]) -> None:
     if isinstance(way, Packed):
         for most in tokens:
             way.runs.warm(model, Size.holding(most, 1))
-
-
-def _on_gpu(model: nn.Module) -> bool:
-    return any(p.is_cuda for p in model.parameters())
 
 
 def embed(
@@ -179,7 +186,7 @@ def embed(
         to_cpu: give them on the CPU.
         shown: show a progress bar.
     """
-    if len(texts) <= INLINE:
+    if len(texts) <= INLINE and not shown:
         return embed_here(way, texts, finish, to_cpu=to_cpu)
     with bar(desc="Embedding", total=len(texts), unit=" texts", leave=False, disable=not shown) as progress:
         return next(embed_windows(way, [texts], finish, to_cpu=to_cpu, advance=progress.update))

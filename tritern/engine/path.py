@@ -106,6 +106,8 @@ def _tokenizer(model: Any, task: str | None) -> FastTokenizer | str:
 
 def _elsewhere(model: Any, state: State, tokenizer: FastTokenizer | str) -> str:
     """Why the engine does not take a model's texts; or nothing."""
+    if model.device.type not in ("cpu", "cuda"):
+        return unsupported(model.device) or f"its weights are on the {model.device} device"
     if state.hooked:
         return "somebody hooks into its modules"
     if isinstance(tokenizer, str):

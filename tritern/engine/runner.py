@@ -177,16 +177,20 @@ def state_of(model: nn.Module) -> State:
         for tensors in (own["_parameters"], own["_buffers"]):
             places += [t.data_ptr() for t in tensors.values() if t is not None]
         if own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own:
-            hooked = hooked or _watched(own)
+            hooked = hooked or _watched(module)
         modules += [m for m in own["_modules"].values() if m is not None]
     return State(tuple(places), frozenset(kinds), hooked, training)
 
 
-def _watched(own: dict[str, Any]) -> bool:
-    """Whether anybody but transformers, which collects outputs on request, hooks in."""
-    hooks = own["_forward_hooks"].values()
-    mine = all(getattr(h, "__module__", "").startswith("transformers.utils.output_capturing") for h in hooks)
-    return bool(own["_forward_pre_hooks"]) or "forward" in own or not mine
+def _watched(module: nn.Module) -> bool:
+    """Whether anybody hooks in, but transformers, which collects outputs on request; or has put another
+    forward in the place of the class's, as accelerate does in training, which later puts the class's there.
+    """
+    hooks = module._forward_hooks.values()
+    known = all(getattr(h, "__module__", "").startswith("transformers.utils.output_capturing") for h in hooks)
+    forward = vars(module).get("forward", type(module).forward)
+    own = getattr(forward, "__func__", forward) is type(module).forward
+    return bool(module._forward_pre_hooks) or not known or not own
 
 
 class Packed:

@@ -108,7 +108,7 @@ class _Encode:
         self.own = {"prompt": prompt or ""} | ({} if task is None else {"task": task})
 
     def batches(self, texts: Sequence[str]) -> Iterator[tuple[Tensor, list[str]]]:
-        order = torch.tensor(sorted(range(len(texts)), key=lambda i: -len(texts[i])))
+        order = torch.tensor(sorted(range(len(texts)), key=lambda i: -len(texts[i])), dtype=torch.int64)
         for part in order.split(256):
             numbers: list[int] = part.tolist()
             yield part, [texts[i] for i in numbers]
