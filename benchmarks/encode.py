@@ -38,8 +38,7 @@ import report
 from instruction_sets import ENVIRONMENT, hold_to
 
 ARMS = ("fp32", "ternary int8", "ternary 16-bit", "onnx int8")
-"""Those of a CPU, each in a process of its own."""
-BASELINE = "fp32"
+"""Those of a CPU, each in a process of its own; the others are compared with the first."""
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -58,7 +57,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--texts", type=Path, help="UTF-8 file, one text a line, in place of all others")
     add("--sentences", type=int, help="most texts per measurement; default 512, on a GPU 65536")
     add("--batch-size", type=int, nargs="+", help="the best is taken; default: 32, on a GPU 32 128 512")
-    add("--queries", type=int, default=50, help="single queries timed for the latency (default: 50)")
+    add("--queries", type=int, help="single queries timed for the latency; default 50, on a GPU 300")
     add("--seconds", type=float, default=1.0, help="of the table: a pass over the texts (default: 1)")
     add("--minutes", type=float, default=float("inf"), help="of the table: start no further arm after this")
     add("--instruction-set", choices=ENVIRONMENT, default="native", help="of the CPU")
@@ -276,6 +275,7 @@ def main() -> None:
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = options.device != "cpu"
     options.sentences = options.sentences or (65536 if on_gpu else 512)
+    options.queries = options.queries or (300 if on_gpu else 50)
     options.batch_size = options.batch_size or ([32, 128, 512] if on_gpu else [32])
     if options.one_arm:
         print(json.dumps(measure(options, options.one_arm, options.model)))
@@ -289,9 +289,9 @@ def main() -> None:
             parser.error(str(error))
         return
     facts, found = rounds(options)
-    rows = medians(found, BASELINE)
+    rows = medians(found, ARMS[0])
     print(", ".join(f"{k} {v}" for k, v in facts.items() if v is not None))
-    print(table(rows, BASELINE))
+    print(table(rows, ARMS[0]))
     if options.json:
         report.write_json(options.json, {"environment": facts, "rows": rows, "rounds": found})
 

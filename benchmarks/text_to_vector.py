@@ -121,9 +121,8 @@ class Table:
         self.facts, self.path, self.rows = facts, path, []
         if path and path.exists():
             before = json.loads(path.read_text())
-            same = all(
-                before["environment"].get(k) == facts[k] for k in ("device", "torch", "commit", "texts")
-            )
+            names = ("device", "torch", "commit", "texts")
+            same = all(before["environment"].get(name) == facts[name] for name in names)
             self.rows = [r for r in before["rows"] if "reason" not in r] if same else []
 
     def has(self, **names: str) -> bool:
@@ -273,4 +272,5 @@ def run(options: argparse.Namespace) -> None:
         gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()
-        torch._dynamo.reset()
+        if "compiled" in arm:
+            torch._dynamo.reset()

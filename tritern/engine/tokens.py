@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -50,8 +51,14 @@ class FastTokenizer:
         self._rust.no_truncation()
         self._rust.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
         side = getattr(tokenizer, "truncation_side", "right")
-        if max_length is not None:
-            self._rust.enable_truncation(max_length, stride=0, strategy="longest_first", direction=side)
+        self._before, self._after = _around(self._rust)
+        added = len(self._before) + len(self._after)
+        if max_length is not None and max_length <= added:  # Rust knows what is left of special tokens then
+            self._before, self._after, added = [], [], 0
+        self._specials = not added  # whether Rust adds them, which takes it a tenth longer
+        self._most = None if max_length is None else max_length - added
+        if self._most is not None:
+            self._rust.enable_truncation(self._most, stride=0, strategy="longest_first", direction=side)
         self._max_length = max_length
         # no character outlives max_length tokens that comes after this many
         self._characters = (
@@ -66,33 +73,50 @@ class FastTokenizer:
         Raises:
             TypeError: a string that Rust does not take, as one with lone surrogates.
         """
-        cut = [self._cut(text) for text in texts] if self._characters else texts
+        most = self._characters or sys.maxsize
+        cut = [text if len(text) <= most else self._cut(text) for text in texts]
         ids = self._ids(cut)
-        if cut is not texts:
-            short = [
-                i for i, t in enumerate(cut) if t is not texts[i] and len(ids[i]) < (self._max_length or 0)
-            ]
-            for i, whole in zip(short, self._ids([texts[i] for i in short])):
-                ids[i] = whole
+        short = [i for i, t in enumerate(cut) if t is not texts[i] and len(ids[i]) < (self._most or 0)]
+        for i, whole in zip(short, self._ids([texts[i] for i in short])):
+            ids[i] = whole
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        return Tokens(np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths)
+        return self._with_specials(
+            np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
+        )
+
+    def _with_specials(self, ids: np.ndarray, lengths: np.ndarray) -> Tokens:
+        """The texts with what stands before and after each."""
+        before, after = len(self._before), len(self._after)
+        if not before + after:
+            return Tokens(ids, lengths)
+        whole = lengths + before + after
+        ends = np.cumsum(whole)
+        out = np.empty(int(whole.sum()), np.int32)
+        places = np.arange(len(ids)) + np.repeat(np.arange(len(lengths)) * (before + after) + before, lengths)
+        out[places] = ids
+        out[(ends - whole)[:, None] + np.arange(before)] = self._before
+        out[(ends - after)[:, None] + np.arange(after)] = self._after
+        return Tokens(out, whole)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
         if self._normalizer is None:
-            return [e.ids for e in self._rust.encode_batch_fast(texts)]
-        done = [self._normalizer(text) for text in texts]
+            return self._by(self._rust, texts)
+        done = self._normalizer(texts)
         others = [i for i, text in enumerate(done) if text is None]
         kept = [text for text in done if text is not None]
-        known = iter(self._normalizer.rust.encode_batch_fast(kept))
-        slow = iter(self._rust.encode_batch_fast([texts[i] for i in others])) if others else iter(())
-        return [next(slow if text is None else known).ids for text in done]
+        ids = self._by(self._normalizer.rust, kept)
+        if others:
+            known, slow = iter(ids), iter(self._by(self._rust, [texts[i] for i in others]))
+            ids = [next(slow) if text is None else next(known) for text in done]
+        return ids
+
+    def _by(self, rust: Any, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in rust.encode_batch_fast(texts, add_special_tokens=self._specials)]
 
     def _cut(self, text: str) -> str:
         """The text up to a space between two words, behind the most tokens that can count; or as it is."""
-        if len(text) <= self._characters:
-            return text
         end = self._characters
         for _ in range(8):
             end = text.rfind(" ", 1, end)
@@ -138,7 +162,8 @@ class _Normalizer:
         self._others = re.compile(r"[^\x20-\x7e]")
         self._known: dict[str, str | None] = {}
         self._special = [t.content for t in rust.get_added_tokens_decoder().values()]
-        self._starts = {content[:1] for content in self._special}
+        starts = {content[:1] for content in self._special}
+        self._start = starts.pop() if len(starts) == 1 else ""  # "" is in every text
 
     @classmethod
     def of(cls, rust: Any) -> _Normalizer | None:
@@ -153,17 +178,24 @@ class _Normalizer:
         plain.normalizer = normalizers.Sequence([])
         return cls(plain, known)
 
-    def __call__(self, text: str) -> str | None:
-        """The text as Rust would normalize it; None where Rust has to do it, as with special tokens in it."""
-        if any(start in text for start in self._starts):
-            lower = text.lower()
-            if any(content in text or content in lower for content in self._special):
-                return None
-        if not (text.isascii() and text.isprintable()):
-            try:
-                text = self._others.sub(self._one, text)
-            except _Unsafe:
-                return None
+    def __call__(self, texts: Sequence[str]) -> list[str | None]:
+        """The texts as Rust would normalize them; None where Rust has to, as with special tokens in one."""
+        start, lower = self._start, self._lower
+        return [
+            (text.lower() if lower else text)
+            if text.isascii() and text.isprintable() and start not in text
+            else self._slowly(text)
+            for text in texts
+        ]
+
+    def _slowly(self, text: str) -> str | None:
+        lower = text.lower()
+        if any(content in text or content in lower for content in self._special):
+            return None
+        try:
+            text = self._others.sub(self._one, text)
+        except _Unsafe:
+            return None
         return text.lower() if self._lower else text
 
     def _one(self, match: re.Match[str]) -> str:
@@ -181,6 +213,16 @@ class _Normalizer:
 
 class _Unsafe(Exception):
     """A character that depends on others."""
+
+
+def _around(rust: Any) -> tuple[list[int], list[int]]:
+    """The special tokens before and after every text; none where Rust has to add them."""
+    alone, whole = rust.encode("a", add_special_tokens=False).ids, rust.encode("a").ids
+    for i in range(len(whole) - len(alone) + 1):
+        before, after = whole[:i], whole[i + len(alone) :]
+        if alone and whole[i : i + len(alone)] == alone and rust.encode("").ids == before + after:
+            return before, after
+    return [], []
 
 
 def _local(rust: Any) -> bool:
