@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import copyreg
+from abc import ABCMeta
 from functools import cache
 from typing import Any
+
+
+class _Type(ABCMeta):  # as sentence-transformers' are
+    """Of extended classes: these are pickled by the classes that they are made of."""
 
 
 class Extended:
@@ -30,7 +36,14 @@ def _new(kind: type[Extended], base: type) -> Any:
 def extended_class(kind: type[Extended], base: type) -> type:
     """``base`` extended by ``kind``; it goes by base's name."""
     names = {"__module__": base.__module__, "__doc__": base.__doc__, "_tritern_base": base}
-    return type(base.__name__, (kind, base), names)
+    return _Type(base.__name__, (kind, base), names)
+
+
+def _reduced(extended: Any) -> Any:
+    return extended_class, (extended.__mro__[1], extended._tritern_base)
+
+
+copyreg.pickle(_Type, _reduced)
 
 
 def extend(obj: Any, kind: type[Extended]) -> None:

@@ -14,6 +14,7 @@ from tritern import TernaryConfig, TriternError
 from tritern.distillation import FidelityEvaluator, TernaryDistillationArguments, TernaryDistiller
 from tritern.distillation.layers import TrainableTernaryLinear
 from tritern.draw import drawn
+from tritern.engine.encoder import encode
 
 SMALL = {"per_device_train_batch_size": 16, "max_steps": 2, "disable_tqdm": True, "save_strategy": "no"}
 SMALL |= {"use_cpu": True, "gradient_accumulation_steps": 1, "logging_steps": 1}
@@ -289,7 +290,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(sentences, tmp_path,
 
 def test_the_evaluator_checks_what_it_is_given(tiny, tiny_path, sentences):
     assert np.array_equal(
-        FidelityEvaluator(iter(sentences[:20]), tiny_path).teacher, tiny.encode(sentences[:20], prompt="")
+        FidelityEvaluator(iter(sentences[:20]), tiny_path).teacher, encode(tiny, sentences[:20], prompt="")
     )
     for texts, teacher, message in (
         ("abcdefghijklmnop", tiny, "texts must be many strings; received one"),

@@ -13,6 +13,7 @@ from tritern.distillation.layers import (
     pack_trained,
     packed_form,
 )
+from tritern.engine.encoder import encode
 from tritern_kernels import ternarize_weight
 
 
@@ -150,7 +151,7 @@ def test_a_model_there_and_back(tiny, sentences, kind):
     names = make_trainable(tiny, config)
     assert sum(isinstance(m, TrainableTernaryLinear) for m in tiny.modules()) == 11
     tiny.eval()
-    vectors = tiny.encode(sentences[:20])
+    vectors = encode(tiny, sentences[:20])
     with packed_form(tiny, config, names):
         assert sum(isinstance(m, TernaryLinear) for m in tiny.modules()) == 11
         assert sum(isinstance(m, kind) for m in tiny.modules()) == 1
