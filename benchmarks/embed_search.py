@@ -57,6 +57,8 @@ PARTS = ("quality", "throughput", "latency")
 NPROBE = [f"nprobe={2**i}" for i in range(8)]
 SWEEPS = {"ivf-flat": NPROBE, "ivf-pq": NPROBE, "hnsw": [f"efSearch={2**i}" for i in range(4, 10)]}
 """Search parameters that are tried besides the defaults of a kind."""
+FEWEST = 16
+"""Texts of the throughput and rows of the latency, however little time there is."""
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -216,13 +218,13 @@ def measure(
     if "throughput" in options.parts:
         timed = {k: m for k, m in models.items() if options.device != "cuda" or k != TEACHER} or models
         a_round = sum(pace[label].by_hand + pace[label].tritern for label in timed)
-        count = max(64, limit.affords(texts, (options.repeat + 1) * a_round, 0.4))
+        count = max(FEWEST, limit.affords(texts, (options.repeat + 1) * a_round, 0.4))
         texts = texts[: min(options.texts, count)]
-        for rows in search_speed.throughput(timed, texts, options, pace):
+        for rows in search_speed.throughput(timed, texts, options, pace, limit):
             results.put("throughput", rows)
         print("\nEmbed + add\n\n" + search_report.throughput_table(results.parts["throughput"]), flush=True)
     if "latency" in options.parts:
-        one = search_sets.shortened(sets[0], max(64, limit.affords(sets[0].documents, each, 0.4)))
+        one = search_sets.shortened(sets[0], max(FEWEST, limit.affords(sets[0].documents, each, 0.4)))
         with ExitStack() as opened:
             indexes = {}
             for label, model in models.items():

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,7 @@ def seconds(start: float) -> float:
 
 
 def by_hand(model: Any, texts: list[str], batch: int = 32) -> tuple[np.ndarray, dict[str, float]]:
-    """encode_document and an exact faiss index, on GPUs where faiss has any; the vectors and the stages'
-    seconds.
-    """
+    """encode_document and an exact faiss index, on GPUs if faiss has any; vectors and stages' seconds."""
     import faiss
 
     start = time.perf_counter()
@@ -60,18 +58,27 @@ def with_tritern(model: Any, texts: list[str]) -> tuple[np.ndarray, dict[str, fl
         return np.array(index.vectors), {"embed": embedding, "total": total}
 
 
-PIPELINES = ("by hand", "tritern")
-
-
 def paces(models: Mapping[str, Any], texts: list[str], batches: Sequence[int]) -> dict[str, Pace]:
-    """The pace of every model on these texts; each pipeline runs once before it is timed."""
-    found, characters = {}, sum(map(len, texts))
+    """The pace of every model, on a part of the texts."""
+    found = {}
     for label, model in models.items():
-        ours = [with_tritern(model, texts)[1]["total"] for _ in range(2)][-1]
-        hand = {n: [by_hand(model, texts, n)[1]["total"] for _ in range(2)][-1] for n in batches}
+        hand = {n: _pace(lambda part, n=n, m=model: by_hand(m, part, n), texts) for n in batches}
         batch = min(hand, key=lambda n: hand[n])
-        found[label] = Pace(hand[batch] / characters, ours / characters, batch)
+        found[label] = Pace(hand[batch], _pace(lambda part, m=model: with_tritern(m, part), texts), batch)
     return found
+
+
+def _pace(pipeline: Callable[[list[str]], tuple[Any, dict[str, float]]], texts: list[str]) -> float:
+    """Seconds a character: of 4 texts, and of four times as many while that takes less than half a second;
+    each time after a run to warm up.
+    """
+    count = 4
+    while True:
+        part = texts[:count]
+        seconds_of_it = [pipeline(part)[1]["total"] for _ in range(2)][-1]
+        if seconds_of_it > 0.5 or count >= len(texts):
+            return seconds_of_it / sum(map(len, part))
+        count *= 4
 
 
 def pace_of(models: Mapping[str, Any], texts: list[str], device: str, limit: Limit) -> dict[str, Pace]:
@@ -80,7 +87,7 @@ def pace_of(models: Mapping[str, Any], texts: list[str], device: str, limit: Lim
         return paces(models, texts[:2048], (32, 128, 512))
     if math.isinf(limit.left()):
         return {label: Pace(0.0, 0.0, 32) for label in models}
-    return paces(models, texts[:128], (32,))
+    return paces(models, texts[:256], (32,))
 
 
 def mixed(sets: Sequence[SearchSet], seed: int) -> list[str]:
@@ -91,25 +98,29 @@ def mixed(sets: Sequence[SearchSet], seed: int) -> list[str]:
 
 
 def throughput(
-    models: Mapping[str, Any], texts: list[str], options: argparse.Namespace, pace: Mapping[str, Pace]
+    models: Mapping[str, Any],
+    texts: list[str],
+    options: argparse.Namespace,
+    pace: Mapping[str, Pace],
+    limit: Limit,
 ) -> Iterator[list[dict[str, Any]]]:
     """Texts per second of embed + add: after each round but the first the rows of all rounds so far, one for
-    every arm. Arms and pipelines take turns.
+    every arm. Arms and pipelines take turns. Half of what is left is for it, or two rounds.
     """
+    end = time.perf_counter() + limit.left(0.5)
     times: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     vectors: dict[tuple[str, str], np.ndarray] = {}
     baseline = next(label for label in ("fp16", TEACHER, *models) if label in models)
     for turn in range(options.repeat + 1):
         for label, model in models.items():
-            for name in PIPELINES:
-                if name == "tritern":
-                    vectors[label, name], found = with_tritern(model, texts)
-                else:
-                    vectors[label, name], found = by_hand(model, texts, pace[label].batch)
+            made = by_hand(model, texts, pace[label].batch), with_tritern(model, texts)
+            for name, (vectors[label, name], found) in zip(("by hand", "tritern"), made):
                 if turn:
                     times[label, name].append(found)
         if turn:
             yield [_row(label, times, vectors, len(texts), baseline, pace[label].batch) for label in models]
+            if time.perf_counter() > end:
+                return
 
 
 def _row(
@@ -162,7 +173,7 @@ def latency(
         models: sentence-transformer by arm.
         queries: repeated in order when there are too few.
         options: batches, repeat, seed.
-        limit: a batch size gets its part of a third of what is left; five calls it always gets.
+        limit: a batch size gets its part of a third of what is left, or one call.
     """
     generator = random.Random(options.seed)
     for number, batch in enumerate(options.batches):
@@ -170,7 +181,7 @@ def latency(
         calls = max(options.repeat, min(20 * options.repeat, 512 // batch))
         times: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
         for call in range(-1, calls):
-            if call >= 5 and time.perf_counter() > end:
+            if call >= 1 and time.perf_counter() > end:
                 break
             texts = generator.choices(queries, k=batch)
             for (label, kind), index in indexes.items():

@@ -4,6 +4,7 @@ import io
 import re
 import sys
 
+import numpy as np
 import pytest
 
 import tritern
@@ -87,10 +88,11 @@ def test_patch_and_calibration_speak(every_step, tiny, sentences, capsys):
     assert "\r" not in log and log.endswith("\n") and out == ""
 
 
-def test_encode_counts_its_texts(every_step, tiny, sentences, capsys):
+def test_encode_counts_its_texts_and_its_vectors_stay(every_step, tiny, sentences, capsys):
     model = tritern.patch(tiny)
+    expected = model.encode(sentences, show_progress_bar=False)
     capsys.readouterr()
-    model.encode(sentences, show_progress_bar=True)
+    assert np.array_equal(model.encode(sentences, show_progress_bar=True), expected)
     done = re.findall(r"^Embedding: (\d+) of 400 texts", capsys.readouterr().err, re.MULTILINE)
     assert len(done) > 3 and done == sorted(done, key=int) and done[-1] == "400"
     model.encode(sentences)

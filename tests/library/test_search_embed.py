@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -58,6 +59,18 @@ def test_no_batch_is_padded(ternary, mixed, monkeypatch, task):
     embed(ternary, mixed, task=task, tokens_per_batch=256)
     assert len(seen) > 10 and all(mask.all() for mask in seen)
     assert all(len(mask) == 1 or mask.numel() <= 256 for mask in seen)
+
+
+@pytest.mark.parametrize("task", [None, "query", "document"])
+@pytest.mark.parametrize("count", [60, 300])  # on the calling thread and on others
+def test_texts_of_one_length_share_as_few_batches_as_hold_them(ternary, mixed, monkeypatch, task, count):
+    seen = masks_of(monkeypatch)
+    embed(ternary, mixed[-count:], task=task)
+    texts = Counter()
+    for mask in seen:
+        texts[mask.shape[1]] += len(mask)
+    assert texts.total() == count > 2 * len(seen)
+    assert len(seen) == sum(-(-n // (1024 // length)) for length, n in texts.items())
 
 
 def test_left_padding_is_cut_on_the_left(tiny_path, mixed):

@@ -19,22 +19,34 @@ from search_sets import SearchSet  # noqa: E402
 def test_rows_of_the_throughput_come_after_every_round(tiny, sentences):
     options = argparse.Namespace(repeat=2)
     pace = {"fp16": search_speed.Pace(0, 0, 8), "ours": search_speed.Pace(0, 0, 32)}
-    rounds = list(search_speed.throughput({"fp16": tiny, "ours": tiny}, sentences[:12], options, pace))
+    given = {"fp16": tiny, "ours": tiny}, sentences[:12], options, pace
+    rounds = list(search_speed.throughput(*given, search_time.Limit(math.inf)))
     assert [[(r["arm"], r["rounds"]) for r in rows] for rows in rounds] == [
         [("fp16", n), ("ours", n)] for n in (1, 2)
     ]
     assert all(r["baseline"] == "fp16 by hand" and r["texts"] == 12 for r in rounds[1])
     assert rounds[1][0]["by_hand_batch_size"] == 8
+    assert len(list(search_speed.throughput(*given, search_time.Limit(0)))) == 1
 
 
 def test_a_pace_is_of_the_best_batch_size(tiny, sentences, monkeypatch):
+    counts = []
+
     def by_hand(model, texts, batch):
         return None, {"total": {1: 3.0, 4: 1.0, 9: 2.0}[batch]}
 
+    def with_tritern(model, texts):
+        counts.append(len(texts))
+        return None, {"total": 0.01 * len(texts)}
+
     monkeypatch.setattr(search_speed, "by_hand", by_hand)
-    monkeypatch.setattr(search_speed, "with_tritern", lambda *_: (None, {"total": 0.5}))
-    found = search_speed.paces({"a": tiny}, ["12345", "12345"], (1, 4, 9))
-    assert found == {"a": search_speed.Pace(0.1, 0.05, 4)}
+    monkeypatch.setattr(search_speed, "with_tritern", with_tritern)
+    (pace,) = search_speed.paces({"a": tiny}, ["12345"] * 999, (1, 4, 9)).values()
+    assert pace.batch == 4 and pace.by_hand == 1 / (4 * 5) and pace.tritern == pytest.approx(0.01 / 5)
+    assert counts == [4, 4, 16, 16, 64, 64]  # more would take longer than half a second
+    counts.clear()
+    search_speed.paces({"a": tiny}, ["12345"] * 6, (4,))
+    assert counts == [4, 4, 6, 6]
     without = search_speed.pace_of({"a": tiny}, sentences, "cpu", search_time.Limit(math.inf))
     assert without == {"a": search_speed.Pace(0, 0, 32)}
 
