@@ -64,7 +64,7 @@ class Texts:
 
     def tiles(self) -> Tensor:
         """int32 [tiles, 3], as the packed kernel takes them."""
-        from tritern_kernels.tuning import QUERY_ROWS
+        from tritern_kernels.config import QUERY_ROWS
 
         starts = self.starts().tolist()
         found = [(i, a, b) for a, b in zip(starts, starts[1:]) for i in range(a, b, QUERY_ROWS)]

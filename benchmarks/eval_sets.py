@@ -136,7 +136,7 @@ def _fingerprint(model: Any) -> str:
     import torch
 
     import tritern
-    from tritern.checkpoint import digest
+    from tritern.checkpoint.digest import digest
 
     bits = [m.activation_bits for m in model.modules() if isinstance(m, tritern.TernaryLinear)]
     settings = [repr(model), bits, model.max_seq_length, model.prompts, str(model.device.type)]

@@ -44,6 +44,7 @@ from torch.nn.functional import pad
 from tritern_kernels import (
     PackedTernary,
     compile_check,
+    config,
     gemm,
     linear,
     padded_k,
@@ -51,7 +52,6 @@ from tritern_kernels import (
     reference,
     tables,
     tune,
-    tuning,
 )
 from tritern_kernels.formats import to_packed_order
 from tritern_kernels.launch import INTERPRETED
@@ -70,7 +70,7 @@ BASELINES = ("F.linear bf16", "F.linear fp16")
 # ---------------------------------------------------------------- contestants
 
 
-def _config(mode: tuning.Mode, case: Case) -> tuning.KernelConfig:
+def _config(mode: config.Mode, case: Case) -> config.KernelConfig:
     p = torch.cuda.get_device_properties(case.x.device)
     return tables.choose(mode, *case.shape, False, p.name, 10 * p.major + p.minor, p.multi_processor_count)
 

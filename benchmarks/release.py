@@ -143,8 +143,8 @@ were then rounded to {after}. Closeness and sizes below are of before that round
 def card(records: list[dict[str, Any]], model: Any, size: int) -> str:
     """Markdown for the README.md of the shipped model, from the records of its runs in order."""
     import tritern
+    from tritern.checkpoint.card import ROUNDED_TABLES
     from tritern.distillation.card import model_card
-    from tritern.saving import ROUNDED_TABLES
 
     found = tritern.summary(model)
     bits = records[-1]["config"]["embedding_bits"], next((t.bits for t in found.tables), 16)
@@ -188,7 +188,7 @@ def pack(
     from sentence_transformers import SentenceTransformer
 
     import tritern
-    from tritern.checkpoint import sealed
+    from tritern.checkpoint.digest import sealed
     from tritern.distillation.record import RECORD_FILE
 
     records = [json.loads((run / RECORD_FILE).read_text(encoding="utf-8")) for run in runs]

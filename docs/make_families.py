@@ -18,7 +18,7 @@ import transformers as hf
 from sentence_transformers.base.modules import Dense
 from torch import nn
 
-from tritern.choice import choose, choose_tables, matrices_of, others, starred
+from tritern.selection import choose, choose_tables, matrices_of, others, starred
 from tritern_kernels import padded_k
 
 TARGET = Path(__file__).parent / "families.md"

@@ -128,7 +128,7 @@ def load(model: str, patch: bool, dtype: str | None, device: str | None = None) 
 
 def description(model: SentenceTransformer) -> dict[str, Any]:
     """What vectors depend on: a model of the same name may be another by now."""
-    from tritern.checkpoint import digest
+    from tritern.checkpoint.digest import digest
 
     names = "prompts", "default_prompt_name", "max_seq_length", "truncate_dim"
     said = {name: getattr(model, name) for name in names}

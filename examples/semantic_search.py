@@ -109,7 +109,7 @@ def begin(folder: Path, model: str | None) -> None:
 def ternary_model(folder: Path, name: str, device: str | None, texts: list[str]) -> SentenceTransformer:
     """The model kept in the folder; the first time, made ternary, fitted to texts, and put there."""
     import tritern
-    from tritern.saving import is_ternary
+    from tritern.nn.replace import is_ternary
 
     if folder.exists():
         return load(str(folder), device)

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from tritern_kernels import PackedTernary
 
-from .bitnet import from_bitnet
 from .config import TernaryConfig
-from .embedding import Int4Embedding, Int8Embedding
+from .engine.fused import fuse
+from .engine.warmup import warmup
 from .errors import CheckpointError, TriternError
 from .evaluate import Fidelity, evaluate
-from .export import dequantize
-from .fused import fuse
-from .gguf import export_gguf
-from .linear import TernaryLinear
+from .formats.bitnet import from_bitnet
+from .formats.dequantize import dequantize
+from .formats.gguf import export_gguf
+from .nn.embedding import Int4Embedding, Int8Embedding
+from .nn.linear import TernaryLinear
 from .patch import patch
 from .pretrained import load
 from .summary import Summary, summary
-from .warmup import warmup
+from .version import __version__
 
 if TYPE_CHECKING:
     from .adapters import lora
     from .distillation import distill
 
-try:
-    __version__ = version("tritern")
-except PackageNotFoundError:  # used from a checkout that is not installed
-    __version__ = "0.1.0"
-
 __all__ = [
+    "__version__",
     "CheckpointError",
     "Fidelity",
     "Int4Embedding",

@@ -15,9 +15,10 @@ except ImportError as error:
 
 from torch import nn
 
+from .checkpoint.adapters import check_adapters
 from .errors import TriternError
-from .linear import TernaryLinear
-from .saving import check_adapters, is_ternary
+from .nn.linear import TernaryLinear
+from .nn.replace import is_ternary
 
 
 class TernaryLoraLinear(Linear):

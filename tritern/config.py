@@ -6,7 +6,7 @@ import operator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from tritern_kernels.dispatch import ACTIVATION_BITS
+from tritern_kernels.ops import ACTIVATION_BITS
 from tritern_kernels.reference import RULES, Rule
 
 from .errors import TriternError

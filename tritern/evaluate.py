@@ -15,7 +15,7 @@ from torch import nn
 from .engine.encoder import encode
 from .errors import TriternError
 from .inputs import check_texts, check_vectors, many, true_or_false, whole_number
-from .passes import evaluating
+from .modes import evaluating
 from .pretrained import model_of
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from tritern_kernels.devices import SUPPORTED, check_device, unsupported
 from .engine.encoder import attach
 from .errors import CheckpointError, TriternError
 from .inputs import true_or_false
-from .saving import is_ternary
+from .nn.replace import is_ternary
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

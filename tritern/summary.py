@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from tritern_kernels import cpu, padded_k, ternarize_weight
 
-from .choice import SMALLEST_TABLE, choose, choose_tables, common_name, matrices_of, others, starred
 from .config import TernaryConfig
-from .embedding import QuantizedEmbedding
+from .conversion import selected
 from .engine.encoder import is_sentence_transformer
 from .engine.path import path_of
 from .errors import TriternError
 from .inputs import check_model
-from .linear import TernaryLinear
-from .patch import plan
+from .nn.embedding import QuantizedEmbedding
+from .nn.linear import TernaryLinear
 from .progress import bar
+from .selection import SMALLEST_TABLE, choose, choose_tables, common_name, matrices_of, others, starred
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def summary(model: nn.Module) -> Summary:
             found, path=_path(model), **_products((m, m.activation_bits) for _, m in _first(ternary))
         )
     try:
-        plan(model, TernaryConfig())
+        selected(model, TernaryConfig())
         refusal = ""
     except TriternError as error:
         refusal = str(error)

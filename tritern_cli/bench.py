@@ -135,7 +135,7 @@ def _load(name: str, text: str, settings: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     import tritern
-    from tritern.saving import is_ternary
+    from tritern.nn.replace import is_ternary
 
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     before = _resident()

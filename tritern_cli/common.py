@@ -112,7 +112,7 @@ def load(
 
 def read(source: str, *, column: str | None = None, limit: int | None = None) -> list[str]:
     """The texts of a file, a data set on the hub or standard input, without empty ones."""
-    from tritern.reading import read_texts
+    from tritern.texts.files import read_texts
 
     if source == "-":
         texts = list(islice(lines(), limit))
@@ -128,7 +128,7 @@ def sample(source: str, drawn_count: int, *, first: int | None, column: str | No
     """The ``first`` texts; where that is None, ``drawn_count`` of all, or of the first 100,000, by chance:
     a file sorted by source has texts of one source at its head.
     """
-    from tritern.draw import POOL, drawn
+    from tritern.texts.sample import POOL, drawn
 
     if first is not None:
         return read(source, column=column, limit=first)
@@ -138,9 +138,9 @@ def sample(source: str, drawn_count: int, *, first: int | None, column: str | No
 
 def lines() -> Iterator[str]:
     """Lines of standard input, as they come."""
-    from tritern import reading
+    from tritern.texts import files
 
-    return reading.lines(typer.get_binary_stream("stdin"), "standard input")
+    return files.lines(typer.get_binary_stream("stdin"), "standard input")
 
 
 def check_output(output: Path, force: bool, how: str = "") -> None:

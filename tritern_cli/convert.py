@@ -70,7 +70,7 @@ def convert(
     loaded = common.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
     import tritern
-    from tritern.saving import is_ternary
+    from tritern.nn.replace import is_ternary
 
     settings = dict(rule=rule, activation_bits=activation_bits, embedding_bits=embedding_bits, skip=skip)
     settings = {name: value for name, value in {**settings, "calibration_texts": texts}.items() if value}
@@ -111,7 +111,7 @@ def _check_output(output: Path, format: str, force: bool) -> None:
 
 def _save(model: SentenceTransformer, output: Path, format: str) -> None:
     import tritern
-    from tritern.checkpoint import as_readable_as
+    from tritern.checkpoint.digest import as_readable_as
 
     if format == "gguf":
         output.parent.mkdir(parents=True, exist_ok=True)

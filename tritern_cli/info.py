@@ -49,8 +49,8 @@ def info(
         return
 
     import tritern
-    from tritern.checkpoint import resealed
-    from tritern.saving import is_ternary
+    from tritern.checkpoint.digest import resealed
+    from tritern.nn.replace import is_ternary
 
     if seal:
         common.check_writable(Path(model))

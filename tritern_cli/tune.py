@@ -83,7 +83,7 @@ def _option(name: str, values: Iterable[Any] | None) -> list[str]:
 def _shapes(model: str, trust_remote_code: bool) -> list[str]:
     """Of a model's ternary layers, or of those that would be."""
     import tritern
-    from tritern.saving import is_ternary
+    from tritern.nn.replace import is_ternary
 
     loaded = common.load(model, device="cpu", trust_remote_code=trust_remote_code)
     size = tritern.summary(loaded if is_ternary(loaded) else tritern.patch(loaded))

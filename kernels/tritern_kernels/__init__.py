@@ -1,8 +1,8 @@
 """Ternary kernels: two-bit weights, int8 or 16-bit activations. Needs torch and triton, nothing else."""
 
-from .dispatch import linear, quantize_activations, ternarize_weight
 from .embedding import lookup, quantize_table
 from .formats import ATOM, MAX_K, PackedTernary, pack, padded_k, unpack
+from .ops import linear, quantize_activations, ternarize_weight
 
 __all__ = [
     "ATOM",

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import wait_for_inputs
-from .dispatch import FLOATS
+from .config import QUERY_ROWS, widest_head
 from .launch import INTERPRETED, launch
-from .tuning import QUERY_ROWS, widest_head
+from .ops import FLOATS
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LOWEST = tl.constexpr(-1e38)  # below every score, yet finite: a row that has seen no key gives no NaN

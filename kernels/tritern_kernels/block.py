@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from . import activations, gemm, norms
-from .dispatch import BertSizes, DecoderSizes
+from .config import KernelConfig
 from .formats import padded_k
 from .launch import ASM, INTERPRETED, Launch, current_stream, hooked
+from .ops import BertSizes, DecoderSizes
 from .plan import product, quantizer, tickets_of
-from .tuning import KernelConfig
 
 Group = tuple[Tensor, ...]
 Choose = Callable[[int, int, int], KernelConfig]

@@ -31,15 +31,15 @@ import triton
 from . import (
     activations,
     attention,
-    dispatch,
+    config,
     embedding_kernel,
     gemm,
     gemm_few,
     norms,
+    ops,
     pooling,
     tables,
     ternarize,
-    tuning,
 )
 from .launch import INTERPRETED
 from .reference import RULES
@@ -85,13 +85,13 @@ class Row:
 def jobs(capability: int) -> Iterator[Job]:
     """All kernels in all configurations that ``tables.choose`` can return on sm_``capability``."""
     for mode in ("int8", "16bit"):
-        found: dict[tuning.KernelConfig, tuple[bool, ...]] = {}
-        for config in tuning.formula_tiles(mode, capability):
+        found: dict[config.KernelConfig, tuple[bool, ...]] = {}
+        for config in config.formula_tiles(mode, capability):
             for c in (config, replace(config, block_k=128)):
                 for split in (1, 2):
                     found[replace(c, split_k=split)] = (False, True) if split == 1 else (False,)
         for N, K in ((384, 384), (384, 1536), (1024, 4096), (4096, 1024), (4096, 4096), (16384, 4096)):
-            if few := tuning.few_tokens(mode, N, K, capability, 132):
+            if few := config.few_tokens(mode, N, K, capability, 132):
                 found[few] = (False, True)
         if capability == 90:  # the GPUs with tables
             measured = [e for path in tables.CONFIG_DIR.glob("*.json") for e in tables.load_table(path)]
@@ -113,7 +113,7 @@ def jobs(capability: int) -> Iterator[Job]:
             ("RMSNorm", True, False),
             ("add RMSNorm", True, True),
         ):
-            if K <= dispatch.LONGEST_ROW:
+            if K <= ops.LONGEST_ROW:
                 name, kernel = f"{kind} quantize bf16 K={K}", norms.norm_quantize_kernel
                 yield _job(name, kernel, (*blocks, rms, add, True), capability, types)
     for head_dim in (64, 128, 256):
@@ -159,7 +159,7 @@ def _attention_jobs(capability: int) -> Iterator[Job]:
 
 
 def _gemm_jobs(
-    mode: tuning.Mode, c: tuning.KernelConfig, K: int, capability: int, gelu: bool
+    mode: config.Mode, c: config.KernelConfig, K: int, capability: int, gelu: bool
 ) -> Iterator[Job]:
     tile = f"{c.block_m}t x {c.block_n}w x {c.block_k}k"
     tile += " shared out" * c.share_k + " split" * (c.split_k > 1) + " gelu" * gelu
@@ -275,7 +275,7 @@ def _problem(
 ) -> str:
     if spills:
         return f"spills {spills} bytes"
-    if shared > tuning.shared_memory_limit(job.capability):
+    if shared > config.shared_memory_limit(job.capability):
         return f"needs {shared} bytes of shared memory"
     if registers * 32 * job.options["num_warps"] > 65536:
         return f"{registers} registers do not fit a multiprocessor"
@@ -333,8 +333,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: the interpreter does not compile. Unset it.")
-    if old := [c for c in options.capability or () if c < tuning.OLDEST_CAPABILITY]:
-        parser.error(f"--capability must be at least {tuning.OLDEST_CAPABILITY}; received {old[0]}")
+    if old := [c for c in options.capability or () if c < config.OLDEST_CAPABILITY]:
+        parser.error(f"--capability must be at least {config.OLDEST_CAPABILITY}; received {old[0]}")
     rows = check_all(tuple(options.capability or CAPABILITIES))
     bad = [r for r in rows if r.problem]
     sys.stdout.write(

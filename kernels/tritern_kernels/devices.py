@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .tuning import OLDEST_CAPABILITY
+from .config import OLDEST_CAPABILITY
 
 SUPPORTED = (
     "ternary layers run on a CPU and, with Triton, on NVIDIA GPUs of compute capability "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .devices import check_device, refuse
-from .dispatch import FLOATS
+from .ops import FLOATS
 
 GROUP = 32
 _HALF = GROUP // 2

@@ -23,7 +23,7 @@ from .formats import padded_k
 from .launch import ASM, launch
 
 if TYPE_CHECKING:
-    from .tuning import KernelConfig
+    from .config import KernelConfig
 
 
 @triton.jit

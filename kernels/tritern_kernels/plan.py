@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import activations, gemm
+from .config import KernelConfig
 from .formats import padded_k
 from .launch import ASM, INTERPRETED, Launch, current_stream, hooked
-from .tuning import KernelConfig
 
 
 class Plan:

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import wait_for_inputs
-from .dispatch import FLOATS
 from .launch import launch
+from .ops import FLOATS
 
 Mode = Literal["cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean"]
 MODES: tuple[Mode, ...] = get_args(Mode)

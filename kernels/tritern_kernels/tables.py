@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, get_args
 
-from .tuning import MOST_TOKENS, KernelConfig, Mode, bucket, formula
+from .config import MOST_TOKENS, KernelConfig, Mode, bucket, formula
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 CACHE_VARIABLE = "TRITERN_CACHE"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import cpu, reference
 from .devices import check_device
-from .dispatch import linear_int8_cuda
 from .formats import from_packed_order, pack, unpack
+from .ops import linear_int8_cuda
 
 
 class Codes(NamedTuple):

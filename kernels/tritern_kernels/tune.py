@@ -34,11 +34,11 @@ import torch
 import triton
 from torch import Tensor
 
-from . import activations, gemm, tables, tuning
+from . import activations, config, gemm, tables
+from .config import KernelConfig, Mode
 from .formats import ATOM, padded_k
 from .launch import INTERPRETED
 from .ternarize import expand, ternarize
-from .tuning import KernelConfig, Mode
 
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Numbers of tokens tuned by default. A call looks up its own number rounded up to a power of two."""
@@ -69,7 +69,7 @@ MODELS: dict[str, tuple[tuple[int, int], ...]] = {
 
 def candidates(mode: Mode, M: int, N: int, K: int, capability: int) -> list[KernelConfig]:
     """Valid configurations worth timing for a shape."""
-    limit = tuning.shared_memory_limit(capability)
+    limit = config.shared_memory_limit(capability)
     found = (_small if M <= 128 else _large)(mode, M)
     found = [replace(c, block_k=min(c.block_k, padded_k(K) & -padded_k(K))) for c in found]
     found += _few(mode, M, K) if M <= 32 else ()

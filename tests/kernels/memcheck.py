@@ -12,12 +12,12 @@ import torch
 
 from tritern_kernels import linear, tables
 from tritern_kernels.attention import packed_attention
-from tritern_kernels.dispatch import BertSizes, DecoderSizes, _device, block_plan
+from tritern_kernels.config import QUERY_ROWS
 from tritern_kernels.embedding import lookup, quantize_table
+from tritern_kernels.ops import BertSizes, DecoderSizes, _device, block_plan
 from tritern_kernels.pooling import MODES, normalize, pool
 from tritern_kernels.ternarize import expand, ternarize
 from tritern_kernels.training import transpose
-from tritern_kernels.tuning import QUERY_ROWS
 
 
 def products(shapes: tuple[tuple[int, int], ...]) -> list[tuple[torch.Tensor, ...]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tritern_kernels import devices, dispatch, linear, pack, ternarize_weight, training
+from tritern_kernels import devices, linear, ops, pack, ternarize_weight, training
 from tritern_kernels.formats import PackedTernary
 
 HOW = (
@@ -90,19 +90,19 @@ def a_gpu(monkeypatch, capability=(8, 0), hip=None, triton=True, count=2):
 )
 def test_gpus_without_kernels(monkeypatch, gpu, why):
     a_gpu(monkeypatch, **gpu)
-    dispatch._device.cache_clear()
+    ops._device.cache_clear()
     with pytest.raises(ValueError, match=f"cannot compute on cuda:0: {why}.*{HOW}"):
-        dispatch._device(0)
-    sizes = dispatch.BertSizes(32, 64, (True,) * 4, (1e-5, 1e-5))
+        ops._device(0)
+    sizes = ops.BertSizes(32, 64, (True,) * 4, (1e-5, 1e-5))
     with pytest.raises(ValueError, match=why):
-        dispatch.block_plan(sizes, 16, torch.float16, torch.device("cuda", 0))
+        ops.block_plan(sizes, 16, torch.float16, torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     x, packed, scale = tensors("cuda")
     for call in (
-        lambda: dispatch.linear_unchecked(x, packed, scale, None, 128, 8, False),
-        lambda: dispatch._quantize_cuda(x),
-        lambda: dispatch._dequantize_impl(packed, scale, 128, torch.float16),
-        lambda: dispatch.linear_int8_cuda(x, scale, packed, scale, None, 128, x.dtype),
+        lambda: ops.linear_unchecked(x, packed, scale, None, 128, 8, False),
+        lambda: ops._quantize_cuda(x),
+        lambda: ops._dequantize_impl(packed, scale, 128, torch.float16),
+        lambda: ops.linear_int8_cuda(x, scale, packed, scale, None, 128, x.dtype),
         lambda: ternarize_weight(x),
         lambda: training.ternarize_given(x, scale),
     ):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tritern_kernels import activations, gemm, norms, pack, padded_k, reference, tables, tuning
+from tritern_kernels import activations, config, gemm, norms, pack, padded_k, reference, tables
 from tritern_kernels.formats import from_packed_order, to_packed_order
 from tritern_kernels.ternarize import expand, ternarize
 from tritern_kernels.tune import describe
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.usefixtures("poisoned")]
 
 SHAPES = [(130, 300), (70, 63), (257, 513), (64, 128), (33, 1)]
 TOKENS = [1, 17, 63, 130]
-SMALL = tuning.KernelConfig(16, 32, 128, num_warps=4, num_stages=2)
+SMALL = config.KernelConfig(16, 32, 128, num_warps=4, num_stages=2)
 FEW = replace(SMALL, share_k=True)
 # The interpreter multiplies bf16 wrongly, so bf16 runs on a GPU only.
 FLOATS = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -307,7 +307,7 @@ def test_every_tile_on_the_gpu(M):
     capability = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     x_q, codes, x_packed, packed = operands(M, 520, 1024, "cuda")
     exact = reference.int8_sums(x_q, codes)
-    for tile in tuning.formula_tiles("int8", capability):
+    for tile in config.formula_tiles("int8", capability):
         for split in (1, 2, 4):
             config = replace(tile, split_k=split)
             if config.invalid("int8", 1024, capability) is None:

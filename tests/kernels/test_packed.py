@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tritern_kernels.attention import packed_attention
+from tritern_kernels.config import QUERY_ROWS
 from tritern_kernels.pooling import MODES, normalize, pool
-from tritern_kernels.tuning import QUERY_ROWS
 
 LENGTHS = (1, 63, 65, 2, 200, 64, 17)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tritern_kernels import block, launch, pack, plan, reference
-from tritern_kernels.dispatch import BertSizes, DecoderSizes
+from tritern_kernels.config import KernelConfig
 from tritern_kernels.launch import INTERPRETED
-from tritern_kernels.tuning import KernelConfig
+from tritern_kernels.ops import BertSizes, DecoderSizes
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tritern_kernels import tables, tune, tuning
-from tritern_kernels.tuning import KernelConfig
+from tritern_kernels import config, tables, tune
+from tritern_kernels.config import KernelConfig
 
 GOOD = KernelConfig(64, 64, 128)
 
@@ -51,7 +51,7 @@ SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 
 @pytest.mark.parametrize("capability", SHARED)
 def test_a_program_may_use_its_gpus_shared_memory(capability):
-    limit = tuning.shared_memory_limit(capability)
+    limit = config.shared_memory_limit(capability)
     assert limit == 1024 * SHARED[capability]
     stage = GOOD.shared_bytes("int8") // GOOD.num_stages
     most = replace(GOOD, num_stages=limit // stage)
@@ -63,7 +63,7 @@ def test_a_program_may_use_its_gpus_shared_memory(capability):
 def test_gpus_older_than_the_kernels_have_no_configuration():
     """7.5 has 64 KiB, but no kernel runs there (``devices``)."""
     assert GOOD.invalid("int8", 384, 75) == "sm_75 has no kernels; the oldest that has is sm_80"
-    for call in (tuning.shared_memory_limit, lambda c: tuning.formula("int8", 16, 384, 384, c, 40)):
+    for call in (config.shared_memory_limit, lambda c: config.formula("int8", 16, 384, 384, c, 40)):
         with pytest.raises(ValueError, match="capability must be at least 80.*received 75"):
             call(75)
 
@@ -73,26 +73,26 @@ def test_gpus_older_than_the_kernels_have_no_configuration():
 def test_the_formula_is_always_valid(mode, capability):
     tokens, widths = (1, 16, 32, 64, 128, 512, 4096, 65536), (1, 300, 384, 1536, 4096, 14336)
     for M, N, K, gelu in itertools.product(tokens, (1, *widths), widths, (False, True)):
-        config = tuning.formula(mode, M, N, K, capability, 108, gelu)
+        config = config.formula(mode, M, N, K, capability, 108, gelu)
         assert config.invalid(mode, K, capability, gelu) is None, (M, N, K, config)
 
 
 def test_the_formula_splits_only_small_batches():
-    assert tuning.formula("int8", 64, 384, 4096, 90, 132).split_k > 1
-    assert tuning.formula("int8", 4096, 384, 4096, 90, 132).split_k == 1
+    assert config.formula("int8", 64, 384, 4096, 90, 132).split_k > 1
+    assert config.formula("int8", 4096, 384, 4096, 90, 132).split_k == 1
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_with_few_tokens_warps_share_out_k(capability):
     def few(mode, N, K):
-        return tuning.formula(mode, 16, N, K, capability, 108)
+        return config.formula(mode, 16, N, K, capability, 108)
 
     assert few("int8", 1024, 4096).share_k and few("int8", 1024, 4096).num_warps == 8
     assert few("int8", 12288, 4096).share_k and few("int8", 12288, 4096).num_warps == 4
     assert few("int8", 384, 384).quantizing and not few("int8", 384, 1536).quantizing
     assert few("16bit", 1024, 4096).share_k and not few("16bit", 12288, 4096).share_k
     assert not few("16bit", 384, 384).share_k
-    assert not tuning.formula("int8", 32, 1024, 4096, capability, 108).share_k
+    assert not config.formula("int8", 32, 1024, 4096, capability, 108).share_k
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +132,7 @@ def test_a_sister_takes_the_table(monkeypatch):
     h200 = tables.choose("int8", 16, 4096, 4096, False, "NVIDIA H200", 90, 132)
     assert tables.choose("int8", 16, 4096, 4096, False, "NVIDIA H100 80GB HBM3", 90, 132) == h200
     smaller = tables.choose("int8", 16, 4096, 4096, False, "NVIDIA H100 PCIe", 90, 114)
-    assert smaller == tuning.formula("int8", 16, 4096, 4096, 90, 114) != h200
+    assert smaller == config.formula("int8", 16, 4096, 4096, 90, 114) != h200
 
 
 @pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
@@ -176,7 +176,7 @@ def test_a_tables_invalid_entry_is_passed_over(folders):
 
 def test_tokens_count_as_the_next_power_of_two():
     assert choose(33, 4096, 4096) == choose(64, 4096, 4096)
-    assert choose(1, 4096, 4096) == tuning.formula("int8", 1, 4096, 4096, 90, 132)
+    assert choose(1, 4096, 4096) == config.formula("int8", 1, 4096, 4096, 90, 132)
 
 
 ENTRY = {"mode": "int8", "M": 16, "N": 384, "K": 384, "config": asdict(GOOD)}
@@ -213,7 +213,7 @@ def test_a_damaged_table_is_named_and_breaks_no_call(damage, folders):
 def test_a_table_that_cannot_be_read_breaks_no_call(folders):
     tables.user_table("NVIDIA Test 1").mkdir(parents=True)
     with pytest.warns(UserWarning, match="left out: .*test-1.json"):
-        assert choose(64, 384, 384) == tuning.formula("int8", 64, 384, 384, 90, 132)
+        assert choose(64, 384, 384) == config.formula("int8", 64, 384, 384, 90, 132)
 
 
 @pytest.mark.parametrize("place", ["not there", "a file", "unreadable"])
@@ -227,7 +227,7 @@ def test_a_cache_that_cannot_be_used_breaks_no_call(place, tmp_path, monkeypatch
     monkeypatch.setenv("TRITERN_CACHE", str(folder))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose(64, 384, 384) == tuning.formula("int8", 64, 384, 384, 90, 132)
+        assert choose(64, 384, 384) == config.formula("int8", 64, 384, 384, 90, 132)
 
 
 def test_where_the_users_tables_are(tmp_path, monkeypatch):

@@ -2,11 +2,11 @@
 
 import pytest
 
-from tritern.fused import bert as berts
-from tritern.fused import common
-from tritern.fused import decoder as decoders
-from tritern.reading import read_texts
-from tritern_kernels import dispatch
+from tritern.engine.fused import bert as berts
+from tritern.engine.fused import block as fused_block
+from tritern.engine.fused import decoder as decoders
+from tritern.texts.files import read_texts
+from tritern_kernels import ops
 
 from .cli import run
 
@@ -55,7 +55,7 @@ def on_gpu(monkeypatch, device):
     for family in (berts, decoders):
         monkeypatch.setattr(family, "run", listed(family.run))
     if device == "cpu":
-        monkeypatch.setattr(common, "on_gpu", lambda x: True)
-        monkeypatch.setattr(dispatch, "_device", lambda index: ("a GPU without a table", 90, 132))
-        dispatch._plans.clear()
+        monkeypatch.setattr(fused_block, "on_gpu", lambda x: True)
+        monkeypatch.setattr(ops, "_device", lambda index: ("a GPU without a table", 90, 132))
+        ops._plans.clear()
     return ran

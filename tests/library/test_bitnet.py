@@ -26,7 +26,7 @@ from transformers.integrations.bitnet import pack_weights
 import tritern
 from tests.conftest import WORDS
 from tritern import CheckpointError, TernaryLinear
-from tritern.bitnet_layers import METHOD, Header
+from tritern.formats.bitnet_layers import METHOD, Header
 
 SIZES = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -7,9 +7,10 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 import tritern
-from tritern import Int8Embedding, TernaryLinear, TriternError, calibration
-from tritern.calibration import _measure, _token_weights, descend, search
-from tritern.passes import Group, Stream, trace
+from tritern import Int8Embedding, TernaryLinear, TriternError
+from tritern.calibration import fitting
+from tritern.calibration.fitting import _measure, _token_weights, descend, search
+from tritern.calibration.stream import Group, Stream, trace
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def quadratic():
 
 
 def test_descent_ends_where_no_single_code_and_no_scale_can_be_better(quadratic, monkeypatch):
-    monkeypatch.setattr(calibration, "SWEEPS", 100)
+    monkeypatch.setattr(fitting, "SWEEPS", 100)
     start, H, C = quadratic
     codes, scale = descend(start, torch.ones(20), H, C)
     assert set(codes.unique().tolist()) <= {-1.0, 0.0, 1.0} and (scale > 0).all()
@@ -76,7 +77,7 @@ def test_descent_ends_where_no_single_code_and_no_scale_can_be_better(quadratic,
 def test_starting_again_makes_rows_better_and_none_worse(quadratic, monkeypatch):
     _, H, C = quadratic
     again = objective(*search(torch.ones(20), H.double(), C.double()), H, C)
-    monkeypatch.setattr(calibration, "KICKS", ())
+    monkeypatch.setattr(fitting, "KICKS", ())
     once = objective(*search(torch.ones(20), H.double(), C.double()), H, C)
     assert (again <= once + 1e-3).all() and (again < once - 0.1).sum() > 10
 
@@ -262,7 +263,7 @@ def test_other_inputs_of_the_model_are_taken(tiny, sentences):
 
 
 def test_a_calibration_that_fails_half_way_leaves_the_model_as_it_was(tiny, sentences, monkeypatch):
-    def fit(*arguments, fit=calibration._fit, calls=[]):  # noqa: B006
+    def fit(*arguments, fit=fitting._fit, calls=[]):  # noqa: B006
         calls.append(arguments)
         return fit(*arguments) if len(calls) < 5 else 1 / 0
 
@@ -270,7 +271,7 @@ def test_a_calibration_that_fails_half_way_leaves_the_model_as_it_was(tiny, sent
     vectors = tiny.encode(sentences[:9])
     tiny.train()
     before = {n: (id(m), m.training, dict(vars(m))) for n, m in tiny.named_modules()}
-    monkeypatch.setattr(calibration, "_fit", fit)
+    monkeypatch.setattr(fitting, "_fit", fit)
     with pytest.raises(ZeroDivisionError):
         tritern.patch(tiny, calibration_texts=sentences[:20], embedding_bits=8)
     after = {n: (id(m), m.training, dict(vars(m))) for n, m in tiny.named_modules()}

@@ -10,7 +10,7 @@ from transformers import DebertaConfig, DebertaModel, WavLMConfig, WavLMModel
 
 import tritern
 from tritern import TriternError
-from tritern.choice import choose, common_name, starred
+from tritern.selection import choose, common_name, starred
 
 
 def reasons(model):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import tritern
 from tritern import progress
-from tritern.saving import is_ternary
+from tritern.nn.replace import is_ternary
 from tritern.search import KINDS, SearchIndex
 from tritern_cli import common
 from tritern_cli import search as search_verb
@@ -310,7 +310,7 @@ def test_a_sample_is_drawn_from_all_unless_the_first_are_asked_for(
         assert 0.4 < sum(text.startswith("law") for text in drawn) / count < 0.6
         assert first == texts[:30]
     assert common.sample(str(file), 5, first=3) == texts[:3]
-    monkeypatch.setattr("tritern.draw.POOL", 10)
+    monkeypatch.setattr("tritern.texts.sample.POOL", 10)
     assert set(common.sample(str(file), 5, first=None)) < set(texts[:10])
 
 

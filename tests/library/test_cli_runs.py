@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 import tritern
-from tritern.saving import is_ternary
+from tritern.nn.replace import is_ternary
 
 from .cli import answer, error, load, run, wrong_usage
 

@@ -16,9 +16,9 @@ from tritern import CheckpointError, TernaryLinear, TriternError
 from tritern.distillation import FidelityEvaluator, TernaryDistillationArguments, TernaryDistiller
 from tritern.distillation.arguments import suggested_learning_rate
 from tritern.distillation.trainer import STATE_FILE
-from tritern.draw import drawn
-from tritern.embedding import QuantizedEmbedding
 from tritern.engine.encoder import encode
+from tritern.nn.embedding import QuantizedEmbedding
+from tritern.texts.sample import drawn
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"per_device_train_batch_size": 16, "max_steps": 12, "disable_tqdm": True, "learning_rate": 3e-3}

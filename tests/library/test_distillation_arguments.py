@@ -13,8 +13,8 @@ import tritern
 from tritern import TernaryConfig, TriternError
 from tritern.distillation import FidelityEvaluator, TernaryDistillationArguments, TernaryDistiller
 from tritern.distillation.layers import TrainableTernaryLinear
-from tritern.draw import drawn
 from tritern.engine.encoder import encode
+from tritern.texts.sample import drawn
 
 SMALL = {"per_device_train_batch_size": 16, "max_steps": 2, "disable_tqdm": True, "save_strategy": "no"}
 SMALL |= {"use_cpu": True, "gradient_accumulation_steps": 1, "logging_steps": 1}
@@ -31,7 +31,7 @@ def stopped(monkeypatch):
     def stop(model, args, train_dataset, *, evaluator, **options):
         raise Seen(train_dataset, evaluator, {**options, "args": args})
 
-    monkeypatch.setattr("tritern.distillation.run.TernaryDistiller", stop)
+    monkeypatch.setattr("tritern.distillation.job.TernaryDistiller", stop)
 
 
 def begun(model, texts, folder, **options):
@@ -221,7 +221,7 @@ def test_steps_are_max_steps(tiny, sentences, tmp_path, stopped):
 def test_settings_that_are_unknown_or_of_another_type(tiny, sentences, tmp_path, settings, message):
     with pytest.raises(TriternError, match=message):
         tritern.distill(tiny, sentences, tmp_path / "out", **{**SMALL, **settings})
-    assert not tritern.saving.is_ternary(tiny) and not (tmp_path / "out").exists()
+    assert not tritern.nn.replace.is_ternary(tiny) and not (tmp_path / "out").exists()
     assert not any(isinstance(m, TrainableTernaryLinear) for m in tiny.modules()), "left as it was"
 
 

@@ -194,7 +194,7 @@ def test_every_prompt_of_the_model_is_trained_with_also_an_empty_one(tiny, sente
     def stop(model, args, train_dataset, **kwargs):
         raise Seen(train_dataset["text"][:2])
 
-    monkeypatch.setattr("tritern.distillation.run.TernaryDistiller", stop)
+    monkeypatch.setattr("tritern.distillation.job.TernaryDistiller", stop)
     for prompts, expected in (
         ({"query": "ask ", "document": ""}, ["ask " + sentences[0], sentences[1]]),
         ({"query": "", "document": ""}, sentences[:2]),

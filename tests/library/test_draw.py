@@ -1,6 +1,6 @@
 """A sample of texts is one of all of them, whatever their order."""
 
-from tritern.draw import drawn
+from tritern.texts.sample import drawn
 
 SORTED = [f"news {i}" for i in range(500)] + [f"law {i}" for i in range(500)]
 

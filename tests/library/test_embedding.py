@@ -16,8 +16,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 import tritern
 from tests.library.test_save_load import change_settings
 from tritern import CheckpointError, Int4Embedding, Int8Embedding, TernaryConfig, TernaryLinear, TriternError
-from tritern.checkpoint import MANIFEST
-from tritern.patch import choose_tables
+from tritern.checkpoint.digest import MANIFEST
+from tritern.selection import choose_tables
 from tritern_kernels.embedding import quantize_table
 from tritern_kernels.reference import quantize_activations
 
@@ -474,7 +474,7 @@ def test_tables_that_do_something_else_stay(kind, tmp_path):
 
 
 def test_looking_at_a_class_draws_no_random_numbers():
-    from tritern.embedding import _multiplies
+    from tritern.nn.embedding import _multiplies
 
     _multiplies.cache_clear()
     torch.manual_seed(3)

@@ -629,7 +629,7 @@ def test_capturing_on_a_cpu_does_nothing(tiny):
 
 def test_no_path_with_varying_shapes_takes_cudnns_attention(tiny, sentences, monkeypatch):
     from tritern.distillation.objective import DistillationLoss
-    from tritern.passes import evaluating
+    from tritern.modes import evaluating
 
     taken = torch.backends.cuda.cudnn_sdp_enabled
     assert taken()

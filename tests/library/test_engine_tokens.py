@@ -14,8 +14,8 @@ from tests.library import families
 from tritern.engine import tokens
 from tritern.engine.packing import Positions, Size, filled, runs
 from tritern.engine.tokens import FastTokenizer, Tokens, fast_tokenizer
-from tritern.reading import read_texts
-from tritern_kernels.tuning import QUERY_ROWS
+from tritern.texts.files import read_texts
+from tritern_kernels.config import QUERY_ROWS
 
 LONG = " ".join(f"word{i}" for i in range(3000))
 ODD = [

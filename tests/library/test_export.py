@@ -12,8 +12,8 @@ from torch import nn
 import tritern
 from tests.conftest import TEXTS
 from tritern import TernaryLinear, TriternError
-from tritern.embedding import QuantizedEmbedding
-from tritern.linear import RMSNorm
+from tritern.nn.embedding import QuantizedEmbedding
+from tritern.nn.linear import RMSNorm
 
 LOAD = """
 import sys

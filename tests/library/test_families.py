@@ -15,8 +15,8 @@ from safetensors import safe_open
 import tritern
 from tests.library import families
 from tritern import TriternError
-from tritern.checkpoint import MANIFEST
-from tritern.choice import starred
+from tritern.checkpoint.digest import MANIFEST
+from tritern.selection import starred
 
 ROOT = Path(__file__).parents[2]
 CONV = "not a linear layer: Conv2d (weight 32 x 3 x 8 x 8)"

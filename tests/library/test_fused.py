@@ -26,8 +26,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
 import tritern
-from tritern import fused, linear
-from tritern.fused import common
+from tritern.engine import fused
+from tritern.engine.fused import block as fused_block
+from tritern.nn import linear
 from tritern_kernels import block, internals, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:the fused blocks run unfused where the model is now")
@@ -114,13 +115,13 @@ def test_saved_copied_and_pickled_as_before(make, device, on_gpu, tmp_path):
         )
         model.save_pretrained(tmp_path)
         loaded = AutoModel.from_pretrained(tmp_path).to(device).eval()
-        assert not isinstance(blocks_of(loaded)[0], common.Fused)
+        assert not isinstance(blocks_of(loaded)[0], fused_block.Fused)
         tritern.fuse(loaded)
         # a file's tensors need not lie as kernels want them: on a CPU the loaded model may run unfused
         assert torch.allclose(loaded(**inputs).last_hidden_state, expected, atol=1e-5)
         for other in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             first = blocks_of(other)[0]
-            assert isinstance(first, common.Fused)
+            assert isinstance(first, fused_block.Fused)
             assert type(first).__name__ in ("BertLayer", "Qwen3DecoderLayer")
             assert "_tritern_merged" not in vars(copy.deepcopy(first))
             assert other is loaded or torch.equal(other(**inputs).last_hidden_state, expected)
@@ -439,7 +440,7 @@ def test_blocks_that_transformers_has_changed_are_not_fused(change, make, device
         UserWarning, match=rf"{kind.__name__} is not as tritern knows it: such blocks"
     ) as warned:
         assert len(fused.fused_blocks(tritern.fuse(model))) == 0
-    assert len(warned) == 1 and not any(isinstance(m, common.Fused) for m in model.modules())
+    assert len(warned) == 1 and not any(isinstance(m, fused_block.Fused) for m in model.modules())
     with torch.inference_mode():
         model(**inputs)
     assert not on_gpu
@@ -553,4 +554,4 @@ def test_what_is_handed_on_stays_on_its_stream():
             hidden = first(x, None)
             torch.cuda.synchronize()
             with torch.cuda.stream(stream):
-                assert (common.handed_on(second, hidden) is not None) == right
+                assert (fused_block.handed_on(second, hidden) is not None) == right

@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from transformers.utils import logging
 
 import tritern
-from tritern.checkpoint import MANIFEST
+from tritern.checkpoint.digest import MANIFEST
 
 TRIALS = int(os.environ.get("TRITERN_FUZZ", "240"))
 

@@ -22,7 +22,7 @@ from transformers import (
 import tritern
 from tests.conftest import TEXTS, WORDS
 from tritern import Int4Embedding, Int8Embedding, TernaryLinear, TriternError
-from tritern.linear import RMSNorm
+from tritern.nn.linear import RMSNorm
 
 gguf = pytest.importorskip("gguf")
 

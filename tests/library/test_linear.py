@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tritern import TernaryLinear, TriternError
-from tritern.linear import RMSNorm
+from tritern.nn.linear import RMSNorm
 from tritern_kernels import MAX_K, reference
 
 

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
 import tritern
 from tritern import CheckpointError, TernaryLinear, TriternError
-from tritern.checkpoint import EDITABLE, MANIFEST, sealed
-from tritern.embedding import QuantizedEmbedding
+from tritern.checkpoint.digest import EDITABLE, MANIFEST, sealed
+from tritern.nn.embedding import QuantizedEmbedding
 
 
 @pytest.fixture(scope="module", params=[8, 4])

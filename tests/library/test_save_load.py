@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 import tritern
 from tritern import CheckpointError, TernaryConfig, TernaryLinear, TriternError
-from tritern.checkpoint import DIGEST_KEY, MANIFEST, digest
+from tritern.checkpoint.digest import DIGEST_KEY, MANIFEST, digest
 from tritern_cli import common
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +135,7 @@ def test_16_bits_stored_are_computed_with_in_float32_on_a_cpu(
     halved, sentences, monkeypatch, gpu, settings, dtype
 ):
     folder, wide = halved
-    monkeypatch.setattr("tritern.hf.unsupported", lambda device: None if gpu else "no GPU")
+    monkeypatch.setattr("tritern.checkpoint.quantizer.unsupported", lambda device: None if gpu else "no GPU")
     auto = AutoModel.from_pretrained(folder, **settings)
     loaded = SentenceTransformer(str(folder), device=None if "device_map" in settings else "cpu",
                                  model_kwargs=settings)  # fmt: skip
@@ -149,7 +149,7 @@ def test_16_bits_stored_are_computed_with_in_float32_on_a_cpu(
 )
 def test_so_they_are_where_the_cpu_is_chosen_beside_a_gpu(halved, monkeypatch, settings, dtype):
     folder, _ = halved
-    monkeypatch.setattr("tritern.hf.unsupported", lambda device: None)
+    monkeypatch.setattr("tritern.checkpoint.quantizer.unsupported", lambda device: None)
     assert tritern.load(folder, device="cpu", model_kwargs=settings).dtype == dtype
     name = str(dtype).removeprefix("torch.") if settings else None
     assert common.load(str(folder), device="cpu", dtype=name).dtype == dtype
@@ -215,7 +215,7 @@ def test_a_truncated_file_is_refused(saved, tmp_path):
 
 
 def test_verify_names_a_truncated_file(saved, tmp_path):
-    from tritern.checkpoint import verify
+    from tritern.checkpoint.digest import verify
 
     file = tmp_path / "model.safetensors"
     file.write_bytes((saved[0] / "model.safetensors").read_bytes()[:-4096])

@@ -13,7 +13,7 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel
 
 import tritern
 from tritern import CheckpointError, TernaryLinear, TriternError
-from tritern.checkpoint import EDITABLE, MANIFEST, resealed
+from tritern.checkpoint.digest import EDITABLE, MANIFEST, resealed
 
 from .cli import run
 

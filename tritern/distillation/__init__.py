@@ -9,11 +9,11 @@ try:
 except ImportError as error:
     raise ImportError(f"{error}: distillation needs more packages: pip install 'tritern[train]'") from error
 
-from ..reading import read_texts
+from ..texts.files import read_texts
 from .arguments import TernaryDistillationArguments
 from .fidelity import FidelityEvaluator
+from .job import distill
 from .layers import TrainableTernaryLinear
-from .run import distill
 from .trainer import TernaryDistiller
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..saving import ROUNDED_TABLES
+from ..checkpoint.card import ROUNDED_TABLES
 
 
 def model_card(record: dict[str, Any]) -> str:

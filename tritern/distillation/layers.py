@@ -14,14 +14,15 @@ from tritern_kernels import PackedTernary, ternarize_weight
 from tritern_kernels.reference import Rule
 from tritern_kernels.training import Codes, blended_weight, ternarize_given, ternary_linear, transpose
 
-from .. import hf
-from ..choice import choose, choose_tables
+from ..checkpoint import quantizer
 from ..config import TernaryConfig
-from ..embedding import QuantizedEmbedding, embedding_of, multiplied, multiplier
+from ..conversion import selected
 from ..errors import TriternError
-from ..export import dequantize
-from ..linear import TernaryLinear, autocast
-from ..patch import plan, put
+from ..formats.dequantize import dequantize
+from ..nn.embedding import QuantizedEmbedding, embedding_of, multiplied, multiplier
+from ..nn.linear import TernaryLinear, autocast
+from ..nn.replace import put
+from ..selection import choose, choose_tables
 
 SMALLEST_SCALE = 1e-8
 """Scales are kept at or above this while they are learned."""
@@ -223,7 +224,7 @@ def make_trainable(
     Raises:
         TriternError: as ``patch``.
     """
-    linears, tables = plan(model, config)
+    linears, tables = selected(model, config)
     first: dict[int, TrainableTernaryLinear] = {}
     for choice in linears:
         old = choice.module
@@ -282,7 +283,7 @@ def reopen(model: nn.Module, latent: float) -> tuple[TernaryConfig, dict[str, Te
 def pack_trained(model: nn.Module, config: TernaryConfig, names: Iterable[str]) -> None:
     """Replace what is trainable by its packed form, in place."""
     _swap(model, names, config.embedding_bits)
-    hf.attach(model, config)
+    quantizer.attach(model, config)
 
 
 @contextmanager
@@ -290,10 +291,10 @@ def packed_form(model: nn.Module, config: TernaryConfig, names: Iterable[str]) -
     """The packed model for as long as the context lasts, to be saved or scored."""
     trainable = _swap(model, names, config.embedding_bits)
     try:
-        hf.attach(model, config)
+        quantizer.attach(model, config)
         yield
     finally:
-        hf.detach(model)
+        quantizer.detach(model)
         for name, layer in trainable.items():
             model.set_submodule(name, layer)
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from sentence_transformers.util import all_gather, all_gather_with_grad
 from torch import Tensor, nn
 
-from ..choice import blocks_of
 from ..errors import TriternError
-from ..linear import TernaryLinear
-from ..passes import evaluating, without_cudnn_attention
+from ..modes import evaluating, without_cudnn_attention
+from ..nn.linear import TernaryLinear
+from ..selection import blocks_of
 from .layers import TrainableTernaryLinear
 from .losses import LOSSES, Outputs, terms
 

@@ -15,6 +15,7 @@ import transformers
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
 from ..summary import summary
+from ..version import __version__
 from .arguments import TernaryDistillationArguments
 from .card import model_card
 from .trainer import TernaryDistiller
@@ -34,8 +35,6 @@ def record_of(
         fidelity: closeness, by stage.
         seconds: that the run took.
     """
-    from .. import __version__
-
     args, size = trainer.args, summary(trainer.model)
     teacher_name = "the model itself" if teacher is None else "given vectors"
     cuda = args.device.type == "cuda"

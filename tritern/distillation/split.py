@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from ..draw import drawn
 from ..errors import TriternError
 from ..inputs import check_texts, check_vectors, whole_number
+from ..texts.sample import drawn
 from .arguments import TernaryDistillationArguments
 from .data import clean, joined, prefixed
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..checkpoint import sealed
+from ..checkpoint.digest import sealed
 from ..config import TernaryConfig
 from ..errors import CheckpointError, TriternError
-from ..saving import is_ternary
+from ..nn.replace import is_ternary
 from .arguments import TernaryDistillationArguments, suggested_learning_rate
 from .data import LengthBatches, token_counts
 from .kept import cuts_and_padding, device_kept, modes_kept, without_dropout

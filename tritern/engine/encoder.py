@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..extended import Extended, extend
-from ..fused import fuse_what_fits
 from ..progress import bar
+from .extended import Extended, extend
+from .fused import fuse_what_fits
 from .packing import Size
 from .path import way_of
 from .pipeline import INLINE, Finish, Way, embed_here, embed_windows

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tritern_kernels.tuning import QUERY_ROWS
+from tritern_kernels.config import QUERY_ROWS
 
 from .tokens import Tokens
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..passes import without_cudnn_attention
+from ..modes import without_cudnn_attention
 from .tokens import FastTokenizer, Tokens
 
 

@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from tritern_kernels.config import widest_head
 from tritern_kernels.devices import unsupported
-from tritern_kernels.tuning import widest_head
 
 from . import pooling
 from .families import Family, family_of

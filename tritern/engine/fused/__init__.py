@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from tritern_kernels.devices import unsupported
-from tritern_kernels.dispatch import BertSizes, DecoderSizes
 from tritern_kernels.internals import changed
+from tritern_kernels.ops import BertSizes, DecoderSizes
 
-from ..errors import TriternError
+from ...errors import TriternError
+from ...inputs import check_model
 from ..extended import extend
-from ..inputs import check_model
 from .bert import FusedBert
-from .common import Fused, prepare, weights
+from .block import Fused, prepare, weights
 from .decoder import FusedDecoder
 
 Model = TypeVar("Model", bound=nn.Module)

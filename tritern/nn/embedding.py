@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tritern_kernels.dispatch import FLOATS
 from tritern_kernels.embedding import lookup, quantize_table
+from tritern_kernels.ops import FLOATS
 from tritern_kernels.reference import quantize_activations
 
-from .errors import TriternError
+from ..errors import TriternError
 
 if TYPE_CHECKING:
     from typing_extensions import Self

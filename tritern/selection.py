@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .embedding import multiplier
-from .linear import TernaryLinear
+from .nn.embedding import multiplier
+from .nn.linear import TernaryLinear
 
 _SMALL_AND_SENSITIVE = {
     "pooler": "pooler",

@@ -15,18 +15,11 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
+from .config import KernelConfig, bucket
 from .devices import check_device, refuse
-from .formats import (
-    PackedTernary,
-    check_packed,
-    check_shape,
-    pack,
-    padded_k,
-    to_packed_order,
-)
+from .formats import PackedTernary, check_packed, check_shape, pack, padded_k, to_packed_order
 from .reference import RULES, Rule
 from .tables import choose
-from .tuning import KernelConfig, bucket
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATION_BITS = (8, 16)

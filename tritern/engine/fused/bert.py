@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritern_kernels.dispatch import LONGEST_ROW, BertSizes, block_plan
+from tritern_kernels.ops import LONGEST_ROW, BertSizes, block_plan
 
-from .common import Family, Fused, Parts, Tensors, hand_on, handed_on, ready, rows_of, serves
+from .block import Family, Fused, Parts, Tensors, hand_on, handed_on, ready, rows_of, serves
 
 
 class Bert(Family):

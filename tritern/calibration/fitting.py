@@ -28,13 +28,14 @@ from torch import Tensor, nn
 from tritern_kernels import PackedTernary
 from tritern_kernels.formats import pack
 
-from .config import TernaryConfig
-from .embedding import embedding_of
-from .errors import TriternError
-from .inputs import check_texts, many
-from .linear import TernaryLinear
-from .passes import Batch, Group, Stream, evaluating, trace
-from .progress import bar
+from ..config import TernaryConfig
+from ..errors import TriternError
+from ..inputs import check_texts, many
+from ..modes import evaluating
+from ..nn.embedding import embedding_of
+from ..nn.linear import TernaryLinear
+from ..progress import bar
+from .stream import Batch, Group, Stream, trace
 
 LEAST_TEXTS = 16
 """Fewer say next to nothing about the inputs of a layer."""

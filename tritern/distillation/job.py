@@ -20,9 +20,9 @@ from ..config import TernaryConfig
 from ..errors import TriternError
 from ..evaluate import Fidelity
 from ..inputs import check_folder, check_texts, many, named, whole_number
+from ..nn.replace import is_ternary
 from ..pretrained import model_of
-from ..reading import read_texts
-from ..saving import is_ternary
+from ..texts.files import read_texts
 from .arguments import TernaryDistillationArguments
 from .data import JOINED_RATIO
 from .fidelity import FidelityEvaluator

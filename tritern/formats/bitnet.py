@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from . import hf
+from ..checkpoint import quantizer
+from ..config import TernaryConfig
+from ..errors import CheckpointError
 from .bitnet_layers import StoredConfig
-from .config import TernaryConfig
-from .errors import CheckpointError
 
 EMBEDDING_MODELS = ("qwen3", "gemma3_text")
 
@@ -61,7 +61,7 @@ def from_bitnet(
         kind = AutoModelForCausalLM if causal else AutoModel
         model = kind.from_pretrained(folder, config=config, **arguments)
         model = model if device is None else model.to(device)
-    hf.attach(model, TernaryConfig(rule="absmean"))
+    quantizer.attach(model, TernaryConfig(rule="absmean"))
     if "_model_card_text" in vars(model):
         vars(model)["_model_card_text"] = _card(path)
     return model
@@ -101,7 +101,11 @@ def _settings(folder: Path, config: Any) -> dict[str, Any]:
     if method != "bitnet":
         raise CheckpointError(
             f"{folder}: quant_method is {method!r}; from_bitnet reads 'bitnet'"
-            + (". Load this folder with AutoModel or SentenceTransformer." if method == hf.METHOD else "")
+            + (
+                ". Load this folder with AutoModel or SentenceTransformer."
+                if method == quantizer.METHOD
+                else ""
+            )
         )
     try:
         return StoredConfig(norm_name="rms_norm", **stored).to_dict()

@@ -7,13 +7,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from . import hf
-from .embedding import QuantizedEmbedding
-from .errors import TriternError
-from .inputs import check_model
-from .linear import TernaryLinear
-from .patch import put
-from .saving import kind_of
+from ..checkpoint import quantizer
+from ..checkpoint.card import kind_of
+from ..inputs import check_model
+from ..nn.replace import replace_by_plain
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -34,44 +31,11 @@ def dequantize(model: Model) -> Model:
     check_model(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     layers = replace_by_plain(model, dtype)
-    hf.detach(model)
+    quantizer.detach(model)
     for module in model.modules():
         if hasattr(module, "_model_card_text"):  # a sentence-transformers model
             vars(module)["_model_card_text"] = _card(module, layers)
     return model
-
-
-def replace_by_plain(model: nn.Module, dtype: torch.dtype) -> int:
-    """Replace ternary layers and rounded tables, in place; the number of layers.
-
-    Raises:
-        TriternError: as ``dequantize``.
-    """
-    found = [
-        (name, module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (TernaryLinear, QuantizedEmbedding))
-    ]
-    if not found or not found[0][0]:
-        raise TriternError(
-            f"no ternary layer or rounded table inside {type(model).__name__}; dequantize() wants a model "
-            "that tritern.patch() has changed (for a bare layer there are to_linear() and to_embedding())"
-        )
-    for name, module in found:
-        if isinstance(module, TernaryLinear) and module.norm is not None:
-            raise TriternError(
-                f"{name} has an RMSNorm of its own, which a plain {type(model).__name__} has no place for; "
-                "save the ternary model instead"
-            )
-    plain: dict[int, nn.Module] = {}  # by layer, so that a layer with two names stays one
-    weights: dict[int, Any] = {}  # by packed weight, so that layers that share one go on sharing it
-    for name, old in found:
-        if id(old) not in plain:
-            new = old.to_linear(dtype) if isinstance(old, TernaryLinear) else old.to_embedding(dtype)
-            new.weight = weights.setdefault(id(old.weight), new.weight)
-            plain[id(old)] = new
-        put(model, [name], plain[id(old)])
-    return sum(isinstance(m, nn.Linear) for m in plain.values())
 
 
 def _card(model: Any, layers: int) -> str:

@@ -12,9 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from ..errors import TriternError
+from ..inputs import whole_number
 from . import columns
-from .errors import TriternError
-from .inputs import whole_number
 
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _KINDS = {

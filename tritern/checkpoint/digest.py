@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 DIGEST_KEY = "tritern_sha256"
 """Name of the digest in the safetensors metadata."""

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice, repeat
 from typing import Any, BinaryIO
 
-from .draw import POOL
-from .errors import TriternError
+from ..errors import TriternError
+from .sample import POOL
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tritern_kernels.dispatch import BertSizes, DecoderSizes
 from tritern_kernels.internals import changed, recorded
+from tritern_kernels.ops import BertSizes, DecoderSizes
 
+from ...nn.linear import TernaryLinear
 from ..extended import Extended
-from ..linear import TernaryLinear
 
 Tensors = tuple[Tensor, ...]
 Layers = tuple[TernaryLinear, ...]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .embedding import Int4Embedding, Int8Embedding
-from .errors import TriternError
-from .inputs import check_file
-from .linear import TernaryLinear
+from ..errors import TriternError
+from ..inputs import check_file
+from ..nn.embedding import Int4Embedding, Int8Embedding
+from ..nn.linear import TernaryLinear
 
 POOLING = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
 """Pooling modes by sentence-transformers' name and by GGUF's."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from .choice import blocks_of
+from ..selection import blocks_of
 
 Batch = dict[str, Any]
 
@@ -36,32 +36,6 @@ class Call:
     input: Tensor
     outputs: dict[str, Tensor] = field(default_factory=dict)
     added: Tensor | None = None
-
-
-@contextmanager
-def without_cudnn_attention() -> Iterator[None]:
-    """torch takes another attention for as long as the context lasts: cuDNN plans 10 ms or more for every new
-    shape of a batch.
-    """
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients for as long as the context lasts."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode(False), torch.no_grad(), without_cudnn_attention():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def trace(model: nn.Module, layers: Sequence[str], batch: Batch) -> list[Group]:

@@ -17,8 +17,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from tritern_kernels import PackedTernary, ternarize_weight
 from tritern_kernels.formats import pack
 
-from .errors import CheckpointError
-from .linear import RMSNorm, TernaryLinear
+from ..errors import CheckpointError
+from ..nn.linear import RMSNorm, TernaryLinear
 
 METHOD = "tritern_bitnet"
 """While loading only: what is saved is a tritern checkpoint."""

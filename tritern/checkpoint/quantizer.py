@@ -16,14 +16,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tritern_kernels.devices import unsupported
 from tritern_kernels.formats import check_codes, check_scale
 
-from .checkpoint import DIGEST_KEY, digest, verify, verify_files
-from .config import TernaryConfig
-from .embedding import Int4Embedding, QuantizedEmbedding, embedding_of, multiplier
-from .engine import encoder
-from .errors import CheckpointError, TriternError
-from .fused import fuse_what_fits
-from .linear import TernaryLinear
-from .saving import extend, is_ternary, model_card
+from ..config import TernaryConfig
+from ..conversion import convert
+from ..engine import encoder
+from ..engine.fused import fuse_what_fits
+from ..errors import CheckpointError, TriternError
+from ..nn.embedding import Int4Embedding, QuantizedEmbedding, embedding_of, multiplier
+from ..nn.linear import TernaryLinear
+from ..nn.replace import is_ternary, replace_by_plain
+from .card import model_card
+from .digest import DIGEST_KEY, digest, verify, verify_files
+from .saving import extend
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -154,11 +157,9 @@ class TernaryHfQuantizer(HfQuantizer):
         # transformers forbids .half() and .float() on quantized models; ternary layers stand both.
         model.is_quantized = False  # type: ignore[assignment]
         if isinstance(self.quantization_config, TernaryConfig):
-            from .patch import patch  # which imports this module
-
             encoder.attach_to_loading()
-            return patch(model, self.quantization_config)
-        extend()
+            return _converted(model, self.quantization_config)
+        extend(attach)
         for name, module in [*_named(model, TernaryLinear), *_named(model, QuantizedEmbedding)]:
             _check_loaded(name, module)
         encoder.attach_to_loading()
@@ -205,8 +206,6 @@ class TernaryHfQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        from .export import replace_by_plain  # which imports this module
-
         # config.dtype, which transformers passes on, is a name once a model was saved
         replace_by_plain(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32)
         return model
@@ -246,17 +245,6 @@ def _names_now(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
     return found
 
 
-def foreign_quantization(model: nn.Module) -> str | None:
-    """Name of another quantization method that a transformers model inside carries, or None."""
-    for module in model.modules():
-        config = getattr(getattr(module, "config", None), "quantization_config", None)
-        if config is not None and isinstance(module, PreTrainedModel):
-            method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
-            if method != METHOD:
-                return str(getattr(method, "value", method))
-    return None
-
-
 def attach(model: nn.Module, config: TernaryConfig | None = None, calibrated_on: int = 0) -> None:
     """Tell the transformers models inside ``model`` which of their layers are ternary and which tables
     rounded, so that they save and load; and put the engine behind ``encode``.
@@ -276,10 +264,19 @@ def attach(model: nn.Module, config: TernaryConfig | None = None, calibrated_on:
                 settings = _described(module, config)
                 module.config.quantization_config = settings
                 module.hf_quantizer = TernaryHfQuantizer(settings, pre_quantized=False)  # type: ignore[assignment]
-    extend()
+    extend(attach)
     if hasattr(model, "_model_card_text"):  # a sentence-transformers model
         vars(model)["_model_card_text"] = model_card(model, config or TernaryConfig(), calibrated_on)
     encoder.attach(model)
+
+
+def _converted(model: PreTrainedModel, config: TernaryConfig) -> PreTrainedModel:
+    """A plain model made ternary while it is loaded."""
+    convert(model, config)
+    attach(model, config)
+    if any(p.is_cuda for p in model.parameters()):
+        fuse_what_fits(model)
+    return model
 
 
 def detach(model: nn.Module) -> None:

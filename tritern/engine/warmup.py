@@ -7,15 +7,15 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from tritern_kernels.tuning import MOST_TOKENS, bucket
+from tritern_kernels.config import MOST_TOKENS, bucket
 
-from .embedding import Int4Embedding
-from .engine.encoder import Encoder, capture
+from ..inputs import check_model, whole_number
+from ..modes import evaluating
+from ..nn.embedding import Int4Embedding
+from ..nn.linear import TernaryLinear
+from ..progress import bar
+from .encoder import Encoder, capture
 from .fused import Fused, fused_blocks, kind_of, run_on_zeros
-from .inputs import check_model, whole_number
-from .linear import TernaryLinear
-from .passes import evaluating
-from .progress import bar
 
 Model = TypeVar("Model", bound=nn.Module)
 

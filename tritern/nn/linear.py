@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritern_kernels import PackedTernary, padded_k, ternarize_weight
-from tritern_kernels.dispatch import FLOATS, linear_unchecked
 from tritern_kernels.formats import check_shape
 from tritern_kernels.internals import recorded
+from tritern_kernels.ops import FLOATS, linear_unchecked
 from tritern_kernels.reference import Rule
 
-from .config import bits
-from .errors import TriternError
-from .inputs import whole_number
+from ..config import bits
+from ..errors import TriternError
+from ..inputs import whole_number
 
 
 class RMSNorm(nn.Module):

@@ -1,0 +1,1 @@
+"""Saving and loading ternary models, in transformers' own way."""

@@ -1,0 +1,1 @@
+"""Ternary models for and from other programs."""

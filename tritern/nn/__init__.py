@@ -1,0 +1,1 @@
+"""Ternary layers and rounded embedding tables, as modules of torch."""

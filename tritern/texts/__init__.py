@@ -1,0 +1,1 @@
+"""Texts of files, and samples of them."""
