@@ -34,7 +34,7 @@ def widest_head(dtype: torch.dtype) -> int:
     return 128 if dtype == torch.float32 else 256
 
 
-MOST_ACCUMULATORS = {"plain": 128, "gelu": 64, "split": 32}
+MOST_ACCUMULATORS = {"plain": 128, "split": 32}
 """Accumulators a thread can hold without spills, by what follows the loop; read off compiled code
 (compile_check).
 """
@@ -58,7 +58,6 @@ class KernelConfig:
     block_n: int
     block_k: int
     split_k: int = 1
-    group_m: int = 8
     num_warps: int = 4
     num_stages: int = 4
     expand: bool = False
@@ -99,7 +98,7 @@ class KernelConfig:
         """32-bit accumulator registers a thread holds."""
         return self.block_m * self.block_n // (32 * (1 if self.share_k else self.num_warps))
 
-    def invalid(self, mode: Mode, K: int, capability: int, gelu: bool = False) -> str | None:
+    def invalid(self, mode: Mode, K: int, capability: int) -> str | None:
         """Why this configuration cannot run well, or None. The one statement of the constraints."""
         if capability < OLDEST_CAPABILITY:
             return f"sm_{capability} has no kernels; the oldest that has is sm_{OLDEST_CAPABILITY}"
@@ -126,12 +125,12 @@ class KernelConfig:
         steps = -(-padded_k(K) // self.block_k)
         if not 1 <= self.split_k <= steps:
             return f"split_k must be from 1 to K / block_k = {steps}; received {self.split_k}"
-        most = MOST_ACCUMULATORS["split" if self.split_k > 1 else "gelu" if gelu else "plain"]
+        most = MOST_ACCUMULATORS["split" if self.split_k > 1 else "plain"]
         most = min(most, 64) if self.block_k > ATOM else most  # more unpacked weights are alive
         if self.accumulators > most:
             return f"{self.accumulators} accumulators a thread spill; at most {most} here: use more warps"
-        if self.group_m < 1 or self.num_stages < 1:
-            return f"group_m and num_stages must be at least 1; received {self.group_m} and {self.num_stages}"
+        if self.num_stages < 1:
+            return f"num_stages must be at least 1; received {self.num_stages}"
         limit = shared_memory_limit(capability)
         if self.shared_bytes(mode) > limit:
             return (
@@ -191,9 +190,7 @@ def few_tokens(mode: Mode, N: int, K: int, capability: int, processors: int) -> 
     return next((c for c in tiles if c.invalid(mode, K, capability) is None), None)
 
 
-def formula(
-    mode: Mode, M: int, N: int, K: int, capability: int, processors: int, gelu: bool = False
-) -> KernelConfig:
+def formula(mode: Mode, M: int, N: int, K: int, capability: int, processors: int) -> KernelConfig:
     """Up to 16 tokens ``few_tokens``. Up to 64: the smallest tile that holds them all, int8 splitting K
     until every multiprocessor has work. Above: the largest tile that leaves no multiprocessor idle; 16-bit
     activations expand the weights from 2,048 tokens on.
@@ -202,7 +199,7 @@ def formula(
         replace(c, block_k=min(c.block_k, padded_k(K) & -padded_k(K)))
         for c in formula_tiles(mode, capability)
     ]
-    tiles = [c for c in tiles if c.invalid(mode, K, capability, gelu) is None]
+    tiles = [c for c in tiles if c.invalid(mode, K, capability) is None]
     if M <= 16 and (few := few_tokens(mode, N, K, capability, processors)):
         return few
     if M <= 64:

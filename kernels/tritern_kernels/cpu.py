@@ -225,16 +225,14 @@ def remember(packed: Tensor, codes: Tensor) -> None:
 # ---------------------------------------------------------------- the operators
 
 
-def linear(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int, gelu: bool
-) -> Tensor:
+def linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int) -> Tensor:
     """y [M, N] in x's dtype for x [M, K]."""
     name = product_for(activation_bits, x.shape[1])
     form = _form(packed, x.shape[1], name)
     y = x.new_empty((x.shape[0], packed.shape[0]))
     for out, part in _pieces(y, x):
         rows, scale_x = _rounded(part) if activation_bits == 8 else (part.float(), None)
-        _fill(out, rows, scale_x, name, form, scale, bias, gelu)
+        _fill(out, rows, scale_x, name, form, scale, bias)
     return y
 
 
@@ -256,7 +254,7 @@ def linear_int8(
     form = _form(packed, K, name)
     y = torch.empty((x_q.shape[0], packed.shape[0]), dtype=dtype)
     for out, part, part_scale in _pieces(y, x_q, scale_x[:, None]):
-        _fill(out, part, part_scale, name, form, scale, bias, False)
+        _fill(out, part, part_scale, name, form, scale, bias)
     return y
 
 
@@ -268,7 +266,6 @@ def _fill(
     form: Any,
     scale: Tensor,
     bias: Tensor | None,
-    gelu: bool,
 ) -> None:
     """Fill out [M, N] for x [M, K]: integers with their scale [M, 1], or floating point without."""
     product = PRODUCTS[name]
@@ -277,7 +274,6 @@ def _fill(
         y = y.mul_(scale_x) if y.dtype == torch.float32 else y * scale_x
     target = out if out.dtype == torch.float32 else y
     y = torch.mul(y, scale, out=target) if bias is None else torch.addcmul(bias.float(), y, scale, out=target)
-    y = torch.nn.functional.gelu(y) if gelu else y
     if y is not out:
         out.copy_(y)
 

@@ -21,6 +21,8 @@ _FACTORS = tuple(0.7 + 0.05 * i for i in range(9))
 """Scales that are tried for a group, as multiples of that which maps its largest magnitude to -8. More of
 them lower the squared error by less than a hundredth (all-MiniLM-L6-v2).
 """
+LOOKUP_BLOCK = 64
+"""Groups that a program of the lookup takes."""
 _CHUNKS = {"cpu": 1 << 10, "cuda": 1 << 15}
 """Rows that are rounded at once: few enough for a CPU's cache, enough to keep a GPU busy."""
 
@@ -131,11 +133,23 @@ def _lookup_cpu(ids: Tensor, packed: Tensor, scale: Tensor, width: int) -> Tenso
 def _lookup_cuda(ids: Tensor, packed: Tensor, scale: Tensor, width: int) -> Tensor:
     _check(ids, packed, scale, width)
     check_device(packed.device)
-    from .embedding_kernel import lookup as launched
-
     with torch.cuda.device(packed.device):
-        rows = launched(ids.reshape(-1).contiguous(), packed.contiguous(), scale.contiguous(), width)
+        rows = _launch(ids.reshape(-1).contiguous(), packed.contiguous(), scale.contiguous(), width)
     return rows.view(*ids.shape, width)
+
+
+def _launch(ids: Tensor, packed: Tensor, scale: Tensor, width: int) -> Tensor:
+    """``lookup`` for ids [M] on the current device, all contiguous, in one launch."""
+    from .device.embedding import lookup_kernel  # needs Triton
+    from .launch import launch
+
+    M, count = len(ids), groups(width)
+    y = torch.empty((M, width), dtype=scale.dtype, device=ids.device)
+    if M:
+        grid = -(-M * count // LOOKUP_BLOCK), 1
+        sizes = M, len(packed), count, width
+        launch(lookup_kernel, grid, (ids, packed, scale, y, *sizes), (LOOKUP_BLOCK,), num_warps=4)
+    return y
 
 
 def _lookup_fake(ids: Tensor, packed: Tensor, scale: Tensor, width: int) -> Tensor:

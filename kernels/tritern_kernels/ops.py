@@ -1,30 +1,23 @@
-"""Check, choose, launch: the public operations and their ``torch.library`` registration.
+"""The public operations: checks and ``torch.library`` registration.
 
-``tritern::linear`` and ``tritern::quantize_activations`` run on CUDA (the Triton kernels) and on the CPU
-(``cpu``, equal int32 sums), refuse other devices (``devices``), have fake implementations for
-``torch.compile`` and, for ``linear``, a gradient with respect to x and bias that treats the activations'
-rounding as the identity (straight-through).
+``tritern::linear`` and ``tritern::quantize_activations`` run on CUDA (``cuda``) and on CPUs (``cpu``), with
+equal int32 sums. They refuse other devices (``devices``). ``torch.compile`` sees fake implementations.
+``linear`` has a gradient with respect to x and bias, which takes the activations' rounding as the identity
+(straight-through).
 """
 
 from __future__ import annotations
-
-from functools import cache
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import cpu, reference
-from .config import KernelConfig, bucket
 from .devices import check_device, refuse
 from .formats import PackedTernary, check_packed, check_shape, pack, padded_k, to_packed_order
 from .reference import RULES, Rule
-from .tables import choose
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATION_BITS = (8, 16)
-LONGEST_ROW = 8192
-"""Most hidden features of a block whose steps are planned: a row of them fits into registers."""
 
 
 # ---------------------------------------------------------------- public, checked
@@ -36,9 +29,8 @@ def linear(
     bias: Tensor | None = None,
     *,
     activation_bits: int = 8,
-    gelu: bool = False,
 ) -> Tensor:
-    """Y = gelu(x W^T + bias) for a packed ternary W.
+    """Y = x W^T + bias for a packed ternary W.
 
     Args:
         x: [..., K] fp32, fp16 or bf16.
@@ -46,7 +38,6 @@ def linear(
         bias: [N] or None.
         activation_bits: 8 quantizes each token to int8 (int32 sums, exact). 16 multiplies fp16 or bf16 as
             they are; fp32 is rounded to bf16 on CUDA and kept on the CPU.
-        gelu: apply the exact (erf) GELU in the epilogue.
 
     Returns:
         [..., N] in x's dtype.
@@ -54,9 +45,7 @@ def linear(
     Raises:
         TypeError, ValueError: an argument's dtype, shape or device does not fit; a device without kernels.
     """
-    return torch.ops.tritern.linear(
-        x, weight.packed, weight.scale, bias, weight.shape[1], activation_bits, gelu
-    )
+    return torch.ops.tritern.linear(x, weight.packed, weight.scale, bias, weight.shape[1], activation_bits)
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,181 +118,41 @@ def _check_matrix(x: Tensor) -> None:
         raise ValueError(f"x must be a matrix [M, K]; received shape {list(x.shape)}")
 
 
-# ---------------------------------------------------------------- CUDA
-
-
-_plans: dict[tuple[Any, ...], Any] = {}
-
-
-@cache
-def _device(index: int) -> tuple[str, int, int]:
-    """Name, compute capability and multiprocessors of a GPU with kernels."""
-    check_device(torch.device("cuda", index))
-    p = torch.cuda.get_device_properties(index)
-    return p.name, 10 * p.major + p.minor, p.multi_processor_count
+# ---------------------------------------------------------------- launch
 
 
 def _linear(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    activation_bits: int,
-    gelu: bool,
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, in_features: int, activation_bits: int
 ) -> Tensor:
     _check_linear(x, packed, scale, bias, in_features, activation_bits)
-    return linear_unchecked(x, packed, scale, bias, in_features, activation_bits, gelu)
+    return linear_unchecked(x, packed, scale, bias, in_features, activation_bits)
 
 
 def linear_unchecked(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, K: int, activation_bits: int, gelu: bool
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, K: int, activation_bits: int
 ) -> Tensor:
     """``tritern::linear`` on CUDA and the CPU, without its checks, its gradients and the cost of a call
     through torch's dispatcher.
     """
-    rows = x.reshape(-1, K)
-    (M, _), N = rows.shape, packed.shape[0]
-    if M == 0:
+    rows, N = x.reshape(-1, K), packed.shape[0]
+    if rows.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], N))
     if x.is_cpu:
-        return cpu.linear(rows, packed, scale, bias, activation_bits, gelu).view(*x.shape[:-1], N)
-    if x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            return linear_unchecked(x, packed, scale, bias, K, activation_bits, gelu)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    if activation_bits == 16 and rows.dtype == torch.float32:
-        y = _unplanned(rows.bfloat16(), packed, scale, bias, x.dtype, 16, gelu)
+        y = cpu.linear(rows, packed, scale, bias, activation_bits)
     else:
-        y = _planned(rows, packed, scale, bias, activation_bits, gelu)
+        from . import cuda  # needs Triton
+
+        y = cuda.linear(rows, packed, scale, bias, activation_bits)
     return y.view(*x.shape[:-1], N)
-
-
-def _planned(
-    rows: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int, gelu: bool
-) -> Tensor:
-    (M, K), N = rows.shape, packed.shape[0]
-    most = bucket(M)
-    bias_dtype = None if bias is None else bias.dtype
-    key = (N, K, most, rows.dtype, activation_bits, rows.stride(0), bias_dtype, gelu, rows.device)
-    plan = _plans.get(key)
-    if plan is None:
-        config = _config(activation_bits, M, N, K, gelu, rows.device)
-        if config.expand:
-            return _unplanned(rows, packed, scale, bias, rows.dtype, activation_bits, gelu)
-        from .plan import Plan
-
-        plan = _plans[key] = Plan(
-            config, activation_bits, max(most, M), N, K, rows.stride(0), rows.dtype, bias is not None, gelu,
-            rows.device,
-        )  # fmt: skip
-    y = plan(rows, packed, scale, bias)
-    return _unplanned(rows, packed, scale, bias, rows.dtype, activation_bits, gelu) if y is None else y
-
-
-class BertSizes(NamedTuple):
-    """Of a BERT block: hidden and intermediate features, which of its four products (query with key and
-    value, output, intermediate, last) have a bias, and the eps of its two norms.
-    """
-
-    hidden: int
-    inner: int
-    biases: tuple[bool, ...]
-    epsilons: tuple[float, float]
-
-
-class DecoderSizes(NamedTuple):
-    """Of a decoder's block: hidden and intermediate features, heads of queries and of keys (and values),
-    their width, whether queries and keys are normalized, which of its four products (query with key and
-    value, output, gate with up, down) have a bias, and the eps of its norms: before attention, before the
-    feed-forward part, of heads.
-    """
-
-    hidden: int
-    inner: int
-    heads: int
-    key_heads: int
-    head_dim: int
-    normalized_heads: bool
-    biases: tuple[bool, ...]
-    epsilons: tuple[float, float, float]
-
-
-def block_plan(sizes: BertSizes | DecoderSizes, M: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """The ``block.BertPlan`` or ``block.DecoderPlan`` for M tokens of a block of these sizes."""
-    key = (type(sizes), sizes, bucket(M), dtype, device)
-    plan = _plans.get(key)
-    if plan is None:
-        check_device(device)
-        from .block import BertPlan, DecoderPlan
-
-        def configure(M: int, N: int, K: int) -> KernelConfig:
-            return _config(8, M, N, K, False, device)
-
-        kind: Any = BertPlan if isinstance(sizes, BertSizes) else DecoderPlan
-        plan = _plans[key] = kind(sizes, bucket(M), dtype, device, configure)
-    return plan
-
-
-def _config(activation_bits: int, M: int, N: int, K: int, gelu: bool, device: torch.device) -> KernelConfig:
-    return choose("int8" if activation_bits == 8 else "16bit", M, N, K, gelu, *_device(device.index))
-
-
-def _unplanned(
-    rows: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    activation_bits: int,
-    gelu: bool,
-) -> Tensor:
-    (M, K), N = rows.shape, packed.shape[0]
-    config = _config(activation_bits, M, N, K, gelu, rows.device)
-    from . import activations, gemm
-
-    if config.expand and dtype == rows.dtype:
-        from .ternarize import expand
-
-        weight = expand(packed, scale, K, dtype)
-        y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(dtype))
-        return torch.nn.functional.gelu(y) if gelu else y
-    if activation_bits == 16 or config.quantizing:
-        return gemm.gemm_direct(rows, packed, scale, bias, config, dtype, gelu)
-    tickets = gemm.make_tickets(rows, N, config) if config.split_k > 1 else None
-    x_q, scale_x = activations.quantize(rows, tickets)
-    return gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype, gelu, tickets)
-
-
-def linear_int8_cuda(
-    x_q: Tensor,
-    scale_x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    dtype: torch.dtype,
-    gelu: bool = False,
-) -> Tensor:
-    """Y [M, N] in ``dtype`` for activations that ``activations.quantize`` has made int8."""
-    if x_q.shape[0] == 0:
-        return x_q.new_empty((0, packed.shape[0]), dtype=dtype)
-    config = _config(8, x_q.shape[0], packed.shape[0], in_features, gelu, x_q.device)
-    from . import gemm
-
-    return gemm.gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype, gelu)
 
 
 def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
     _check_matrix(x)
     check_device(x.device)
-    from . import activations
+    from . import cuda  # needs Triton
 
     with torch.cuda.device(x.device):
-        return activations.quantize(x if x.stride(1) == 1 else x.contiguous())
-
-
-# ---------------------------------------------------------------- CPU
+        return cuda.quantize(x if x.stride(1) == 1 else x.contiguous())
 
 
 def _quantize_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,7 +171,6 @@ def _linear_fake(
     bias: Tensor | None,
     in_features: int,
     activation_bits: int,
-    gelu: bool,
 ) -> Tensor:
     _check_linear(x, packed, scale, bias, in_features, activation_bits)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
@@ -344,28 +192,25 @@ def _dequantize_impl(packed: Tensor, scale: Tensor, in_features: int, dtype: tor
 
 
 def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
-    x, packed, scale, bias, in_features, activation_bits, gelu = inputs
-    ctx.save_for_backward(packed, scale, bias, x if gelu else None)
-    ctx.in_features, ctx.activation_bits, ctx.x_dtype = in_features, activation_bits, x.dtype
+    x, packed, scale, bias, in_features, activation_bits = inputs
+    ctx.save_for_backward(packed, scale, bias)
+    ctx.in_features = in_features
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
-    packed, scale, bias, x = ctx.saved_tensors
-    if x is not None:
-        y = torch.ops.tritern.linear(x, packed, scale, bias, ctx.in_features, ctx.activation_bits, False)
-        grad = torch.ops.aten.gelu_backward(grad, y)
+    packed, scale, bias = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = grad @ torch.ops.tritern.dequantize(packed, scale, ctx.in_features, grad.dtype)
     if bias is not None and ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)
-    return grad_x, None, None, grad_bias, None, None, None
+    return grad_x, None, None, grad_bias, None, None
 
 
 _library = torch.library.Library("tritern", "DEF")
 _library.define(
     "linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, "
-    "int in_features, int activation_bits, bool gelu) -> Tensor"
+    "int in_features, int activation_bits) -> Tensor"
 )
 _library.define("quantize_activations(Tensor x) -> (Tensor, Tensor)")
 _library.define("dequantize(Tensor packed, Tensor scale, int in_features, ScalarType dtype) -> Tensor")

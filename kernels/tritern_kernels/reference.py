@@ -76,22 +76,18 @@ def int8_sums(x_q: Tensor, codes: Tensor) -> Tensor:
     return (x_q.double() @ codes.double().T).to(torch.int32)
 
 
-def epilogue(sums: Tensor, scale_x: Tensor | None, scale: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """float64 [M, N] = gelu(scale_x[m] * scale[n] * sums[m, n] + bias[n])."""
+def epilogue(sums: Tensor, scale_x: Tensor | None, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """float64 [M, N] = scale_x[m] * scale[n] * sums[m, n] + bias[n]."""
     y = sums.double()
     if scale_x is not None:
         y = y * scale_x.double()[:, None]
     y = y * scale.double()
-    if bias is not None:
-        y = y + bias.double()
-    return torch.nn.functional.gelu(y) if gelu else y
+    return y if bias is None else y + bias.double()
 
 
-def linear(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int = 8, gelu: bool = False
-) -> Tensor:
+def linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int = 8) -> Tensor:
     """float64 [M, N] for x [M, K]: with int8 activations (8), or with x as it is (16)."""
     if activation_bits == 16:
-        return epilogue(x.double() @ codes.double().T, None, scale, bias, gelu)
+        return epilogue(x.double() @ codes.double().T, None, scale, bias)
     x_q, scale_x = quantize_activations(x)
-    return epilogue(int8_sums(x_q, codes), scale_x, scale, bias, gelu)
+    return epilogue(int8_sums(x_q, codes), scale_x, scale, bias)

@@ -145,31 +145,27 @@ def _files() -> list[Path]:
 
 
 def nearest(
-    entries: tuple[TableEntry, ...], mode: Mode, M: int, N: int, K: int, capability: int, gelu: bool = False
+    entries: tuple[TableEntry, ...], mode: Mode, M: int, N: int, K: int, capability: int
 ) -> KernelConfig | None:
     """The configuration of the closest shape (sum of distances in log2) that is valid for K."""
 
     def distance(e: TableEntry) -> float:
         return abs(math.log2(e.M / M)) + abs(math.log2(e.N / N)) + abs(math.log2(e.K / K))
 
-    usable = [e for e in entries if e.mode == mode and e.config.invalid(mode, K, capability, gelu) is None]
+    usable = [e for e in entries if e.mode == mode and e.config.invalid(mode, K, capability) is None]
     best = min(usable, key=distance, default=None)
     return best.config if best is not None and distance(best) <= 2.0 else None
 
 
 @lru_cache(maxsize=4096)
-def _choose(
-    mode: Mode, M: int, N: int, K: int, gelu: bool, gpu: str, capability: int, processors: int
-) -> KernelConfig:
-    found = nearest(table(gpu, capability, processors), mode, M, N, K, capability, gelu)
-    found = found or formula(mode, M, N, K, capability, processors, gelu)
-    return replace(found, split_k=1) if M == MOST_TOKENS else found  # tickets are for up to M tokens
+def _choose(mode: Mode, M: int, N: int, K: int, gpu: str, capability: int, processors: int) -> KernelConfig:
+    found = nearest(table(gpu, capability, processors), mode, M, N, K, capability)
+    found = found or formula(mode, M, N, K, capability, processors)
+    return replace(found, split_k=1) if M == MOST_TOKENS else found  # tickets are for M tokens at most
 
 
-def choose(
-    mode: Mode, M: int, N: int, K: int, gelu: bool, gpu: str, capability: int, processors: int
-) -> KernelConfig:
+def choose(mode: Mode, M: int, N: int, K: int, gpu: str, capability: int, processors: int) -> KernelConfig:
     """Configuration for M tokens; M counts as the next power of two, from 16 to ``MOST_TOKENS``, so that few
     distinct kernels are ever needed.
     """
-    return _choose(mode, bucket(M), N, K, gelu, gpu, capability, processors)
+    return _choose(mode, bucket(M), N, K, gpu, capability, processors)

@@ -14,7 +14,6 @@ from torch import Tensor
 from . import cpu, reference
 from .devices import check_device
 from .formats import from_packed_order, pack, unpack
-from .ops import linear_int8_cuda
 
 
 class Codes(NamedTuple):
@@ -115,7 +114,7 @@ class _TernaryLinear(torch.autograd.Function):
             y = _linear_int8(kept, scale_x, codes.packed, scale, bias, K, x.dtype).view(*x.shape[:-1], N)
         else:
             kept, scale_x = rows, None
-            y = torch.ops.tritern.linear(x, codes.packed, scale, bias, K, activation_bits, False)
+            y = torch.ops.tritern.linear(x, codes.packed, scale, bias, K, activation_bits)
         ctx.save_for_backward(kept, scale_x, weight, scale, bias, *codes)
         ctx.shape, ctx.activation_bits, ctx.clip, ctx.frozen = x.shape, activation_bits, clip, frozen
         ctx.x_dtype, ctx.dtype = x.dtype, dtype
@@ -135,7 +134,7 @@ class _TernaryLinear(torch.autograd.Function):
         if ctx.frozen:
             if ctx.needs_input_grad[2]:
                 ones = torch.ones_like(scale)
-                z = torch.ops.tritern.linear(kept, packed, ones, None, K, ctx.activation_bits, False)
+                z = torch.ops.tritern.linear(kept, packed, ones, None, K, ctx.activation_bits)
                 dscale = (grad.float() * z).sum(0)
         elif ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             dweight, dscale = _weight_gradients(low, kept, scale_x, weight, scale, packed, ctx.clip)
@@ -158,8 +157,10 @@ def _linear_int8(
 ) -> Tensor:
     if not x_q.is_cuda:
         return cpu.linear_int8(x_q, scale_x, packed, scale, bias, dtype)
+    from . import cuda  # needs Triton
+
     with torch.cuda.device(x_q.device):
-        return linear_int8_cuda(x_q, scale_x, packed, scale, bias, K, dtype)
+        return cuda.linear_int8(x_q, scale_x, packed, scale, bias, K, dtype)
 
 
 def _input_gradient(grad: Tensor, scale: Tensor, packed: Tensor, transposed: Tensor | None, K: int) -> Tensor:
@@ -168,7 +169,7 @@ def _input_gradient(grad: Tensor, scale: Tensor, packed: Tensor, transposed: Ten
         return grad @ (scale[:, None] * cpu.codes_of(packed, K)).to(grad.dtype)
     ones = torch.ones(K, dtype=torch.float32, device=grad.device)
     scaled = (grad * scale).to(grad.dtype)
-    return torch.ops.tritern.linear(scaled, transposed, ones, None, grad.shape[1], 16, False)
+    return torch.ops.tritern.linear(scaled, transposed, ones, None, grad.shape[1], 16)
 
 
 def _codes_of(packed: Tensor, K: int) -> Tensor:

@@ -20,9 +20,9 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
 from itertools import product
@@ -34,9 +34,9 @@ import torch
 import triton
 from torch import Tensor
 
-from . import activations, config, gemm, tables
+from . import cuda, tables
+from .candidates import MODELS, candidates
 from .config import KernelConfig, Mode
-from .formats import ATOM, padded_k
 from .launch import INTERPRETED
 from .ternarize import expand, ternarize
 
@@ -44,94 +44,6 @@ TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Numbers of tokens tuned by default. A call looks up its own number rounded up to a power of two."""
 COLD_BYTES = 180_000_000
 """Packed weights to walk through before the first comes again: three times an H200's L2 cache."""
-
-
-def _bert(hidden: int, intermediate: int) -> tuple[tuple[int, int], ...]:
-    return (hidden, hidden), (intermediate, hidden), (hidden, intermediate)
-
-
-def _decoder(hidden: int, query: int, key: int, intermediate: int) -> tuple[tuple[int, int], ...]:
-    return (query, hidden), (key, hidden), (hidden, query), (intermediate, hidden), (hidden, intermediate)
-
-
-MODELS: dict[str, tuple[tuple[int, int], ...]] = {
-    **dict.fromkeys(("minilm", "e5-small", "bge-small"), _bert(384, 1536)),
-    **dict.fromkeys(("e5-base", "bge-base", "vit-b"), _bert(768, 3072)),
-    **dict.fromkeys(("e5-large", "bge-large", "xlm-r-large", "bge-m3", "vit-l"), _bert(1024, 4096)),
-    "modernbert-base": ((2304, 768), (768, 768), (768, 1152)),
-    "qwen3-embedding-0.6b": _decoder(1024, 2048, 1024, 3072),
-    "qwen3-embedding-4b": _decoder(2560, 4096, 1024, 9728),
-    "qwen3-embedding-8b": _decoder(4096, 4096, 1024, 12288),
-    "e5-mistral-7b": _decoder(4096, 4096, 1024, 14336),
-}
-"""(N, K) of the linear layers in a model's blocks, from the models' public configurations."""
-
-
-def candidates(mode: Mode, M: int, N: int, K: int, capability: int) -> list[KernelConfig]:
-    """Valid configurations worth timing for a shape."""
-    limit = config.shared_memory_limit(capability)
-    found = (_small if M <= 128 else _large)(mode, M)
-    found = [replace(c, block_k=min(c.block_k, padded_k(K) & -padded_k(K))) for c in found]
-    found += _few(mode, M, K) if M <= 32 else ()
-    return [
-        c
-        for c in dict.fromkeys(found)
-        if c.invalid(mode, K, capability) is None
-        and c.shared_bytes(mode) < limit
-        and (c.split_k == 1 or c.tiles(M, N) * c.split_k <= 1024)
-    ]
-
-
-def _small(mode: Mode, M: int) -> Iterator[KernelConfig]:
-    """Up to 128 tokens: one row of tiles that holds them all, or two; split along K where that fills the
-    GPU.
-    """
-    needed = max(16, 1 << (M - 1).bit_length())
-    sizes = (needed, needed // 2) if M > 32 else (needed,)
-    for block_m, (block_n, warps) in product(sizes, ((32, 4), (64, 4), (128, 4), (128, 8))):
-        if block_m * block_n > 128 * 128 or (block_m >= 64 and block_n == 32):
-            continue
-        for block_k, stages in ((128, 4), (256, 3), (256, 5), (512, 2), (512, 4)):
-            if block_k * block_m > 512 * 32 or (mode == "16bit" and block_k == 512):
-                continue
-            splits = (1, 2, 4, 8) if mode == "int8" and block_k >= 256 and block_n >= 64 else (1,)
-            for split in splits:
-                yield KernelConfig(block_m, block_n, block_k, split, num_warps=warps, num_stages=stages)
-
-
-def _few(mode: Mode, M: int, K: int) -> Iterator[KernelConfig]:
-    """Up to 32 tokens: warps that share out K."""
-    block_m = max(16, 1 << (M - 1).bit_length())
-    whole = triton.next_power_of_2(padded_k(K))
-    for block_n, warps in product((16, 32, 64) if M <= 16 else (16, 32), (4, 8)):
-        tile = KernelConfig(block_m, block_n, ATOM, num_warps=warps, share_k=True)
-        for block_k, stages in ((128, 3), (256, 2), (256, 4)):
-            yield replace(tile, block_k=block_k, num_stages=stages)
-        if mode == "int8" and ATOM * warps <= whole <= 1024:
-            yield replace(tile, block_k=whole // warps, num_stages=1, quantizing=True)
-
-
-def _large(mode: Mode, M: int) -> Iterator[KernelConfig]:
-    """Above 128 tokens: large tiles."""
-    if mode == "16bit":
-        for block_m, block_n, warps in (
-            (64, 64, 4),
-            (64, 128, 4),
-            (64, 128, 8),
-            (128, 128, 8),
-            (128, 256, 16),
-        ):
-            yield from (
-                KernelConfig(block_m, block_n, 128, num_warps=warps, num_stages=stages)
-                for stages in (2, 3, 4)
-            )
-        yield KernelConfig(64, 128, 128, num_warps=8, num_stages=3, expand=True)
-        return
-    for block_m, block_n, warps in (
-        (64, 64, 4), (64, 128, 4), (64, 256, 8), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8),
-    ):  # fmt: skip
-        for block_k, stages in ((128, 2), (128, 3), (128, 4), (256, 2), (256, 3)):
-            yield KernelConfig(block_m, block_n, block_k, num_warps=warps, num_stages=stages)
 
 
 class Bench:
@@ -142,7 +54,7 @@ class Bench:
         weight = ternarize(0.02 * torch.randn(N, K, dtype=torch.float32, **drawn), "twn")
         self.x = torch.randn(M, K, dtype=torch.float32, **drawn).bfloat16()
         self.codes, self.scale, self.N = weight.codes(), weight.scale, N
-        self.x_q, self.scale_x = activations.quantize(self.x)
+        self.x_q, self.scale_x = cuda.quantize(self.x)
         cold = M <= 256 and weight.packed.numel() >= 1_000_000
         self.packed = [
             weight.packed.clone() for _ in range(1 + COLD_BYTES // weight.packed.numel() if cold else 1)
@@ -155,12 +67,12 @@ class Bench:
                 self.x, expand(packed, self.scale, self.x.shape[1], self.x.dtype)
             )
         if mode == "16bit" or (config.quantizing and self.x.shape[0] <= 128):
-            return gemm.gemm_direct(self.x, packed, self.scale, None, config, torch.bfloat16)
+            return cuda.gemm_direct(self.x, packed, self.scale, None, config, torch.bfloat16)
         x_q, scale_x, tickets = self.x_q, self.scale_x, None
         if self.x.shape[0] <= 128:
-            tickets = gemm.make_tickets(self.x, self.N, config) if config.split_k > 1 else None
-            x_q, scale_x = activations.quantize(self.x, tickets)
-        return gemm.gemm_int8(x_q, scale_x, packed, self.scale, None, config, torch.bfloat16, tickets=tickets)
+            tickets = cuda.make_tickets(self.x, self.N, config) if config.split_k > 1 else None
+            x_q, scale_x = cuda.quantize(self.x, tickets)
+        return cuda.gemm_int8(x_q, scale_x, packed, self.scale, None, config, torch.bfloat16, tickets=tickets)
 
     def correct(self, mode: Mode, y: Tensor) -> bool:
         """Whether y is the product, rounded to bf16 once, on up to 256 tokens spread over all of them."""

@@ -10,19 +10,20 @@ import sys
 
 import torch
 
-from tritern_kernels import linear, tables
+from tritern_kernels import blocks, linear, tables
 from tritern_kernels.attention import packed_attention
+from tritern_kernels.blocks import BertWeights, DecoderWeights, Product
 from tritern_kernels.config import QUERY_ROWS
+from tritern_kernels.cuda import _device
 from tritern_kernels.embedding import lookup, quantize_table
-from tritern_kernels.ops import BertSizes, DecoderSizes, _device, block_plan
 from tritern_kernels.pooling import MODES, normalize, pool
 from tritern_kernels.ternarize import expand, ternarize
 from tritern_kernels.training import transpose
 
 
-def products(shapes: tuple[tuple[int, int], ...]) -> list[tuple[torch.Tensor, ...]]:
+def products(shapes: tuple[tuple[int, int], ...]) -> list[Product]:
     made = [ternarize(torch.randn(N, K, device="cuda"), "mse") for N, K in shapes]
-    return [(w.packed, w.scale, torch.randn(w.shape[0], device="cuda").half()) for w in made]
+    return [Product(w.packed, w.scale, torch.randn(w.shape[0], device="cuda").half()) for w in made]
 
 
 def parameters(*widths: int) -> tuple[torch.Tensor, ...]:
@@ -31,13 +32,13 @@ def parameters(*widths: int) -> tuple[torch.Tensor, ...]:
 
 def bert(M: int, hidden: int, inner: int) -> None:
     shapes = (3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)
-    weights = (*products(shapes), parameters(hidden, hidden), parameters(hidden, hidden))
+    norms = parameters(hidden, hidden), parameters(hidden, hidden)
+    weights = BertWeights(*products(shapes), norms=norms, epsilons=(1e-12, 1e-12))
     x = torch.randn(M, hidden, device="cuda").half()
-    sizes = BertSizes(hidden, inner, (True,) * 4, (1e-12, 1e-12))
-    plan, known, results = block_plan(sizes, M, x.dtype, x.device), None, []
-    for _ in range(3):  # compiled, planned, and with int8 activations from the block before
-        qkv, buffer = plan.before(x, known, weights)
-        z, known = plan.after(qkv[:, :hidden].contiguous(), x, buffer, weights)
+    known, results = None, []
+    for _ in range(3):  # compiled, found by its key, and with int8 activations from the block before
+        qkv = blocks.bert_qkv(x, known, weights)
+        z, known = blocks.bert_output(qkv[:, :hidden].contiguous(), x, weights)
         known = known if results else None
         results.append(z)
     if not torch.equal(results[0], results[1]) or not results[0].isfinite().all():
@@ -47,16 +48,17 @@ def bert(M: int, hidden: int, inner: int) -> None:
 def decoder(M: int, hidden: int, inner: int, heads: int, key_heads: int, head_dim: int) -> None:
     context, width = heads * head_dim, (heads + 2 * key_heads) * head_dim
     shapes = (width, hidden), (hidden, context), (2 * inner, hidden), (hidden, inner)
-    norms = parameters(hidden), parameters(hidden), parameters(head_dim, head_dim)
-    weights = (*products(shapes), *norms)
+    norms = parameters(hidden, hidden)
+    weights = DecoderWeights(
+        *products(shapes), norms=norms, head_norms=parameters(head_dim, head_dim), epsilons=(1e-6,) * 3,
+        heads=(heads, key_heads),
+    )  # fmt: skip
     x, turn = torch.randn(M, hidden, device="cuda").half(), parameters(head_dim)[0].expand(M, -1).contiguous()
-    sizes = DecoderSizes(hidden, inner, heads, key_heads, head_dim, True, (True,) * 4, (1e-6,) * 3)
-    plan, known, results = block_plan(sizes, M, x.dtype, x.device), None, []
-    for last in (False, False, False, True):  # compiled, planned, with int8 activations, without a next block
-        qkv, buffer = plan.before(x, known, turn, turn, weights)
-        z, known = plan.after(
-            qkv[:, :context].contiguous(), x, buffer, weights, None if last else norms[0][0]
-        )
+    known, results = None, []
+    for last in (False, False, False, True):  # compiled, found, with int8 activations, without a next block
+        qkv = blocks.decoder_qkv(x, known, turn, turn, weights)
+        next_norm = None if last else norms[0]
+        z, known = blocks.decoder_output(qkv[:, :context].contiguous(), x, weights, next_norm)
         known = known if results else None
         results.append(z)
     if not torch.equal(results[0], results[1]) or not results[3].isfinite().all():
@@ -87,8 +89,8 @@ def main() -> None:
         weight = ternarize(torch.randn(N, K, device="cuda"), "mse")
         x, bias = torch.randn(M, K, device="cuda").half(), torch.randn(N, device="cuda").half()
         for bits in (8, 16):
-            y = [linear(x, weight, bias, activation_bits=bits) for _ in range(2)]  # compiled, then planned
-            config = tables.choose("int8" if bits == 8 else "16bit", M, N, K, False, *_device(0))
+            y = [linear(x, weight, bias, activation_bits=bits) for _ in range(2)]  # compiled, then found
+            config = tables.choose("int8" if bits == 8 else "16bit", M, N, K, *_device(0))
             if not torch.equal(*y) or not y[0].isfinite().all():
                 sys.exit(f"wrong result: {M} x {N} x {K}, {bits} bits, {config}")
         expand(weight.packed, weight.scale, K, torch.bfloat16)

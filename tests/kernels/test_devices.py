@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tritern_kernels import devices, linear, ops, pack, ternarize_weight, training
+from tritern_kernels import cuda, devices, linear, ops, pack, ternarize_weight, training
 from tritern_kernels.formats import PackedTernary
 
 HOW = (
@@ -16,7 +16,7 @@ HOW = (
     r"SentenceTransformer\(..., device='cpu'\)"
 )
 OPERATORS = {
-    "linear": lambda x, packed, scale: (x, packed, scale, None, 128, 8, False),
+    "linear": lambda x, packed, scale: (x, packed, scale, None, 128, 8),
     "quantize_activations": lambda x, packed, scale: (x,),
     "dequantize": lambda x, packed, scale: (packed, scale, 128, torch.float32),
 }
@@ -90,19 +90,16 @@ def a_gpu(monkeypatch, capability=(8, 0), hip=None, triton=True, count=2):
 )
 def test_gpus_without_kernels(monkeypatch, gpu, why):
     a_gpu(monkeypatch, **gpu)
-    ops._device.cache_clear()
+    cuda._device.cache_clear()
     with pytest.raises(ValueError, match=f"cannot compute on cuda:0: {why}.*{HOW}"):
-        ops._device(0)
-    sizes = ops.BertSizes(32, 64, (True,) * 4, (1e-5, 1e-5))
-    with pytest.raises(ValueError, match=why):
-        ops.block_plan(sizes, 16, torch.float16, torch.device("cuda", 0))
+        cuda._device(0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     x, packed, scale = tensors("cuda")
     for call in (
-        lambda: ops.linear_unchecked(x, packed, scale, None, 128, 8, False),
+        lambda: ops.linear_unchecked(x, packed, scale, None, 128, 8),
         lambda: ops._quantize_cuda(x),
         lambda: ops._dequantize_impl(packed, scale, 128, torch.float16),
-        lambda: ops.linear_int8_cuda(x, scale, packed, scale, None, 128, x.dtype),
+        lambda: cuda.linear_int8(x, scale, packed, scale, None, 128, x.dtype),
         lambda: ternarize_weight(x),
         lambda: training.ternarize_given(x, scale),
     ):

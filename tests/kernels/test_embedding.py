@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tritern_kernels import lookup, quantize_table
-from tritern_kernels.embedding_kernel import lookup as launched
+from tritern_kernels.embedding import _launch as launched
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 

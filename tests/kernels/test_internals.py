@@ -1,6 +1,8 @@
 """Interfaces of torch and Triton that are not public: as known, and what is done where they are not."""
 
+from functools import wraps
 from inspect import signature
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,29 +134,35 @@ def test_launchers(recwarn):
     assert "Triton's launcher of compiled kernels is not as tritern knows it" in str(recwarn[0].message)
 
 
-@pytest.mark.parametrize(("run", "direct"), [(of_3_9, True), (swapped, False)])
+@pytest.mark.parametrize(("launcher", "direct"), [(of_3_9, True), (swapped, False)])
 @pytest.mark.filterwarnings("ignore:Triton's launcher")
-def test_only_known_launchers_are_called(run, direct, monkeypatch):
+def test_only_known_launchers_are_called(launcher, direct, monkeypatch):
     """Others: Triton launches, with tensors, at every call."""
     by_triton, by_us = [], []
 
+    @wraps(launcher)
+    def launched(*arguments):
+        by_us.append(arguments)
+
     class Kernel:
+        params = [SimpleNamespace(do_not_specialize=name == "M") for name in ("x_ptr", "M", "N")]
+
         def __getitem__(self, grid):
-            return lambda *arguments, **options: by_triton.append(arguments) or Compiled(run)
+            return lambda *arguments, **options: by_triton.append(arguments) or Compiled(launched)
 
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "overlaps", lambda device: False)
     monkeypatch.setattr(launch, "current_stream", lambda device: 0)
-    monkeypatch.setattr(launch, "run", lambda *arguments: by_us.append(arguments))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    planned = launch.Launch(Kernel(), (3,), (64,), torch.device("cuda", 0))
     kernel = Kernel()
-    for _ in range(3):
-        planned((1, 1), 0, 2, (X,))
-        launch.launch(kernel, (1, 1), (X, 2), (64,), 4)
-    assert (planned.compiled is not None) == direct
-    assert (len(by_triton), len(by_us)) == ((2, 4) if direct else (6, 0))
-    assert by_triton[0] == (X, 2, 3, 64, False)
+    for M in (2, 2, 3):
+        launch.launch(kernel, (1, 1), (X, M, 5), (64,), 4)
+    assert (len(by_triton), len(by_us)) == ((1, 2) if direct else (3, 0))
+    assert by_triton[0] == (X, 2, 5, 64, False)
+    if direct:
+        assert by_us[-1][-5:] == (X, 3, 5, 64, False)  # another number of tokens, the same compiled kernel
+    launch.launch(kernel, (1, 1), (X, 3, 6), (64,), 4)  # another size
+    assert len(by_triton) == (2 if direct else 4)
 
 
 def test_where_triton_does_not_tell_of_profilers_it_launches(monkeypatch):

@@ -43,8 +43,8 @@ def kernels():
     for values in (x, x.where(x < 2, torch.nan)):
         yield [[bits(t) for t in f(values)] for f in (reference.quantize_activations, quantize_activations)]
     for activation_bits in (8, 16):
-        yield bits(reference.linear(x, codes, scale, weight[:, 0], activation_bits, gelu=True))
-        yield bits(linear(x, packed, weight[:, 0], activation_bits=activation_bits, gelu=True))
+        yield bits(reference.linear(x, codes, scale, weight[:, 0], activation_bits))
+        yield bits(linear(x, packed, weight[:, 0], activation_bits=activation_bits))
         for frozen in (False, True):
             inputs = [t.clone().requires_grad_() for t in (x, weight, scale, weight[:, 0])]
             codes_now = training.ternarize_given(inputs[1], inputs[2])

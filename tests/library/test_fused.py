@@ -29,7 +29,7 @@ import tritern
 from tritern.engine import fused
 from tritern.engine.fused import block as fused_block
 from tritern.nn import linear
-from tritern_kernels import block, internals, reference
+from tritern_kernels import blocks, internals, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:the fused blocks run unfused where the model is now")
 SIZES = {
@@ -157,12 +157,10 @@ def test_activations_in_int8_are_handed_on_only_while_they_are_right(device, on_
     tritern.fuse(model)
     second = model.encoder.layer[1]
     seen = []
-    before = block.BertPlan.before
+    before = blocks.bert_qkv
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(
-            block.BertPlan,
-            "before",
-            lambda plan, x, known, w: seen.append(known) or before(plan, x, known, w),
+            blocks, "bert_qkv", lambda x, known, weights: seen.append(known) or before(x, known, weights)
         )
         model(**inputs)
         assert [known is None for known in seen] == [True, False]
@@ -188,13 +186,9 @@ def test_activations_in_int8_are_handed_on_only_while_they_are_right(device, on_
 def test_a_decoder_hands_on_its_next_blocks_norm(device, on_gpu):
     model, inputs = decoder(device), batch(device)
     tritern.fuse(model)
-    second, seen, before = model.layers[1], [], block.DecoderPlan.before
+    second, seen, before = model.layers[1], [], blocks.decoder_qkv
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(
-            block.DecoderPlan,
-            "before",
-            lambda plan, x, known, *a: seen.append(known) or before(plan, x, known, *a),
-        )
+        patch.setattr(blocks, "decoder_qkv", lambda x, known, *a: seen.append(known) or before(x, known, *a))
         expected = model(**inputs).last_hidden_state
         assert [known is None for known in seen] == [True, False]
         second._tritern_next = None
@@ -319,16 +313,13 @@ def test_weights_that_do_not_lie_as_they_should_run_unfused(device, on_gpu):
 def test_mixed_dtypes_run_unfused(device, on_gpu, monkeypatch):
     model, inputs = bert(device), batch(device)
     tritern.fuse(model)
-    planned = []
-    before = block.BertPlan.before
-    monkeypatch.setattr(block.BertPlan, "before", lambda *a: planned.append(a) or before(*a))
     with torch.no_grad():
         expected = model(**inputs).last_hidden_state
-        assert len(planned) == 2
+        assert len(on_gpu) == 2
         dense = model.encoder.layer[0].output.dense
         dense.bias.data = dense.bias.data.half()
         assert near(model(**inputs).last_hidden_state, expected)
-    assert len(planned) == 3  # the second block's
+    assert len(on_gpu) == 3  # the second block's
 
 
 class FirstBlock(torch.nn.Module):

@@ -181,7 +181,7 @@ class TernaryLinear(nn.Module):
             x = self.norm(x)
         x = autocast(x)
         weight, scale, bias = self.weight, self.weight_scale, self.bias  # each looked up once: it takes time
-        arguments = weight, scale, bias, self.in_features, self.activation_bits, False
+        arguments = weight, scale, bias, self.in_features, self.activation_bits
         if not torch.is_grad_enabled() and not recorded() and self._fits(x, weight, scale, bias):
             return linear_unchecked(x, *arguments)
         return torch.ops.tritern.linear(x, *arguments)

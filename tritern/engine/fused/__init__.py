@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import warnings
 from inspect import signature
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from tritern_kernels.devices import unsupported
 from tritern_kernels.internals import changed
-from tritern_kernels.ops import BertSizes, DecoderSizes
 
 from ...errors import TriternError
 from ...inputs import check_model
 from ..extended import extend
 from .bert import FusedBert
-from .block import Fused, prepare, weights
+from .block import Fused, prepare
 from .decoder import FusedDecoder
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -99,16 +98,20 @@ def fused_blocks(model: nn.Module) -> list[Fused]:
     return [m for m in model.modules() if isinstance(m, Fused) and _kind(m)]
 
 
-def kind_of(block: Fused) -> tuple[BertSizes | DecoderSizes, torch.device]:
-    """What tells a fused block's kernels from another's, but for the dtype."""
-    sizes, tensors = weights(block, block._tritern_family.parts(block))
-    return sizes, tensors[0][0].device
+def kind_of(block: Fused) -> tuple[tuple[Any, ...], torch.device]:
+    """What tells a fused block's kernels from another's, but for the dtype, and the block's device."""
+    parts = block._tritern_family.parts(block)
+    layers, norms = parts.layers, parts.norms
+    shapes = tuple((x.in_features, x.out_features, x.bias is None) for x in layers)
+    epsilons = tuple(getattr(norm, "eps", getattr(norm, "variance_epsilon", None)) for norm in norms)
+    head = getattr(parts.attention, "head_dim", None)
+    return (type(block._tritern_family), shapes, head, epsilons), layers[0].weight.device
 
 
 def run_on_zeros(block: Fused, texts: int, tokens: int, dtype: torch.dtype) -> None:
     """One run of a block, for what is compiled then."""
-    sizes, device = kind_of(block)
-    x = torch.zeros(texts, tokens, sizes.hidden, dtype=dtype, device=device)
+    layer = block._tritern_family.parts(block).layers[0]
+    x = torch.zeros(texts, tokens, layer.in_features, dtype=dtype, device=layer.weight.device)
     block(x, **block._tritern_family.example(block, x))
 
 

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritern_kernels.ops import LONGEST_ROW, BertSizes, block_plan
-
-from .block import Family, Fused, Parts, Tensors, hand_on, handed_on, ready, rows_of, serves
+from .block import LONGEST_ROW, Family, Fused, Parts, hand_on, handed_on, ready, serves
 
 
 class Bert(Family):
@@ -47,13 +45,6 @@ class Bert(Family):
             and not block.is_decoder
             and not block.chunk_size_feed_forward
         )
-
-    def sizes(self, parts: Parts) -> BertSizes:
-        inner, (first, second) = parts.groups[2][0], parts.norms
-        return BertSizes(inner.in_features, inner.out_features, parts.biases, (first.eps, second.eps))
-
-    def parameters(self, parts: Parts) -> tuple[Tensors, ...]:
-        return tuple((norm.weight, norm.bias) for norm in parts.norms)
 
 
 def _is_exact_gelu(activation: Any) -> bool:
@@ -104,15 +95,20 @@ def run(
     how = ready(block, parts, x)
     if how is None:
         return None
-    plan = block_plan(how.sizes, x.shape[0], x.dtype, x.device)
-    found = plan.before(x, handed_on(block, hidden), how.weights)
-    if found is None:
-        return None
-    qkv, buffer = found
+    from tritern_kernels import blocks  # needs Triton
+
+    norms = parts.norms
+    weights = blocks.BertWeights(
+        *(blocks.Product(*product) for product in how.products),
+        norms=tuple((norm.weight, norm.bias) for norm in norms),
+        epsilons=(norms[0].eps, norms[1].eps),
+    )
+    qkv = blocks.bert_qkv(x, handed_on(block, hidden), weights)
     heads = (texts, tokens, 3, -1, attention.attention_head_size)
     query, key, value = qkv.view(heads).permute(2, 0, 3, 1, 4).unbind(0)
     context, _ = how.attend(
         attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling, **kwargs
     )
-    z, int8 = plan.after(rows_of(context, width, x.dtype), x, buffer, how.weights)
+    context = context.reshape(-1, width).to(x.dtype).contiguous()
+    z, int8 = blocks.bert_output(context, x, weights)
     return hand_on(block, z.view(hidden.shape), int8)

@@ -11,13 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from tritern_kernels.internals import changed, recorded
-from tritern_kernels.ops import BertSizes, DecoderSizes
 
 from ...nn.linear import TernaryLinear
 from ..extended import Extended
 
 Tensors = tuple[Tensor, ...]
+Weights = tuple[Tensor, Tensor, Tensor | None]
+"""Packed codes, scale and bias of a product."""
+Int8 = tuple[Tensor, Tensor]
+"""Activations as the kernels hand them on: int8 in packed order, and scales."""
 Layers = tuple[TernaryLinear, ...]
+LONGEST_ROW = 8192
+"""Most hidden features of a fused block: a row of them fits into a GPU's registers."""
 _merging = threading.Lock()
 
 
@@ -37,11 +42,6 @@ class Parts(NamedTuple):
     def layers(self) -> Layers:
         """All layers."""
         return tuple(layer for group in self.groups for layer in group)
-
-    @property
-    def biases(self) -> tuple[bool, ...]:
-        """Which products have a bias."""
-        return tuple(group[0].bias is not None for group in self.groups)
 
     def are_ternary(self) -> bool:
         """Whether all layers are as the kernels take them, and those of a group alike."""
@@ -74,13 +74,9 @@ class Family(ABC):
     def fits(self, block: Any, parts: Parts) -> bool:
         """Whether the kernels do what this block of ternary layers does."""
 
-    @abstractmethod
-    def sizes(self, parts: Parts) -> BertSizes | DecoderSizes:
-        """What the kernels are planned by."""
-
-    @abstractmethod
-    def parameters(self, parts: Parts) -> tuple[Tensors, ...]:
-        """Of the norms, as the plan takes them."""
+    def norms(self, parts: Parts) -> Tensors:
+        """The norms' parameters."""
+        return tuple(p for norm in parts.norms for p in norm.parameters())
 
     def first_norm(self, block: Any) -> nn.Module | None:
         """The norm that the block begins with, if it does."""
@@ -181,11 +177,10 @@ def _nothing_else_wanted(config: Any) -> bool:
 
 
 class Run(NamedTuple):
-    """What a fused block runs with: attention's function, sizes for the plan, tensors for the kernels."""
+    """What a fused block runs with: attention's function and its products."""
 
     attend: Callable[..., Any]
-    sizes: Any
-    weights: tuple[Tensors, ...]
+    products: tuple[Weights, ...]
 
 
 def ready(block: Any, parts: Parts, x: Tensor) -> Run | None:
@@ -197,13 +192,14 @@ def ready(block: Any, parts: Parts, x: Tensor) -> Run | None:
     attend = ALL_ATTENTION_FUNCTIONS.get(parts.attention.config._attn_implementation)
     if attend is None or (_capturing(x) and not _merged(block, parts)):
         return None
-    sizes, tensors = weights(block, parts)
-    values = [group[2] for group, has_bias in zip(tensors, sizes.biases) if has_bias]
-    values += [t for group in tensors[4:] for t in group]
+    products = weights(block, parts)
+    values = [bias for _, _, bias in products if bias is not None]
+    values += block._tritern_family.norms(parts)
+    tensors = (*values, *(t for packed, scale, _ in products for t in (packed, scale)))
     alike = all(t.dtype == x.dtype for t in values) and all(
-        t.device == x.device and t.is_contiguous() for group in tensors for t in group
+        t.device == x.device and t.is_contiguous() for t in tensors
     )
-    return Run(attend, sizes, tensors) if alike else None
+    return Run(attend, products) if alike else None
 
 
 def _capturing(x: Tensor) -> bool:
@@ -215,7 +211,7 @@ class _HandedOn(NamedTuple):
     of the output, and on the stream and in or out of the graph that it was made on.
     """
 
-    int8: Tensor
+    int8: Int8
     norm: Tensor | None
     version: int
     stream: tuple[int, bool]
@@ -225,7 +221,7 @@ def _stream(x: Tensor) -> tuple[int, bool]:
     return (torch.cuda.current_stream(x.device).cuda_stream, _capturing(x)) if x.is_cuda else (0, False)
 
 
-def handed_on(block: Any, hidden: Tensor, norm: Tensor | None = None) -> Tensor | None:
+def handed_on(block: Any, hidden: Tensor, norm: Tensor | None = None) -> Int8 | None:
     """The int8 form of the block's input [texts, tokens, hidden], or of its norm by that weight, as the block
     before has left it, if it is still right.
     """
@@ -236,7 +232,7 @@ def handed_on(block: Any, hidden: Tensor, norm: Tensor | None = None) -> Tensor 
     return known.int8 if right else None
 
 
-def hand_on(block: Any, hidden: Tensor, int8: Tensor | None, norm: Tensor | None = None) -> Tensor:
+def hand_on(block: Any, hidden: Tensor, int8: Int8 | None, norm: Tensor | None = None) -> Tensor:
     """The block's output, with its int8 form for the next block, if that is handed this very tensor."""
     if int8 is not None and block._tritern_next and not watched(block):
         known = _HandedOn(int8, norm, hidden._version, _stream(hidden))
@@ -244,23 +240,15 @@ def hand_on(block: Any, hidden: Tensor, int8: Tensor | None, norm: Tensor | None
     return hidden
 
 
-def rows_of(tensor: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """[M, width], contiguous and aligned as the kernels need it."""
-    rows = tensor.reshape(-1, width).to(dtype).contiguous()
-    return rows.clone() if rows.data_ptr() & 15 else rows
-
-
-def weights(block: Any, parts: Parts) -> tuple[Any, tuple[Tensors, ...]]:
-    """Sizes and tensors, as the plan takes them; products are merged anew where a layer's has moved."""
-    family: Family = block._tritern_family
+def weights(block: Any, parts: Parts) -> tuple[Weights, ...]:
+    """The block's products; they are merged anew where a layer's tensors have moved."""
     if not _merged(block, parts):
         with _merging:
             if not _merged(block, parts):
                 products = tuple(_merge(group) for group in parts.groups if len(group) > 1)
                 block._tritern_merged = _places(parts), products
     merged = iter(block._tritern_merged[1])
-    products = (next(merged) if len(g) > 1 else _single(*g) for g in parts.groups)
-    return family.sizes(parts), (*products, *family.parameters(parts))
+    return tuple(next(merged) if len(g) > 1 else _single(*g) for g in parts.groups)
 
 
 def _places(parts: Parts) -> list[int]:
@@ -275,15 +263,11 @@ def _merged(block: Any, parts: Parts) -> bool:
     return known is not None and known[0] == _places(parts)
 
 
-def _single(layer: TernaryLinear) -> Tensors:
-    return _of(layer.weight, layer.weight_scale, layer.bias)
+def _single(layer: TernaryLinear) -> Weights:
+    return layer.weight, layer.weight_scale, layer.bias
 
 
-def _of(packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensors:
-    return packed, scale, scale if bias is None else bias
-
-
-def _merge(layers: Layers) -> Tensors:
+def _merge(layers: Layers) -> Weights:
     """Packed weights, scales and bias of layers in one. What the layers hold becomes parts of it, so that it
     changes with them.
     """
@@ -300,4 +284,4 @@ def _merge(layers: Layers) -> Tensors:
             layer.weight, layer.weight_scale = packed[rows], scale[rows]
             if bias is not None and layer.bias is not None:
                 layer.bias.data = bias[rows]
-    return _of(packed, scale, bias)
+    return packed, scale, bias

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritern_kernels.ops import LONGEST_ROW, DecoderSizes, block_plan
-
-from .block import Family, Fused, Parts, Tensors, hand_on, handed_on, ready, rows_of, serves
+from .block import LONGEST_ROW, Family, Fused, Parts, hand_on, handed_on, ready, serves
 
 
 class Decoder(Family):
@@ -41,24 +39,6 @@ class Decoder(Family):
             and len({n.variance_epsilon for n in norms[2:]}) <= 1
             and type(parts.activation).__name__ in ("SiLU", "SiLUActivation")
         )
-
-    def sizes(self, parts: Parts) -> DecoderSizes:
-        (q, k, _), (down,), norms = parts.groups[0], parts.groups[3], parts.norms
-        head_dim = parts.attention.head_dim
-        return DecoderSizes(
-            hidden=q.in_features,
-            inner=down.in_features,
-            heads=q.out_features // head_dim,
-            key_heads=k.out_features // head_dim,
-            head_dim=head_dim,
-            normalized_heads=len(norms) == 4,
-            biases=parts.biases,
-            epsilons=(norms[0].variance_epsilon, norms[1].variance_epsilon, norms[-1].variance_epsilon),
-        )
-
-    def parameters(self, parts: Parts) -> tuple[Tensors, ...]:
-        first, second, *heads = (norm.weight for norm in parts.norms)
-        return (first,), (second,), tuple(heads)
 
     def first_norm(self, block: Any) -> nn.Module:
         return block.input_layernorm
@@ -115,23 +95,28 @@ def run(
     texts, tokens, width = hidden.shape
     x = hidden.reshape(-1, width).contiguous()
     how = ready(block, parts, x)
-    if how is None or not _turns(cos, sin, x, (texts, tokens, attention.head_dim)):
+    head_dim = attention.head_dim
+    if how is None or not _turns(cos, sin, x, (texts, tokens, head_dim)):
         return None
-    sizes: DecoderSizes = how.sizes
-    plan = block_plan(sizes, x.shape[0], x.dtype, x.device)
-    turn = (t.reshape(-1, sizes.head_dim).contiguous() for t in (cos, sin))
-    known = handed_on(block, hidden, block.input_layernorm.weight)
-    found = plan.before(x, known, *turn, how.weights)
-    if found is None:
-        return None
-    qkv, buffer = found
-    heads = (sizes.heads, sizes.key_heads, sizes.key_heads)
-    qkv = qkv.view(texts, tokens, -1, sizes.head_dim).transpose(1, 2).split(heads, dim=1)
+    from tritern_kernels import blocks  # needs Triton
+
+    (query, key, _), norms = parts.groups[0], parts.norms
+    heads, key_heads = query.out_features // head_dim, key.out_features // head_dim
+    weights = blocks.DecoderWeights(
+        *(blocks.Product(*product) for product in how.products),
+        norms=(norms[0].weight, norms[1].weight),
+        head_norms=tuple(norm.weight for norm in norms[2:]),
+        epsilons=(norms[0].variance_epsilon, norms[1].variance_epsilon, norms[-1].variance_epsilon),
+        heads=(heads, key_heads),
+    )
+    cos, sin = (t.reshape(-1, head_dim).contiguous() for t in (cos, sin))
+    qkv = blocks.decoder_qkv(x, handed_on(block, hidden, norms[0].weight), cos, sin, weights)
+    qkv = qkv.view(texts, tokens, -1, head_dim).transpose(1, 2).split((heads, key_heads, key_heads), dim=1)
     kwargs = _window(block) | kwargs
     context, _ = how.attend(attention, *qkv, mask, dropout=0.0, scaling=attention.scaling, **kwargs)
-    context = rows_of(context, sizes.heads * sizes.head_dim, x.dtype)
-    norm = _next_weight(block, x, sizes.epsilons[0])
-    z, int8 = plan.after(context, x, buffer, how.weights, norm)
+    context = context.reshape(-1, heads * head_dim).to(x.dtype).contiguous()
+    norm = _next_weight(block, x, weights.epsilons[0])
+    z, int8 = blocks.decoder_output(context, x, weights, norm)
     return hand_on(block, z.view(hidden.shape), int8, norm)
 
 
@@ -156,4 +141,4 @@ def _next_weight(block: Any, x: Tensor, eps: float) -> Tensor | None:
         return None
     weight = block._tritern_next[0].weight
     fits = weight.dtype == x.dtype and weight.device == x.device and weight.is_contiguous()
-    return weight if fits and not weight.data_ptr() & 15 else None
+    return weight if fits else None

@@ -4,21 +4,12 @@ GELU or SwiGLU, in one pass over memory.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Literal
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from ..launch import ASM
+from ..reference import ONE_127TH, SMALLEST_ABSMAX
 from .common import wait_for_inputs
-from .formats import padded_k
-from .launch import ASM, launch
-from .reference import ONE_127TH, SMALLEST_ABSMAX
-
-Activation = Literal["", "gelu", "swiglu"]
-"""What is quantized: x itself, its exact (erf) GELU, or the silu of its first half times its second."""
 
 _ABS_BITS = tl.constexpr(0x7FFFFFFF)
 _INF_BITS = tl.constexpr(0x7F800000)
@@ -199,41 +190,3 @@ def quantize_kernel(
             store_codes(
                 q_ptr, x, inverse, finite, rows, k + first, stride_q, M, K_padded, BLOCK_M, BLOCK_K, ASM
             )
-
-
-@cache
-def quantize_blocks(K: int) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_K and PIECES for rows of K: about 4,096 elements a program. Rows of 3 * 2**n, which is
-    what BERTs have, are three pieces, so that no lane is idle; rows above 8,192 are read twice, in pieces.
-    """
-    padded = padded_k(K)
-    if padded % 3 == 0 and padded <= 6144 and (piece := padded // 3) & (piece - 1) == 0:
-        return max(1, 1024 // piece), piece, 3
-    width = triton.next_power_of_2(padded)
-    block_k = min(width, 8192 if width <= 8192 else 4096)
-    return max(1, 4096 // block_k), block_k, int(width == block_k)
-
-
-def quantize(x: Tensor, clear: Tensor | None = None, activation: Activation = "") -> tuple[Tensor, Tensor]:
-    """Quantize x [M, K] (fp32, fp16 or bf16, rows contiguous), or what an activation makes of it, per token.
-
-    ``clear``, int32 of a multiple of 128 elements, is set to zero by the same launch: a GEMM's tickets. For
-    "swiglu", silu(gate) * up, x is [M, 2 K]: gate and up side by side.
-
-    Returns:
-        q int8 [M, padded_k(K)] in packed order, zeros beyond K; scale float32 [M].
-    """
-    M, K = x.shape[0], x.shape[1] // (2 if activation == "swiglu" else 1)
-    q = torch.empty((M, padded_k(K)), dtype=torch.int8, device=x.device)
-    scale = torch.empty((M,), dtype=torch.float32, device=x.device)
-    if M == 0:
-        return q, scale
-    block_m, block_k, pieces = quantize_blocks(K)
-    launch(
-        quantize_kernel,
-        (triton.cdiv(M, block_m), 1),
-        (x, q, scale, scale if clear is None else clear, M, K, q.shape[1], x.stride(0), q.stride(0)),
-        (block_m, block_k, pieces, 0 if clear is None else clear.numel(), activation, ASM),
-        num_warps=4,
-    )
-    return q, scale

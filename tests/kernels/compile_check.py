@@ -1,6 +1,6 @@
 """Compile every kernel configuration for sm_80, sm_89 and sm_90 without a GPU and read the machine code.
 
-    python -m tritern_kernels.compile_check [--capability 90] [--json FILE]
+    python tests/kernels/compile_check.py [--capability 90] [--json FILE]
 
 One row a kernel: registers, spills, shared memory, and what the main loop consists of. Exits with 1 unless
 every row has no spills, fits the architecture's shared memory and registers, and every GEMM feeds its
@@ -28,21 +28,15 @@ from typing import Any, get_args
 import torch
 import triton
 
-from . import (
-    activations,
-    attention,
-    config,
-    embedding_kernel,
-    gemm,
-    gemm_few,
-    norms,
-    ops,
-    pooling,
-    tables,
-    ternarize,
-)
-from .launch import INTERPRETED
-from .reference import RULES
+from tritern_kernels import attention, config, cuda, embedding, pooling, tables
+from tritern_kernels.config import KernelConfig
+from tritern_kernels.device import gemm, gemm_few, norms, quantize
+from tritern_kernels.device.attention import packed_attention_kernel
+from tritern_kernels.device.embedding import lookup_kernel
+from tritern_kernels.device.pooling import normalize_kernel, pool_kernel
+from tritern_kernels.device.ternarize import expand_kernel, ternarize_kernel
+from tritern_kernels.launch import INTERPRETED
+from tritern_kernels.reference import RULES
 
 CAPABILITIES = (80, 89, 90)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -85,57 +79,53 @@ class Row:
 def jobs(capability: int) -> Iterator[Job]:
     """All kernels in all configurations that ``tables.choose`` can return on sm_``capability``."""
     for mode in ("int8", "16bit"):
-        found: dict[config.KernelConfig, tuple[bool, ...]] = {}
-        for config in config.formula_tiles(mode, capability):
-            for c in (config, replace(config, block_k=128)):
+        found: dict[KernelConfig, None] = {}
+        for tile in config.formula_tiles(mode, capability):
+            for c in (tile, replace(tile, block_k=128)):
                 for split in (1, 2):
-                    found[replace(c, split_k=split)] = (False, True) if split == 1 else (False,)
+                    found[replace(c, split_k=split)] = None
         for N, K in ((384, 384), (384, 1536), (1024, 4096), (4096, 1024), (4096, 4096), (16384, 4096)):
             if few := config.few_tokens(mode, N, K, capability, 132):
-                found[few] = (False, True)
+                found[few] = None
         if capability == 90:  # the GPUs with tables
             measured = [e for path in tables.CONFIG_DIR.glob("*.json") for e in tables.load_table(path)]
             for c in (e.config for e in measured if e.mode == mode):
-                found.setdefault(replace(c, group_m=8, split_k=min(c.split_k, 2), expand=False), (False,))
-        for c, gelus in found.items():
+                found.setdefault(replace(c, split_k=min(c.split_k, 2), expand=False))
+        for c in found:
             K = c.step if c.quantizing else 4096
-            for gelu in gelus:
-                if c.invalid(mode, K, capability, gelu) is None:
-                    yield from _gemm_jobs(mode, c, K, capability, gelu)
+            if c.invalid(mode, K, capability) is None:
+                yield from _gemm_jobs(mode, c, K, capability)
     for K in (384, 768, 4096, 8192, 16384):
-        blocks = activations.quantize_blocks(K)
+        blocks = cuda.quantize_blocks(K)
         types = {"q_ptr": "*i8"}
-        for activation in get_args(activations.Activation):
-            name, kernel = f"quantize {activation} bf16 K={K}".replace("  ", " "), activations.quantize_kernel
+        for activation in get_args(cuda.Activation):
+            name, kernel = f"quantize {activation} bf16 K={K}".replace("  ", " "), quantize.quantize_kernel
             yield _job(name, kernel, (*blocks, 128, activation, True), capability, types)
         for kind, rms, add in (
             ("add LayerNorm", False, True),
             ("RMSNorm", True, False),
             ("add RMSNorm", True, True),
         ):
-            if K <= ops.LONGEST_ROW:
+            if K <= 8192:
                 name, kernel = f"{kind} quantize bf16 K={K}", norms.norm_quantize_kernel
                 yield _job(name, kernel, (*blocks, rms, add, True), capability, types)
     for head_dim in (64, 128, 256):
         types = {n: "*bf16" for n in ("cos_ptr", "sin_ptr", "q_weight_ptr", "k_weight_ptr")}
-        constants = norms.rotate_blocks(head_dim), head_dim // 2, True
+        constants = cuda.rotate_blocks(head_dim), head_dim // 2, True
         yield _job(f"RMSNorm rotate bf16 {head_dim}", norms.norm_rotate_kernel, constants, capability, types)
     for ids in ("i32", "i64"):
         types = {"ids_ptr": f"*{ids}", "scale_ptr": "*fp16", "y_ptr": "*fp16"}
-        yield _job(
-            f"lookup fp16 {ids}", embedding_kernel.lookup_kernel, (embedding_kernel.BLOCK,), capability, types
-        )
+        yield _job(f"lookup fp16 {ids}", lookup_kernel, (embedding.LOOKUP_BLOCK,), capability, types)
     yield from _attention_jobs(capability)
     for mode in pooling.MODES:
         constants = mode, pooling.BLOCK_T, pooling.BLOCK_H
-        yield _job(f"pool {mode} bf16", pooling.pool_kernel, constants, capability, {"starts_ptr": "*i32"})
+        yield _job(f"pool {mode} bf16", pool_kernel, constants, capability, {"starts_ptr": "*i32"})
     for width in (384, 4096):
         block = 1 << (width - 1).bit_length()
-        yield _job(f"normalize bf16 {width}", pooling.normalize_kernel, (block,), capability)
-    yield _job("expand bf16", ternarize.expand_kernel, (16,), capability, {"out_ptr": "*bf16"}, last=())
+        yield _job(f"normalize bf16 {width}", normalize_kernel, (block,), capability)
+    yield _job("expand bf16", expand_kernel, (16,), capability, {"out_ptr": "*bf16"}, last=())
     for rule in (*RULES, "given"):
-        kernel = ternarize.ternarize_kernel
-        yield _job(f"ternarize {rule}", kernel, (rule,), capability, {"w_ptr": "*fp32"}, last=())
+        yield _job(f"ternarize {rule}", ternarize_kernel, (rule,), capability, {"w_ptr": "*fp32"}, last=())
 
 
 def _attention_jobs(capability: int) -> Iterator[Job]:
@@ -154,20 +144,18 @@ def _attention_jobs(capability: int) -> Iterator[Job]:
             blocks = attention.blocks_of(width, dtypes[name], bias)
             options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
             constants = attention.constants_of(width, dtypes[name], 1, causal, window, bias)
-            kernel = attention.packed_attention_kernel
+            kernel = packed_attention_kernel
             yield _job(f"attention {name} {width}{what}", kernel, constants, capability, types, options)
 
 
-def _gemm_jobs(
-    mode: config.Mode, c: config.KernelConfig, K: int, capability: int, gelu: bool
-) -> Iterator[Job]:
+def _gemm_jobs(mode: config.Mode, c: KernelConfig, K: int, capability: int) -> Iterator[Job]:
     tile = f"{c.block_m}t x {c.block_n}w x {c.block_k}k"
-    tile += " shared out" * c.share_k + " split" * (c.split_k > 1) + " gelu" * gelu
+    tile += " shared out" * c.share_k + " split" * (c.split_k > 1)
     if mode == "int8" and not c.quantizing:
-        kernel, constants = gemm.int8_kernel(c, K, True, gelu)
+        kernel, constants = cuda.int8_kernel(c, K, True)
         dtypes = {"int8": {"x_ptr": "*i8"}}
     else:
-        kernel, constants = gemm.direct_kernel(c, K, True, gelu)
+        kernel, constants = cuda.direct_kernel(c, K, True)
         packed = "*u8" if c.quantizing else "*u16"
         kind = "quantizing " * c.quantizing
         dtypes = {kind + d: {"x_ptr": f"*{d}", "packed_ptr": packed} for d in ("fp16", "bf16")}
@@ -204,10 +192,10 @@ _KERNELS = {
     kernel.__name__: kernel
     for kernel in (
         gemm.gemm_int8_kernel, gemm.gemm_16bit_kernel, gemm_few.gemm_int8_few_kernel,
-        gemm_few.gemm_16bit_few_kernel, gemm_few.gemm_quantizing_kernel, activations.quantize_kernel,
-        norms.norm_quantize_kernel, norms.norm_rotate_kernel, embedding_kernel.lookup_kernel,
-        attention.packed_attention_kernel, pooling.pool_kernel, pooling.normalize_kernel,
-        ternarize.expand_kernel, ternarize.ternarize_kernel,
+        gemm_few.gemm_16bit_few_kernel, gemm_few.gemm_quantizing_kernel, quantize.quantize_kernel,
+        norms.norm_quantize_kernel, norms.norm_rotate_kernel, lookup_kernel,
+        packed_attention_kernel, pool_kernel, normalize_kernel,
+        expand_kernel, ternarize_kernel,
     )
 }  # fmt: skip
 
@@ -324,7 +312,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of ``python -m tritern_kernels.compile_check``."""
+    """Entry point of ``python tests/kernels/compile_check.py``."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -23,12 +23,12 @@ def weight(N, K, device="cpu"):
     return PackedTernary(pack(codes).to(device), (torch.rand(N) + 0.1).to(device), (N, K))
 
 
-def fake_quantized(x, w, bias, gelu=False):
+def fake_quantized(x, w, bias):
     """Plain torch with straight-through rounding: what linear's value and gradients must be."""
     q, scale = reference.quantize_activations(x.detach().reshape(-1, x.shape[-1]))
     rounded = (q.float() * scale[:, None]).view_as(x)
     y = torch.nn.functional.linear(x + (rounded - x).detach(), w.dequantize(), bias)
-    return torch.nn.functional.gelu(y) if gelu else y
+    return y
 
 
 @pytest.mark.parametrize("M", [1, 17, 130])
@@ -142,12 +142,11 @@ def test_autocast_around_the_operator_changes_nothing(bits):
 
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("gelu", [False, True])
-def test_linear_equals_the_reference(bits, dtype, gelu, device):
+def test_linear_equals_the_reference(bits, dtype, device):
     w, bias = weight(70, 300, device), torch.randn(70, device=device)
     x = torch.randn(2, 9, 300, device=device).to(dtype)
-    exact = reference.linear(x.view(18, 300), w.codes(), w.scale, bias, bits, gelu).view(2, 9, 70)
-    y = linear(x, w, bias, activation_bits=bits, gelu=gelu)
+    exact = reference.linear(x.view(18, 300), w.codes(), w.scale, bias, bits).view(2, 9, 70)
+    y = linear(x, w, bias, activation_bits=bits)
     assert y.dtype == dtype and y.shape == (2, 9, 70)
     rounded_to_bf16 = bits == 16 and device == "cuda" and dtype == torch.float32
     eps = torch.finfo(torch.bfloat16 if rounded_to_bf16 else dtype).eps
@@ -183,15 +182,14 @@ def test_zero_tokens_give_the_bias(device):
     assert torch.equal(linear(torch.zeros(3, 150, device=device), w, bias), bias.expand(3, 20))
 
 
-@pytest.mark.parametrize("gelu", [False, True])
-def test_gradients_are_straight_through(gelu):
+def test_gradients_are_straight_through():
     w, bias = weight(30, 100), torch.randn(30, requires_grad=True)
     x = torch.randn(2, 5, 100, requires_grad=True)
     out = torch.randn(2, 5, 30)
-    fake_quantized(x, w, bias, gelu).backward(out)
+    fake_quantized(x, w, bias).backward(out)
     expected = x.grad, bias.grad
     x.grad = bias.grad = None
-    linear(x, w, bias, gelu=gelu).backward(out)
+    linear(x, w, bias).backward(out)
     assert torch.allclose(x.grad, expected[0], atol=2e-5)
     assert torch.allclose(bias.grad, expected[1], atol=2e-5)
 
@@ -210,9 +208,7 @@ def test_opcheck(device):
     w, bias = weight(16, 130, device), torch.randn(16, device=device)
     for x in (torch.randn(3, 130, device=device), torch.randn(2, 3, 130, device=device, requires_grad=True)):
         for bits in (8, 16):
-            torch.library.opcheck(
-                torch.ops.tritern.linear.default, (x, w.packed, w.scale, bias, 130, bits, bits == 16)
-            )
+            torch.library.opcheck(torch.ops.tritern.linear.default, (x, w.packed, w.scale, bias, 130, bits))
     torch.library.opcheck(
         torch.ops.tritern.quantize_activations.default, (torch.randn(4, 130, device=device),)
     )

@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activations import absmax_bits, codes_of, load_rows, scales_of
 from .common import prefetch, store_scaled, unpack8, unpack16, wait_for_inputs
+from .quantize import absmax_bits, codes_of, load_rows, scales_of
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _add_parts(acc, PARTS: tl.constexpr):
 def gemm_int8_few_kernel(
     x_ptr, packed_ptr, scale_x_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K_padded, stride_p, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
-    EVEN_K: tl.constexpr, LINES: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr,
+    EVEN_K: tl.constexpr, LINES: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """x int8 [M, K_padded] in packed order."""
@@ -76,14 +76,14 @@ def gemm_int8_few_kernel(
         w += PARTS * BLOCK_K // 4
     scale_x = tl.load(scale_x_ptr + m, mask=m < M, other=0.0)
     v = _add_parts(acc, PARTS).to(tl.float32) * scale_x[None, :]
-    store_scaled(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 1.0 / 64.0, HAS_BIAS, GELU)
+    store_scaled(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 1.0 / 64.0, HAS_BIAS)
 
 
 @triton.jit(do_not_specialize=["M"])
 def gemm_quantizing_kernel(
     x_ptr, packed_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, K_padded, stride_x, stride_p, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x fp32, fp16 or bf16 [M, K], K at most PARTS * BLOCK_K: quantized to int8 per token by every program
     for itself, all of K in one step.
@@ -103,14 +103,14 @@ def gemm_quantizing_kernel(
     codes = unpack8(_by_part(w_tile, PARTS), ASM)
     acc = tl.dot(tl.reshape(codes, (PARTS, BLOCK_N, BLOCK_K)), q, out_dtype=tl.int32)
     v = _add_parts(acc, PARTS).to(tl.float32) * scale_x[None, :]
-    store_scaled(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 1.0 / 64.0, HAS_BIAS, GELU)
+    store_scaled(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 1.0 / 64.0, HAS_BIAS)
 
 
 @triton.jit(do_not_specialize=["M"])
 def gemm_16bit_few_kernel(
     x_ptr, packed_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, K_padded, stride_x, stride_p, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
-    EVEN_K: tl.constexpr, LINES: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, ASM: tl.constexpr,
+    EVEN_K: tl.constexpr, LINES: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """x fp16 or bf16 [M, K] in natural order; packed as uint16 words, stride_p words a row."""
@@ -140,4 +140,4 @@ def gemm_16bit_few_kernel(
         x += PARTS * BLOCK_K
         w += PARTS * BLOCK_K // 8
     v = _add_parts(acc, PARTS)
-    store_scaled(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 0.5, HAS_BIAS, GELU)
+    store_scaled(y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y, 0.5, HAS_BIAS)

@@ -4,23 +4,11 @@ LayerNorm or RMSNorm and int8 quantization; and the norm of heads with their rot
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .activations import (
-    absmax_bits,
-    load_rows,
-    quantize_blocks,
-    rounded,
-    rounded_product,
-    scales_of,
-    store_codes,
-)
 from .common import wait_for_inputs
-from .formats import padded_k
-from .launch import ASM, launch
+from .quantize import absmax_bits, load_rows, rounded, rounded_product, scales_of, store_codes
 
 
 @triton.jit
@@ -142,72 +130,3 @@ def norm_rotate_kernel(
     new_b = rounded_product(b, cos_b, x_ptr) + rounded_product(a, sin_b, x_ptr)
     tl.store(at, new_a.to(x_ptr.dtype.element_ty), mask=mask)
     tl.store(at + HALF, new_b.to(x_ptr.dtype.element_ty), mask=mask)
-
-
-def rotate_blocks(head_dim: int) -> int:
-    """BLOCK: heads a program takes, 4,096 elements or so."""
-    return max(1, 4096 // head_dim)
-
-
-def norm_quantize(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm(x + residual), or without a bias RMSNorm(x + residual), in int8, in one launch.
-
-    x and residual [M, K], contiguous and of one dtype (fp32, fp16 or bf16), K up to 8,192; weight
-    and bias [K]. Not checked.
-
-    Returns:
-        [M, K] in x's dtype: the LayerNorm's result, or the sum, of which the RMSNorm is (x itself where there
-        is no residual); q and scale as ``quantize`` gives them for the norm's result.
-    """
-    M, K = x.shape
-    y = x if residual is None and bias is None else torch.empty_like(x)
-    q = torch.empty((M, padded_k(K)), dtype=torch.int8, device=x.device)
-    scale = torch.empty((M,), dtype=torch.float32, device=x.device)
-    if M == 0:
-        return y, q, scale
-    block_m, block_k, pieces = quantize_blocks(K)
-    other, last = x if residual is None else residual, weight if bias is None else bias
-    launch(
-        norm_quantize_kernel,
-        (triton.cdiv(M, block_m), 1),
-        (x, other, weight, last, y, q, scale, M, K, q.shape[1], eps),
-        (block_m, block_k, pieces, bias is None, residual is not None, ASM),
-        num_warps=4,
-    )
-    return y, q, scale
-
-
-def norm_rotate(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: tuple[int, int],
-    weights: tuple[Tensor, Tensor] | None = None,
-    eps: float = 1e-6,
-) -> None:
-    """RMSNorm and rotary embedding of queries and keys, in place, in one launch.
-
-    Args:
-        x: [M, width], rows contiguous: query heads, key heads and whatever follows, which stays.
-        cos, sin: contiguous [period, head_dim] in x's dtype; row m is turned by row m % period. head_dim is a
-            power of two. Turned by halves: (a, b) -> (a cos - b sin, b cos + a sin).
-        heads: numbers of query and of key heads.
-        weights: of the norms of queries and keys, [head_dim] each; None: no norm.
-        eps: of the norms.
-
-    Not checked. (``launch`` looks the kernel up anew for every M; blocks have planned launches.)
-    """
-    (M, _), head_dim = x.shape, cos.shape[-1]
-    if M == 0:
-        return
-    q_weight, k_weight = weights or (cos, cos)
-    block = rotate_blocks(head_dim)
-    launch(
-        norm_rotate_kernel,
-        (triton.cdiv(M * sum(heads), block), 1),
-        (x, cos, sin, q_weight, k_weight, cos.shape[0], M, heads[0], sum(heads), x.stride(0), eps),
-        (block, head_dim // 2, weights is not None),
-        num_warps=4,
-    )

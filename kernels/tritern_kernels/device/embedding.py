@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .common import wait_for_inputs
-from .embedding import groups
-from .launch import launch
-
-BLOCK = 64
-"""Groups that a program looks up."""
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -34,18 +27,3 @@ def lookup_kernel(
     y, mask = y_ptr + token[:, None] * WIDTH + column, (token < M)[:, None]
     tl.store(y, low.to(y_ptr.dtype.element_ty), mask=mask & (column < WIDTH))
     tl.store(y + 16, high.to(y_ptr.dtype.element_ty), mask=mask & (column + 16 < WIDTH))
-
-
-def lookup(ids: Tensor, packed: Tensor, scale: Tensor, width: int) -> Tensor:
-    """``embedding.lookup`` for ids [M] on the current device, all contiguous, in one launch. Not checked."""
-    M, count = len(ids), groups(width)
-    y = torch.empty((M, width), dtype=scale.dtype, device=ids.device)
-    if M:
-        launch(
-            lookup_kernel,
-            (triton.cdiv(M * count, BLOCK), 1),
-            (ids, packed, scale, y, M, len(packed), count, width),
-            (BLOCK,),
-            num_warps=4,
-        )
-    return y

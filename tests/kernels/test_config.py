@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tritern_kernels import config, tables, tune
-from tritern_kernels.config import KernelConfig
+from tritern_kernels import tables, tune
+from tritern_kernels.config import KernelConfig, formula, shared_memory_limit
 
 GOOD = KernelConfig(64, 64, 128)
 
@@ -39,19 +39,13 @@ def test_split_is_for_integers():
     assert "exactly in any order" in replace(GOOD, split_k=2).invalid("16bit", 384, 90)
 
 
-def test_gelu_needs_registers():
-    wide = KernelConfig(128, 256, 128, num_warps=8, num_stages=3)
-    assert wide.invalid("int8", 384, 90) is None
-    assert "at most 64 here" in wide.invalid("int8", 384, 90, gelu=True)
-
-
 # "Maximum amount of shared memory per thread block" of the CUDA programming guide, in KiB
 SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
 @pytest.mark.parametrize("capability", SHARED)
 def test_a_program_may_use_its_gpus_shared_memory(capability):
-    limit = config.shared_memory_limit(capability)
+    limit = shared_memory_limit(capability)
     assert limit == 1024 * SHARED[capability]
     stage = GOOD.shared_bytes("int8") // GOOD.num_stages
     most = replace(GOOD, num_stages=limit // stage)
@@ -63,7 +57,7 @@ def test_a_program_may_use_its_gpus_shared_memory(capability):
 def test_gpus_older_than_the_kernels_have_no_configuration():
     """7.5 has 64 KiB, but no kernel runs there (``devices``)."""
     assert GOOD.invalid("int8", 384, 75) == "sm_75 has no kernels; the oldest that has is sm_80"
-    for call in (config.shared_memory_limit, lambda c: config.formula("int8", 16, 384, 384, c, 40)):
+    for call in (shared_memory_limit, lambda c: formula("int8", 16, 384, 384, c, 40)):
         with pytest.raises(ValueError, match="capability must be at least 80.*received 75"):
             call(75)
 
@@ -72,27 +66,27 @@ def test_gpus_older_than_the_kernels_have_no_configuration():
 @pytest.mark.parametrize("mode", ["int8", "16bit"])
 def test_the_formula_is_always_valid(mode, capability):
     tokens, widths = (1, 16, 32, 64, 128, 512, 4096, 65536), (1, 300, 384, 1536, 4096, 14336)
-    for M, N, K, gelu in itertools.product(tokens, (1, *widths), widths, (False, True)):
-        config = config.formula(mode, M, N, K, capability, 108, gelu)
-        assert config.invalid(mode, K, capability, gelu) is None, (M, N, K, config)
+    for M, N, K in itertools.product(tokens, (1, *widths), widths):
+        config = formula(mode, M, N, K, capability, 108)
+        assert config.invalid(mode, K, capability) is None, (M, N, K, config)
 
 
 def test_the_formula_splits_only_small_batches():
-    assert config.formula("int8", 64, 384, 4096, 90, 132).split_k > 1
-    assert config.formula("int8", 4096, 384, 4096, 90, 132).split_k == 1
+    assert formula("int8", 64, 384, 4096, 90, 132).split_k > 1
+    assert formula("int8", 4096, 384, 4096, 90, 132).split_k == 1
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_with_few_tokens_warps_share_out_k(capability):
     def few(mode, N, K):
-        return config.formula(mode, 16, N, K, capability, 108)
+        return formula(mode, 16, N, K, capability, 108)
 
     assert few("int8", 1024, 4096).share_k and few("int8", 1024, 4096).num_warps == 8
     assert few("int8", 12288, 4096).share_k and few("int8", 12288, 4096).num_warps == 4
     assert few("int8", 384, 384).quantizing and not few("int8", 384, 1536).quantizing
     assert few("16bit", 1024, 4096).share_k and not few("16bit", 12288, 4096).share_k
     assert not few("16bit", 384, 384).share_k
-    assert not config.formula("int8", 32, 1024, 4096, capability, 108).share_k
+    assert not formula("int8", 32, 1024, 4096, capability, 108).share_k
 
 
 @pytest.fixture(autouse=True)
@@ -119,20 +113,20 @@ def write(folder, name, *entries, **kind):
     forget()
 
 
-def choose(M, N, K, gelu=False, gpu="NVIDIA Test 1"):
-    return tables.choose("int8", M, N, K, gelu, gpu, 90, 132)
+def choose(M, N, K, gpu="NVIDIA Test 1"):
+    return tables.choose("int8", M, N, K, gpu, 90, 132)
 
 
 SHIPPED = Path(tables.__file__).parent / "configs"
-FIRST, SECOND, THIRD = (KernelConfig(64, 32, 128, group_m=g) for g in (5, 6, 7))
+FIRST, SECOND, THIRD = (KernelConfig(64, 32, 128, num_stages=g) for g in (5, 6, 7))
 
 
 def test_a_sister_takes_the_table(monkeypatch):
     monkeypatch.setattr(tables, "CONFIG_DIR", SHIPPED)
-    h200 = tables.choose("int8", 16, 4096, 4096, False, "NVIDIA H200", 90, 132)
-    assert tables.choose("int8", 16, 4096, 4096, False, "NVIDIA H100 80GB HBM3", 90, 132) == h200
-    smaller = tables.choose("int8", 16, 4096, 4096, False, "NVIDIA H100 PCIe", 90, 114)
-    assert smaller == config.formula("int8", 16, 4096, 4096, 90, 114) != h200
+    h200 = tables.choose("int8", 16, 4096, 4096, "NVIDIA H200", 90, 132)
+    assert tables.choose("int8", 16, 4096, 4096, "NVIDIA H100 80GB HBM3", 90, 132) == h200
+    smaller = tables.choose("int8", 16, 4096, 4096, "NVIDIA H100 PCIe", 90, 114)
+    assert smaller == formula("int8", 16, 4096, 4096, 90, 114) != h200
 
 
 @pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
@@ -176,7 +170,7 @@ def test_a_tables_invalid_entry_is_passed_over(folders):
 
 def test_tokens_count_as_the_next_power_of_two():
     assert choose(33, 4096, 4096) == choose(64, 4096, 4096)
-    assert choose(1, 4096, 4096) == config.formula("int8", 1, 4096, 4096, 90, 132)
+    assert choose(1, 4096, 4096) == formula("int8", 1, 4096, 4096, 90, 132)
 
 
 ENTRY = {"mode": "int8", "M": 16, "N": 384, "K": 384, "config": asdict(GOOD)}
@@ -213,7 +207,7 @@ def test_a_damaged_table_is_named_and_breaks_no_call(damage, folders):
 def test_a_table_that_cannot_be_read_breaks_no_call(folders):
     tables.user_table("NVIDIA Test 1").mkdir(parents=True)
     with pytest.warns(UserWarning, match="left out: .*test-1.json"):
-        assert choose(64, 384, 384) == config.formula("int8", 64, 384, 384, 90, 132)
+        assert choose(64, 384, 384) == formula("int8", 64, 384, 384, 90, 132)
 
 
 @pytest.mark.parametrize("place", ["not there", "a file", "unreadable"])
@@ -227,7 +221,7 @@ def test_a_cache_that_cannot_be_used_breaks_no_call(place, tmp_path, monkeypatch
     monkeypatch.setenv("TRITERN_CACHE", str(folder))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose(64, 384, 384) == config.formula("int8", 64, 384, 384, 90, 132)
+        assert choose(64, 384, 384) == formula("int8", 64, 384, 384, 90, 132)
 
 
 def test_where_the_users_tables_are(tmp_path, monkeypatch):

@@ -68,17 +68,15 @@ def unpack16(w, DTYPE: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def store_scaled(
     y_ptr, v, scale_ptr, bias_ptr, m, n, M, N, stride_y,
-    UNIT: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
+    UNIT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Scale, add the bias, apply GELU and store v fp32 [BLOCK_N, BLOCK_M] as y [BLOCK_M, BLOCK_N]."""
+    """Scale, add the bias and store v fp32 [BLOCK_N, BLOCK_M] as y [BLOCK_M, BLOCK_N]."""
     scale = tl.load(scale_ptr + n, mask=n < N, other=0.0) * UNIT
     if HAS_BIAS:
         bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
         v = tl.math.fma(v, tl.broadcast_to(scale[:, None], v.shape), tl.broadcast_to(bias[:, None], v.shape))
     else:
         v = v * scale[:, None]
-    if GELU:
-        v = 0.5 * v * (1.0 + tl.math.erf(v * 0.7071067811865476))
     mask = (m[:, None] < M) & (n[None, :] < N)
     out = tl.trans(v).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + m[:, None].to(tl.int64) * stride_y + n[None, :], out, mask=mask)

@@ -1,0 +1,111 @@
+"""The steps of a transformer block around attention: four products, and between them norms and activations
+that give the next product's int8 activations in the same pass over memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import cuda
+
+Int8 = tuple[Tensor, Tensor]
+"""Activations as a product takes them: q int8 [M, padded K] in packed order and scale float32 [M]."""
+
+
+class Product(NamedTuple):
+    """A packed weight [N, K]: uint8 codes, float32 scale [N], bias [N] or None."""
+
+    packed: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+
+class BertWeights(NamedTuple):
+    """Of a BERT block: products of query with key and value, output, intermediate and last; weight, bias and
+    eps of its two LayerNorms.
+    """
+
+    qkv: Product
+    output: Product
+    inner: Product
+    last: Product
+    norms: tuple[tuple[Tensor, Tensor], ...]
+    epsilons: tuple[float, float]
+
+
+class DecoderWeights(NamedTuple):
+    """Of a decoder's block: products of query with key and value, output, gate with up, down; the weights of
+    its RMSNorms: before attention, before the feed-forward part, of query and key heads (or none); their eps;
+    numbers of query and of key heads.
+    """
+
+    qkv: Product
+    output: Product
+    inner: Product
+    last: Product
+    norms: tuple[Tensor, Tensor]
+    head_norms: tuple[Tensor, ...]
+    epsilons: tuple[float, float, float]
+    heads: tuple[int, int]
+
+
+def bert_qkv(x: Tensor, known: Int8 | None, weights: BertWeights) -> Tensor:
+    """qkv [M, 3 * hidden] of x [M, hidden]. ``known``: x in int8 as ``bert_output`` gives it, or None."""
+    return _product(weights.qkv, known or cuda.quantize(x), x)
+
+
+def bert_output(context: Tensor, x: Tensor, weights: BertWeights) -> tuple[Tensor, Int8]:
+    """z [M, hidden] of attention's context [M, hidden] and the block's input x; z in int8.
+
+    y = norm(context Wout + x);  z = norm(gelu(y Winner) Wlast + y)
+    """
+    (first, second), (eps, last_eps) = weights.norms, weights.epsilons
+    out = cuda.linear(context, *weights.output)
+    y, q, scale = cuda.norm_quantize(out, x, *first, eps)
+    inner = _product(weights.inner, (q, scale), x)
+    out = cuda.linear(inner, *weights.last, activation="gelu")
+    z, q, scale = cuda.norm_quantize(out, y, *second, last_eps)
+    return z, (q, scale)
+
+
+def decoder_qkv(x: Tensor, known: Int8 | None, cos: Tensor, sin: Tensor, weights: DecoderWeights) -> Tensor:
+    """qkv [M, (heads + 2 key heads) * head_dim] of x [M, hidden]: norm(x) Wqkv, queries and keys normalized
+    (or not) and rotated.
+
+    ``known``: norm(x) in int8 as ``decoder_output`` gives it, or None. cos and sin [period, head_dim],
+    contiguous, in x's dtype: row m is turned by row m % period.
+    """
+    eps = weights.epsilons
+    if known is None:
+        _, q, scale = cuda.norm_quantize(x, None, weights.norms[0], None, eps[0])
+        known = q, scale
+    qkv = _product(weights.qkv, known, x)
+    cuda.norm_rotate(qkv, cos, sin, weights.heads, weights.head_norms, eps[2])
+    return qkv
+
+
+def decoder_output(
+    context: Tensor, x: Tensor, weights: DecoderWeights, next_norm: Tensor | None
+) -> tuple[Tensor, Int8 | None]:
+    """z [M, hidden] of attention's context [M, heads * head_dim] and the block's input x; and the next
+    block's norm(z) in int8, by that norm's weight.
+
+        y = context Wout + x;  z = swiglu(norm(y) Winner) Wlast + y
+    """
+    eps = weights.epsilons
+    out = cuda.linear(context, *weights.output)
+    y, q, scale = cuda.norm_quantize(out, x, weights.norms[1], None, eps[1])
+    inner = _product(weights.inner, (q, scale), x)
+    out = cuda.linear(inner, *weights.last, activation="swiglu")
+    if next_norm is None:
+        return out + y, None
+    z, q, scale = cuda.norm_quantize(out, y, next_norm, None, eps[0])
+    return z, (q, scale)
+
+
+def _product(product: Product, int8: Int8, x: Tensor) -> Tensor:
+    """y [M, N] in x's dtype of what is as wide as x, in int8."""
+    packed, scale, bias = product
+    return cuda.linear_int8(*int8, packed, scale, bias, x.shape[1], x.dtype)

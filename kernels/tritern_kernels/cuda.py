@@ -1,0 +1,300 @@
+"""The one host path of a product on a GPU: choose a configuration, make buffers, launch.
+
+``ops`` checks the arguments. Only ``configuration`` checks here: it refuses a GPU without kernels.
+Kernels run on the current device and stream.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import triton
+from torch import Tensor
+
+from .config import KernelConfig, bucket
+from .device import gemm, gemm_few, norms
+from .device.quantize import quantize_kernel
+from .devices import check_device
+from .formats import padded_k
+from .launch import ASM, launch
+from .tables import choose
+from .ternarize import expand
+
+Activation = Literal["", "gelu", "swiglu"]
+"""What is quantized: x itself, its exact (erf) GELU, or the silu of its first half times its second."""
+
+
+# ---------------------------------------------------------------- choose
+
+
+@cache
+def _device(index: int) -> tuple[str, int, int]:
+    """Name, compute capability and multiprocessors of a GPU with kernels."""
+    check_device(torch.device("cuda", index))
+    p = torch.cuda.get_device_properties(index)
+    return p.name, 10 * p.major + p.minor, p.multi_processor_count
+
+
+def configuration(activation_bits: int, M: int, N: int, K: int, device: torch.device) -> KernelConfig:
+    """The configuration for a product of x [M, K] and a weight [N, K] on a GPU.
+
+    Raises:
+        ValueError: the GPU has no kernels.
+    """
+    return choose("int8" if activation_bits == 8 else "16bit", M, N, K, *_device(device.index))
+
+
+# ---------------------------------------------------------------- a whole product
+
+
+def linear(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int = 8,
+    activation: Activation = "",
+) -> Tensor:  # fmt: skip
+    """y [M, N] in x's dtype for x [M, K] of fp32, fp16 or bf16, M at least 1, and a packed weight [N, K].
+
+    With an activation, and 8 bits only, the product is of what it makes of x; x is [M, 2 K] for "swiglu".
+    """
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return linear(x, packed, scale, bias, activation_bits, activation)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    M, N = x.shape[0], packed.shape[0]
+    K = x.shape[1] // 2 if activation == "swiglu" else x.shape[1]
+    config = configuration(activation_bits, M, N, K, x.device)
+    if activation_bits == 16:
+        if x.dtype == torch.float32:
+            return gemm_direct(x.bfloat16(), packed, scale, bias, config, x.dtype)
+        if config.expand:
+            bias = None if bias is None else bias.to(x.dtype)
+            return torch.nn.functional.linear(x, expand(packed, scale, K, x.dtype), bias)
+    if activation_bits == 16 or (config.quantizing and not activation):
+        return gemm_direct(x, packed, scale, bias, config, x.dtype)
+    tickets = make_tickets(x, N, config) if config.split_k > 1 else None
+    x_q, scale_x = quantize(x, tickets, activation)
+    return gemm_int8(x_q, scale_x, packed, scale, bias, config, x.dtype, tickets)
+
+
+def linear_int8(
+    x_q: Tensor, scale_x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, K: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """y [M, N] in ``dtype`` for activations [M, K] that ``quantize`` has made int8; M may be 0."""
+    if x_q.shape[0] == 0:
+        return x_q.new_empty((0, packed.shape[0]), dtype=dtype)
+    config = configuration(8, x_q.shape[0], packed.shape[0], K, x_q.device)
+    return gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype)
+
+
+# ---------------------------------------------------------------- its two steps
+
+
+@cache
+def quantize_blocks(K: int) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCK_K and PIECES for rows of K: about 4,096 elements a program.
+
+    BERT's rows of 3 * 2**n are three pieces, which leaves no lane idle. Rows above 8,192 are read twice, in
+    pieces.
+    """
+    padded = padded_k(K)
+    if padded % 3 == 0 and padded <= 6144 and (piece := padded // 3) & (piece - 1) == 0:
+        return max(1, 1024 // piece), piece, 3
+    width = triton.next_power_of_2(padded)
+    block_k = min(width, 8192 if width <= 8192 else 4096)
+    return max(1, 4096 // block_k), block_k, int(width == block_k)
+
+
+def quantize(x: Tensor, clear: Tensor | None = None, activation: Activation = "") -> tuple[Tensor, Tensor]:
+    """Quantize x [M, K] (fp32, fp16 or bf16, rows contiguous), or what an activation makes of it, per token.
+
+    ``clear``, int32 of a multiple of 128 elements, is set to zero by the same launch: a GEMM's tickets. For
+    "swiglu", silu(gate) * up, x is [M, 2 K]: gate and up side by side.
+
+    Returns:
+        q int8 [M, padded_k(K)] in packed order, zeros beyond K; scale float32 [M].
+    """
+    M, K = x.shape[0], x.shape[1] // (2 if activation == "swiglu" else 1)
+    q, scale = _int8(x, K)
+    if M:
+        block_m, block_k, pieces = quantize_blocks(K)
+        tickets = 0 if clear is None else clear.numel()
+        launch(
+            quantize_kernel,
+            (triton.cdiv(M, block_m), 1),
+            (x, q, scale, scale if clear is None else clear, M, K, q.shape[1], x.stride(0), q.stride(0)),
+            (block_m, block_k, pieces, tickets, activation, ASM),
+            num_warps=4,
+        )
+    return q, scale
+
+
+def _int8(x: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """Room for int8 activations [M, padded_k(K)] and their scales [M]."""
+    q = torch.empty((x.shape[0], padded_k(K)), dtype=torch.int8, device=x.device)
+    return q, torch.empty((x.shape[0],), dtype=torch.float32, device=x.device)
+
+
+def int8_kernel(config: KernelConfig, K_padded: int, has_bias: bool) -> tuple[Any, tuple[int | bool, ...]]:
+    """The kernel for int8 activations that a configuration stands for, and its compile-time arguments but the
+    last.
+    """
+    tile, end = (config.block_m, config.block_n, config.block_k), (has_bias, ASM)
+    if config.share_k:
+        even = K_padded % (config.num_warps * config.block_k) == 0
+        return gemm_few.gemm_int8_few_kernel, (*tile, config.num_warps, even, config.lines(K_padded), *end)
+    return gemm.gemm_int8_kernel, (*tile, config.split_k, config.lines(K_padded), *end)
+
+
+def gemm_int8(
+    x_q: Tensor, scale_x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
+    config: KernelConfig, out_dtype: torch.dtype, tickets: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y [M, N] in ``out_dtype`` from ``quantize``'s output and a packed weight.
+
+    With ``split_k > 1``, ``tickets`` must be ``make_tickets``'s, set to zero (None: made here, by a launch
+    of its own).
+    """
+    M, K_padded = x_q.shape
+    N = packed.shape[0]
+    y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
+    kernel, constants = int8_kernel(config, K_padded, bias is not None)
+    workspace: tuple[Tensor, ...] = ()
+    if kernel is gemm.gemm_int8_kernel:
+        workspace = scale_x, scale_x  # unused without a split
+    if config.split_k > 1:
+        size = config.tiles(M, N) * config.split_k * config.block_m * config.block_n
+        shares = torch.empty(size, dtype=torch.int32, device=x_q.device)
+        workspace = shares, make_tickets(x_q, N, config).zero_() if tickets is None else tickets
+    launch(
+        kernel,
+        config.grid(M, N),
+        (
+            x_q, packed, scale_x, scale, scale if bias is None else bias, y, *workspace,
+            M, N, K_padded, packed.stride(0), y.stride(0),
+        ),
+        constants,
+        config.num_warps,
+        config.num_stages,
+    )  # fmt: skip
+    return y
+
+
+def make_tickets(x: Tensor, N: int, config: KernelConfig) -> Tensor:
+    """int32, one for each tile of the product of x [M, K], with M rounded up as in ``choose``; not set.
+
+    Rounded up to 128, which the quantizer's kernel clears in one store.
+    """
+    tiles = config.tiles(max(bucket(x.shape[0]), x.shape[0]), N)
+    return torch.empty(-(-tiles // 128) * 128, dtype=torch.int32, device=x.device)
+
+
+def direct_kernel(config: KernelConfig, K: int, has_bias: bool) -> tuple[Any, tuple[int | bool, ...]]:
+    """The kernel that takes activations as they are, 16-bit ones or (``quantizing``) to quantize them itself,
+    and its compile-time arguments but the last.
+    """
+    tile, end = (config.block_m, config.block_n, config.block_k), (has_bias, ASM)
+    if config.quantizing:
+        return gemm_few.gemm_quantizing_kernel, (*tile, config.num_warps, *end)
+    loop = (K % config.step == 0, config.lines(padded_k(K)))
+    if config.share_k:
+        return gemm_few.gemm_16bit_few_kernel, (*tile, config.num_warps, *loop, *end)
+    return gemm.gemm_16bit_kernel, (*tile, *loop, *end)
+
+
+def gemm_direct(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
+    config: KernelConfig, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """y [M, N] in ``out_dtype`` from x [M, K], rows contiguous: fp16 or bf16, used as they are, or with a
+    ``quantizing`` configuration also fp32, quantized per token on the way.
+    """
+    (M, K), N = x.shape, packed.shape[0]
+    weight = packed if config.quantizing else packed.view(torch.uint16)
+    y = torch.empty((M, N), dtype=out_dtype, device=x.device)
+    kernel, constants = direct_kernel(config, K, bias is not None)
+    launch(
+        kernel,
+        config.grid(M, N),
+        (
+            x, weight, scale, scale if bias is None else bias, y,
+            M, N, K, padded_k(K), x.stride(0), weight.stride(0), y.stride(0),
+        ),
+        constants,
+        config.num_warps,
+        config.num_stages,
+    )  # fmt: skip
+    return y
+
+
+# ---------------------------------------------------------------- a block's norms
+
+
+def norm_quantize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm(x + residual), or without a bias RMSNorm(x + residual), in int8, in one launch.
+
+    x and residual [M, K], contiguous and of one dtype (fp32, fp16 or bf16), K up to 8,192;
+    weight and bias [K].
+
+    Returns:
+        [M, K] in x's dtype: the LayerNorm's result, or the sum that the RMSNorm is of (x itself without a
+        residual); q and scale as ``quantize`` gives them for the norm's result.
+    """
+    M, K = x.shape
+    if residual is None and bias is None:
+        y = x
+    else:
+        with torch.inference_mode(False):  # a tensor that counts its changes
+            y = torch.empty_like(x)
+    q, scale = _int8(x, K)
+    if M:
+        block_m, block_k, pieces = quantize_blocks(K)
+        other, last = x if residual is None else residual, weight if bias is None else bias
+        launch(
+            norms.norm_quantize_kernel,
+            (triton.cdiv(M, block_m), 1),
+            (x, other, weight, last, y, q, scale, M, K, q.shape[1], eps),
+            (block_m, block_k, pieces, bias is None, residual is not None, ASM),
+            num_warps=4,
+        )
+    return y, q, scale
+
+
+def rotate_blocks(head_dim: int) -> int:
+    """BLOCK: heads a program takes, 4,096 elements or so."""
+    return max(1, 4096 // head_dim)
+
+
+def norm_rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: tuple[int, int],
+    weights: tuple[Tensor, ...] = (),
+    eps: float = 1e-6,
+) -> None:
+    """RMSNorm and rotary embedding of queries and keys, in place, in one launch.
+
+    Args:
+        x: [M, width], rows contiguous: query heads, key heads and whatever follows, which stays.
+        cos, sin: contiguous [period, head_dim] in x's dtype; row m is turned by row m % period. head_dim is a
+            power of two. Turned by halves: (a, b) -> (a cos - b sin, b cos + a sin).
+        heads: numbers of query and of key heads.
+        weights: of the norms of queries and keys, [head_dim] each; none: no norm.
+        eps: of the norms.
+    """
+    (M, _), head_dim = x.shape, cos.shape[-1]
+    if M == 0:
+        return
+    q_weight, k_weight = weights or (cos, cos)
+    block = rotate_blocks(head_dim)
+    launch(
+        norms.norm_rotate_kernel,
+        (triton.cdiv(M * sum(heads), block), 1),
+        (x, cos, sin, q_weight, k_weight, cos.shape[0], M, heads[0], sum(heads), x.stride(0), eps),
+        (block, head_dim // 2, bool(weights)),
+        num_warps=4,
+    )

@@ -1,0 +1,1 @@
+"""The kernels: functions for Triton alone. ``cuda`` and its neighbours launch them."""
