@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tritern_kernels import PackedTernary
@@ -11,9 +13,7 @@ from .engine.fused import fuse
 from .engine.warmup import warmup
 from .errors import CheckpointError, TriternError
 from .evaluate import Fidelity, evaluate
-from .formats.bitnet import from_bitnet
 from .formats.dequantize import dequantize
-from .formats.gguf import export_gguf
 from .nn.embedding import Int4Embedding, Int8Embedding
 from .nn.linear import TernaryLinear
 from .patch import patch
@@ -22,7 +22,6 @@ from .summary import Summary, summary
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .adapters import lora
     from .distillation import distill
 
 __all__ = [
@@ -39,26 +38,35 @@ __all__ = [
     "dequantize",
     "distill",
     "evaluate",
-    "export_gguf",
-    "from_bitnet",
     "fuse",
     "load",
-    "lora",
     "patch",
     "summary",
     "warmup",
 ]
 
 
+_MOVED = {
+    "export_gguf": "formats.gguf",
+    "from_bitnet": "formats.bitnet",
+    "lora": "adapters",
+}
+"""Functions that had a name here until version 0.1; the old names go with version 0.2."""
+
+
 def __getattr__(name: str) -> Any:
-    if name == "distill":  # loaded when asked for: it needs the packages of the train extra
+    if name == "distill":  # imported when it is asked for: it needs the packages of the train extra
         from .distillation import distill
 
         return distill
-    if name == "lora":  # needs peft
-        from .adapters import lora
-
-        return lora
+    if name in _MOVED:
+        home = f"{__name__}.{_MOVED[name]}"
+        warnings.warn(
+            f"tritern.{name} will be gone in version 0.2: write `from {home} import {name}`",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return getattr(import_module(home), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -11,7 +11,7 @@ try:
     from peft.tuners.lora import Linear
     from peft.tuners.tuners_utils import BaseTuner
 except ImportError as error:
-    raise ImportError("tritern.lora needs peft: pip install 'tritern[lora]'") from error
+    raise ImportError("tritern.adapters.lora needs peft: pip install 'tritern[lora]'") from error
 
 from torch import nn
 
@@ -65,10 +65,10 @@ def lora(config: LoraConfig) -> LoraConfig:
     Adapters of one that was made ternary in memory are not saved.
 
         model = SentenceTransformer("minilm-ternary")
-        model.add_adapter(tritern.lora(LoraConfig(target_modules=["query", "value"])))
+        model.add_adapter(tritern.adapters.lora(LoraConfig(target_modules=["query", "value"])))
         ...
         model = SentenceTransformer("minilm-ternary")
-        model.load_adapter(path, peft_config=tritern.lora(LoraConfig.from_pretrained(path)))
+        model.load_adapter(path, peft_config=tritern.adapters.lora(LoraConfig.from_pretrained(path)))
 
     Raises:
         TriternError: not a ``peft.LoraConfig``.
@@ -106,7 +106,7 @@ def explain() -> None:
             if "TernaryLinear" in str(error):
                 raise TriternError(
                     "ternary layers take LoRA adapters only, from configurations that went through "
-                    "tritern.lora: model.add_adapter(tritern.lora(peft.LoraConfig(...)))"
+                    "tritern.adapters.lora: model.add_adapter(tritern.adapters.lora(peft.LoraConfig(...)))"
                 ) from error
             if "Int8Embedding" in str(error) or "Int4Embedding" in str(error):
                 raise TriternError(

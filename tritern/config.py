@@ -43,8 +43,8 @@ class TernaryConfig:
             mean|w| (Ternary Weight Networks).
         activation_bits: 8 quantizes activations per token to int8 (fastest, exact sums); 16 leaves them as
             they are.
-        embedding_bits: 8 rounds word-embedding tables to int8, row by row; 4 to 4 bits, each 32 values of a
-            row by a scale of their own; 16 leaves them as they are.
+        embedding_bits: 8 rounds word-embedding tables to int8, with one scale per row. 4 rounds them to
+            4 bits, with one scale per 32 values of a row. 16 leaves them in full precision.
         skip: layers and tables to leave in full precision: qualified module names or shell patterns, such as
             ``"*.layer.0.*"``. A name also covers everything below it.
 
@@ -54,7 +54,7 @@ class TernaryConfig:
 
     rule: Rule = "mse"
     activation_bits: int = 8
-    embedding_bits: int = 16
+    embedding_bits: int = 8
     skip: tuple[str, ...] = ()
 
     quant_method: ClassVar[str] = "tritern"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,13 +23,29 @@ from .inputs import check_model, many, true_or_false
 from .nn.embedding import QuantizedEmbedding, embedding_of
 from .nn.linear import TernaryLinear
 from .nn.replace import is_ternary, put
+from .pretrained import model_of
 from .selection import choose_tables
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
 Model = TypeVar("Model", bound=nn.Module)
+_logger = logging.getLogger(__name__)
+
+PREVIEW = (
+    "Patched without calibration or training: a preview of size and speed, not a model to serve. "
+    "tritern.evaluate(model, teacher, texts) measures what is left of its quality; "
+    "patch(..., calibration_texts=texts) and tritern.distill bring it back."
+)
+"""What the log says of such a model."""
 
 
+@overload
+def patch(model: str | Path, config: TernaryConfig | None = None, **settings: Any) -> SentenceTransformer: ...
+@overload
+def patch(model: Model, config: TernaryConfig | None = None, **settings: Any) -> Model: ...
 def patch(
-    model: Model,
+    model: Any,
     config: TernaryConfig | None = None,
     *,
     skip: Iterable[str] | None = None,
@@ -36,50 +54,58 @@ def patch(
     embedding_bits: int | None = None,
     calibration_texts: Iterable[Any] | None = None,
     fuse: bool = True,
-) -> Model:
-    """Make a model's linear layers ternary, in place, and return it.
+) -> Any:
+    """Make a model's linear layers ternary, in place, and return the model.
 
-    Works on a SentenceTransformer, CrossEncoder or SparseEncoder and on any ``nn.Module``. Left in full
-    precision: poolers, heads, projections at the output, patch embeddings, routers of experts, T5's ``wo``,
-    sentence-transformers' Dense modules, weights shared with an embedding, subclasses of ``nn.Linear``,
-    matrices that are no ``nn.Linear`` (``Conv1D``, fused experts, convolutions), and what ``skip`` names;
-    ``tritern.summary(model)`` lists them. Layers are converted one by one, so that memory stays near the
-    model's own. Untrained, a ternary model loses quality: measure it with ``tritern.evaluate``.
+    Without ``calibration_texts`` the result is a preview of size and speed, not a model to serve: it loses
+    quality. ``tritern.evaluate(model, teacher, texts)`` measures how much. ``tritern.distill`` trains a model
+    that keeps its quality.
 
-    With ``calibration_texts``, a few hundred texts of the kind that will be embedded, weights and biases are
-    fitted to them, layer by layer (``tritern.calibration``): no training, minutes on a CPU for a small model,
-    and far closer to the original. That takes a second copy of the model for as long as it lasts.
+    Layers left in full precision are poolers, heads, projections at the output, patch embeddings, routers of
+    experts, T5's ``wo``, sentence-transformers' Dense modules, weights shared with an embedding, subclasses
+    of ``nn.Linear``, matrices that are no ``nn.Linear`` (``Conv1D``, fused experts, convolutions), and what
+    ``skip`` names. ``tritern.summary(model)`` lists them with their reasons. Layers are converted one by one:
+    memory stays near the model's own.
 
-    ``embedding_bits=8`` makes every ``nn.Embedding`` of at least 1,024 rows an ``Int8Embedding``, 4 an
-    ``Int4Embedding``. These stay: tables with max_norm, those in sentence-transformers' own modules, weights
-    shared with another module, as in T5 or with an lm_head, and subclasses that do more than multiply the
-    output, as Gemma's do.
+    Calibration fits weights and biases, layer by layer, to a few hundred texts of the kind that will be
+    embedded (``tritern.calibration``). It trains nothing and takes minutes on a CPU for a small model. The
+    vectors come far closer to the original's. It holds a second copy of the model in memory.
 
-    ``encode`` of a SentenceTransformer goes through tritern's engine from then on: the same arguments, the
-    same results but for last bits, in less time; on a CUDA GPU blocks are fused (``tritern.fuse``).
-    ``tritern.summary(model)`` says which path its texts take.
+    Word-embedding tables (every ``nn.Embedding`` of at least 1,024 rows) become int8 by default. These stay:
+    tables with max_norm, tables in sentence-transformers' own modules, weights shared with another module
+    (T5, an lm_head), and subclasses that do more than multiply the output (Gemma's).
 
-    ``patch(model, embedding_bits=N)`` of a model that is ternary already changes its tables only, and 16
-    makes them plain. No other argument may be given then. (Of a model that is none of transformers' no
-    ``skip`` is remembered.)
+    ``encode`` of a SentenceTransformer goes through tritern's engine from then on, with the same arguments
+    and, but for last bits, the same results, in less time. ``tritern.summary(model)`` says which path the
+    texts take. On a CUDA GPU blocks are fused (``tritern.fuse``).
+
+    A model that is ternary already takes ``embedding_bits`` alone: ``patch(model, embedding_bits=N)`` changes
+    its tables only, and 16 makes them plain. (A ``skip`` is remembered for transformers' models only.)
 
     Args:
-        model: the model; its weights must be loaded, finite, in float32, float16 or bfloat16.
-        config: settings; the defaults of ``TernaryConfig`` if None.
+        model: a SentenceTransformer, CrossEncoder, SparseEncoder or any ``nn.Module``, with weights loaded,
+            finite, in float32, float16 or bfloat16. Or the folder or hub name of a SentenceTransformer, which
+            is loaded.
+        config: settings; None: the defaults of ``TernaryConfig``.
         skip, rule, activation_bits, embedding_bits: replace the config's field of that name.
-        calibration_texts: at least 16 different texts, or other inputs of a sentence-transformers model, such
-            as pairs, in any iterable; empty texts and repeated ones are left out. The model's prompts are put
-            before them in turn.
+        calibration_texts: at least 16 different texts in any iterable, or other inputs of a
+            sentence-transformers model, such as pairs. Empty and repeated texts are left out. The model's
+            prompts are put before them in turn.
         fuse: fuse blocks on a CUDA GPU.
 
+    Returns:
+        The model.
+
     Raises:
-        TriternError: nothing to patch, already patched (but for ``embedding_bits`` alone), already quantized
-            otherwise, carrying adapters, weights on the meta device, not finite or of an unsupported dtype;
-            too few texts, or a model that takes none. The model is then unchanged.
+        TriternError: no such model; nothing to patch; already patched (but for ``embedding_bits`` alone);
+            already quantized otherwise; adapters; weights on the meta device, not finite or of an unsupported
+            dtype; too few texts, or a model that takes none. The model is then unchanged.
 
     Warns:
         UserWarning: most of the model's matrix weights are no ``nn.Linear``, as in mixtures of experts.
     """
+    if isinstance(model, (str, Path)):
+        model = model_of(model, "model")
     check_model(model)
     fuse = true_or_false(fuse, "fuse")
     if config is not None and not isinstance(config, TernaryConfig):
@@ -98,6 +124,8 @@ def patch(
     attach(model, fuse=fuse)
     if fuse and any(p.is_cuda for p in model.parameters()):
         fuse_what_fits(model)
+    if texts is None:
+        _logger.warning(PREVIEW)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from .engine.encoder import is_sentence_transformer
 from .engine.path import path_of
 from .errors import TriternError
 from .inputs import check_model
-from .nn.embedding import QuantizedEmbedding
+from .nn.embedding import QuantizedEmbedding, embedding_of
 from .nn.linear import TernaryLinear
+from .pretrained import model_of
 from .progress import bar
 from .selection import SMALLEST_TABLE, choose, choose_tables, common_name, matrices_of, others, starred
 
@@ -133,17 +135,20 @@ class Summary:
         yield "whole model", "", "", _size(self.model_bytes_before), _size(self.model_bytes_after), ""
 
 
-def summary(model: nn.Module) -> Summary:
+def summary(model: nn.Module | str | Path) -> Summary:
     """Summarize a model: of a ternary one what it is, of any other also what ``patch`` would make of it.
 
     The latter takes as long as patching does. Weights may be on the meta device.
 
     Args:
-        model: a SentenceTransformer or any ``nn.Module``. It is not changed.
+        model: a SentenceTransformer or any ``nn.Module``, which is not changed; or the folder or name of a
+            SentenceTransformer.
 
     Raises:
-        TriternError: not a model.
+        TriternError: not a model, or no such model.
     """
+    if isinstance(model, (str, Path)):
+        model = model_of(model, "model")
     check_model(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     ternary = [(n, m) for n, m in model.named_modules() if isinstance(m, TernaryLinear)]
@@ -208,20 +213,25 @@ def _planned(model: nn.Module, dtype: torch.dtype, counted: bool) -> Summary | N
         zeros = _zeros_of(ternarize_weight(module.weight).codes()) if counted else None
         after = N * padded_k(K) // 4 + 4 * N
         layers.append(LayerSummary(name, (N, K), N * K * dtype.itemsize, after, zeros))
-    plain, bits = _summary(model, [], [], dtype), TernaryConfig().activation_bits
+    config = TernaryConfig()
+    rounded = embedding_of(config.embedding_bits)
+    tables = [_table(c.name, rounded.like(c.module)) for c in choose_tables(model) if not c.reason]
+    plain = _summary(model, [], tables, dtype)
     before, after = sum(la.bytes_before for la in layers), sum(la.bytes_after for la in layers)
+    saved = before - after + sum(t.bytes_before - t.bytes_after for t in tables)
     return replace(
         plain,
         layers=tuple(layers),
+        skipped_tables=tuple(s for s in plain.skipped_tables if s.reason != "named in skip"),
         skipped=tuple(s for s in plain.skipped if s.reason != "not patched"),
         linear_bytes_before=before,
         linear_bytes_after=after,
         model_bytes_before=plain.model_bytes_after,
-        model_bytes_after=plain.model_bytes_after - before + after,
+        model_bytes_after=plain.model_bytes_after - saved,
         bits_per_weight=_bits_per_weight(layers),
         zero_fraction=_zeros(layers),
         path=_path(model),
-        **_products((module, bits) for _, module in chosen),
+        **_products((module, config.activation_bits) for _, module in chosen),
     )
 
 

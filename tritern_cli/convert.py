@@ -115,7 +115,9 @@ def _save(model: SentenceTransformer, output: Path, format: str) -> None:
 
     if format == "gguf":
         output.parent.mkdir(parents=True, exist_ok=True)
-        tritern.export_gguf(model, output)
+        from tritern.formats.gguf import export_gguf
+
+        export_gguf(model, output)
         return
     if format == "dense":
         tritern.dequantize(model)

@@ -125,7 +125,7 @@ def distill(
         column=None if texts == "-" else column,
         limit=None if texts == "-" else limit,
         teacher=common.load(teacher, trust_remote_code=trust_remote_code) if teacher else None,
-        config=tritern.TernaryConfig(**{"embedding_bits": 8, **given}) if given else None,
+        config=tritern.TernaryConfig(**given) if given else None,
         prefixes=prefix or usual_prefixes(model),
         holdout=holdout,
         joined_ratio=joined_ratio,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
-from .device.ternarize import expand_kernel, ternarize_kernel
+from .device import ternarize as device
 from .formats import ATOM, BYTES_PER_ATOM, PackedTernary, check_shape, padded_k
 from .reference import RULES, Rule
+
+_expand_kernel: Any = device.expand_kernel  # Triton's types do not know of compile-time arguments
+_ternarize_kernel: Any = device.ternarize_kernel
 
 
 def ternarize(weight: Tensor, rule: Rule = "mse") -> PackedTernary:
@@ -35,7 +40,9 @@ def _launch(weight: Tensor, scale: Tensor, given: Tensor, rule: str) -> PackedTe
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     packed = torch.empty((N, padded_k(K) // ATOM * BYTES_PER_ATOM), dtype=torch.uint8, device=weight.device)
     with torch.cuda.device_of(weight):  # Triton launches on the current device
-        ternarize_kernel[(N,)](weight, packed, scale, given, K, weight.stride(0), packed.stride(0), RULE=rule)
+        _ternarize_kernel[(N,)](
+            weight, packed, scale, given, K, weight.stride(0), packed.stride(0), RULE=rule
+        )
     return PackedTernary(packed, scale, (N, K))
 
 
@@ -45,7 +52,7 @@ def expand(packed: Tensor, scale: Tensor, K: int, dtype: torch.dtype) -> Tensor:
     out = torch.empty((N, K), dtype=dtype, device=packed.device)
     atoms = min(16, triton.next_power_of_2(padded_k(K) // ATOM))
     with torch.cuda.device_of(packed):
-        expand_kernel[(N, triton.cdiv(padded_k(K) // ATOM, atoms))](
+        _expand_kernel[(N, triton.cdiv(padded_k(K) // ATOM, atoms))](
             packed, scale, out, K, packed.stride(0), ATOMS=atoms
         )
     return out

@@ -9,6 +9,7 @@ from sentence_transformers import SentenceTransformer
 
 import tritern
 from tritern import TernaryLinear, TriternError
+from tritern.adapters import lora
 
 TARGETS = {"target_modules": ["query", "value"], "r": 4}
 
@@ -37,7 +38,7 @@ def train(model, texts):
 def test_an_adapter_is_trained_saved_and_loaded(ternary, texts, tmp_path):
     before = ternary.encode(texts)
     codes = [m.weight.clone() for m in ternary.modules() if isinstance(m, TernaryLinear)]
-    ternary.add_adapter(tritern.lora(LoraConfig(**TARGETS)))
+    ternary.add_adapter(lora(LoraConfig(**TARGETS)))
     assert np.array_equal(ternary.encode(texts), before)  # it starts as zero
     trainable = [n for n, p in ternary.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * 2 * 2 and all("lora_" in n for n in trainable)
@@ -54,11 +55,11 @@ def test_an_adapter_is_trained_saved_and_loaded(ternary, texts, tmp_path):
 
     again = SentenceTransformer(str(tmp_path / "ternary"), device="cpu")
     assert np.array_equal(again.encode(texts), before)
-    again.load_adapter(path, peft_config=tritern.lora(LoraConfig.from_pretrained(path)))
+    again.load_adapter(path, peft_config=lora(LoraConfig.from_pretrained(path)))
     assert np.array_equal(again.encode(texts), after)
 
     again = SentenceTransformer(str(tmp_path / "ternary"), device="cpu")
-    config = tritern.lora(LoraConfig.from_pretrained(path))
+    config = lora(LoraConfig.from_pretrained(path))
     again[0].model = PeftModel.from_pretrained(again[0].model, path, config=config)
     assert np.array_equal(again.encode(texts), after)
     with pytest.raises(TriternError, match="cannot be merged into ternary weights"):
@@ -72,7 +73,7 @@ def test_an_adapter_is_trained_saved_and_loaded(ternary, texts, tmp_path):
 
 
 def test_summary_calls_adapters_by_their_name(ternary):
-    get_peft_model(ternary[0].model, tritern.lora(LoraConfig(**TARGETS)))
+    get_peft_model(ternary[0].model, lora(LoraConfig(**TARGETS)))
     summary = tritern.summary(ternary)
     assert len(summary.layers) == 12
     assert [s.reason for s in summary.skipped] == ["adapter"] * 8 + ["pooler"]
@@ -82,13 +83,13 @@ def test_summary_calls_adapters_by_their_name(ternary):
 def test_configurations_that_need_the_weights_are_refused(ternary):
     model = ternary[0].model
     with pytest.raises(TriternError, match="init_lora_weights must be True, .*; received 'pissa'"):
-        get_peft_model(model, tritern.lora(LoraConfig(**TARGETS, init_lora_weights="pissa")))
+        get_peft_model(model, lora(LoraConfig(**TARGETS, init_lora_weights="pissa")))
     with pytest.raises(TriternError, match="use_dora must be False"):
-        get_peft_model(model, tritern.lora(LoraConfig(**TARGETS, use_dora=True)))
+        get_peft_model(model, lora(LoraConfig(**TARGETS, use_dora=True)))
     with pytest.raises(TriternError, match="only plain LoRA works on ternary layers; .*ALora"):
-        get_peft_model(model, tritern.lora(LoraConfig(**TARGETS, alora_invocation_tokens=[1])))
+        get_peft_model(model, lora(LoraConfig(**TARGETS, alora_invocation_tokens=[1])))
     with pytest.raises(TriternError, match="config must be a peft.LoraConfig; received dict"):
-        tritern.lora({})
+        lora({})
 
 
 def test_a_model_that_carries_adapters_is_refused(tiny):
@@ -113,10 +114,10 @@ def test_adapters_of_a_model_that_no_folder_holds_are_not_saved(tiny, tiny_path,
     refused = pytest.raises(
         TriternError, match="made ternary in memory.*Save the ternary model first, load it"
     )
-    tritern.patch(tiny).add_adapter(tritern.lora(LoraConfig(**TARGETS)))
+    tritern.patch(tiny).add_adapter(lora(LoraConfig(**TARGETS)))
     loading = {"quantization_config": tritern.TernaryConfig()}
     loaded = SentenceTransformer(tiny_path, device="cpu", model_kwargs=loading)
-    peft_model = get_peft_model(loaded[0].model, tritern.lora(LoraConfig(**TARGETS)))
+    peft_model = get_peft_model(loaded[0].model, lora(LoraConfig(**TARGETS)))
     for model in (tiny, tiny[0].model, peft_model):
         with refused:
             model.save_pretrained(str(tmp_path / "adapter"))
@@ -124,7 +125,7 @@ def test_adapters_of_a_model_that_no_folder_holds_are_not_saved(tiny, tiny_path,
 
 
 def test_adapters_of_a_loaded_model_are_saved_by_peft_too(ternary, tmp_path):
-    model = get_peft_model(ternary[0].model, tritern.lora(LoraConfig(**TARGETS)))
+    model = get_peft_model(ternary[0].model, lora(LoraConfig(**TARGETS)))
     model.save_pretrained(str(tmp_path / "adapter"))
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(tmp_path / "ternary")
@@ -142,14 +143,14 @@ def wrapped(model, config):
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        (LoraConfig(target_modules=["query"]), r"model.add_adapter\(tritern.lora\(peft.LoraConfig"),
+        (LoraConfig(target_modules=["query"]), r"model.add_adapter\(tritern.adapters.lora\(peft.LoraConfig"),
         (LoHaConfig(target_modules=["query"]), "take LoRA adapters only"),
         (IA3Config(target_modules=["query"], feedforward_modules=[]), "take LoRA adapters only"),
         (LoraConfig(target_modules=["word_embeddings"]), "rounded tables take no adapters"),
-        (tritern.lora(LoraConfig(target_modules=["word_embeddings"])), "rounded tables take no adapters"),
+        (lora(LoraConfig(target_modules=["word_embeddings"])), "rounded tables take no adapters"),
         (LoraConfig(target_modules="all-linear"), "'all-linear' finds each nn.Linear and no ternary layer"),
         (
-            tritern.lora(LoraConfig(target_modules="all-linear")),
+            lora(LoraConfig(target_modules="all-linear")),
             "name the layers, such as target_modules=\\[",
         ),
     ],
@@ -160,7 +161,7 @@ def test_what_peft_refuses_names_the_way(tiny, texts, way, config, match):
     with pytest.raises(TriternError, match=match):
         way(model, config)
     assert np.array_equal(model.encode(texts), before)
-    model.add_adapter(tritern.lora(LoraConfig(**TARGETS)))  # as if nothing had been tried
+    model.add_adapter(lora(LoraConfig(**TARGETS)))  # as if nothing had been tried
 
 
 def test_other_models_take_every_adapter_and_error_of_peft(tiny):

@@ -23,9 +23,9 @@ from transformers import (
 )
 from transformers.integrations.bitnet import pack_weights
 
-import tritern
 from tests.conftest import WORDS
 from tritern import CheckpointError, TernaryLinear
+from tritern.formats.bitnet import from_bitnet
 from tritern.formats.bitnet_layers import METHOD, Header
 
 SIZES = dict(
@@ -109,13 +109,13 @@ def check(model, reference):
 
 def test_embedding_models_compute_the_formula(embedding):
     folder, reference = embedding
-    model = tritern.from_bitnet(folder, device="cpu", dtype=torch.float32)
+    model = from_bitnet(folder, device="cpu", dtype=torch.float32)
     assert isinstance(model, SentenceTransformer) and model.dtype == torch.float32
     check(model[0].model, reference)
 
 
 def test_embedding_models_pool_the_last_token_and_normalize(embedding):
-    model = tritern.from_bitnet(embedding[0], device="cpu", dtype=torch.float32)
+    model = from_bitnet(embedding[0], device="cpu", dtype=torch.float32)
     text = "bado kemi lu"
     ids = model.tokenizer(text, return_tensors="pt")
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_embedding_models_pool_the_last_token_and_normalize(embedding):
 
 
 def test_embedding_models_save_and_load(embedding, tmp_path, texts):
-    model = tritern.from_bitnet(str(embedding[0]), device="cpu")
+    model = from_bitnet(str(embedding[0]), device="cpu")
     assert model.dtype == torch.bfloat16
     vectors = model.encode(texts, convert_to_tensor=True)
     model.save_pretrained(str(tmp_path))
@@ -134,13 +134,11 @@ def test_embedding_models_save_and_load(embedding, tmp_path, texts):
     assert torch.equal(again.encode(texts, convert_to_tensor=True), vectors)
     norms = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["norms"]
     assert len(norms) == 14 and set(norms.values()) == {1e-3}
-    assert "imported by `tritern.from_bitnet`" in (tmp_path / "README.md").read_text()
+    assert "imported by `tritern.formats.bitnet.from_bitnet`" in (tmp_path / "README.md").read_text()
     # once more, from the folder's own modules.json
     for file in ("config.json", "model.safetensors"):
         shutil.copy(embedding[0] / file, tmp_path / file)
-    assert torch.equal(
-        tritern.from_bitnet(tmp_path, device="cpu").encode(texts, convert_to_tensor=True), vectors
-    )
+    assert torch.equal(from_bitnet(tmp_path, device="cpu").encode(texts, convert_to_tensor=True), vectors)
 
 
 FORMS = {
@@ -181,7 +179,7 @@ def generator(request, tmp_path_factory):
 
 
 def test_bitnet_format_computes_the_formula(generator):
-    model = tritern.from_bitnet(generator[0])
+    model = from_bitnet(generator[0])
     assert isinstance(model, BitNetForCausalLM) and type(model.lm_head) is nn.Linear
     check(model, generator[1])
 
@@ -193,12 +191,12 @@ def test_bitnet_format_computes_what_transformers_does(generator):
         expected = source(IDS)[0]
     assert any("BitLinear" in type(m).__name__ for m in source.modules())
     with torch.no_grad():
-        actual = tritern.from_bitnet(generator[0])(IDS)[0]
+        actual = from_bitnet(generator[0])(IDS)[0]
     assert nn.functional.cosine_similarity(actual, expected, dim=-1).min() > 0.999
 
 
 def test_bitnet_format_saves_and_loads(generator, tmp_path):
-    model = tritern.from_bitnet(generator[0])
+    model = from_bitnet(generator[0])
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
@@ -222,7 +220,7 @@ def change(folder, tensors=None, **settings):
 
 def refused(folder, match):
     with pytest.raises(CheckpointError, match=match):
-        tritern.from_bitnet(folder, device="cpu")
+        from_bitnet(folder, device="cpu")
 
 
 def test_a_full_precision_model_is_refused(embedding, tmp_path):
@@ -268,7 +266,7 @@ def test_other_formats_are_refused(generator, embedding, tmp_path, tiny_path):
     change(folder, quantization_config={"quant_method": "bitnet", "linear_class": "autobitlinear",
                                         "quantization_mode": "online"})  # fmt: skip
     refused(folder, "is U8 .*, online, it must be float")
-    tritern.from_bitnet(generator[0]).save_pretrained(tmp_path / "ternary")
+    from_bitnet(generator[0]).save_pretrained(tmp_path / "ternary")
     refused(tmp_path / "ternary", "quant_method is 'tritern'.* Load this folder with AutoModel")
     refused(tiny_path, "model_type 'bert'; a BitNet checkpoint has quant_method 'bitnet' or")
 
@@ -276,7 +274,7 @@ def test_other_formats_are_refused(generator, embedding, tmp_path, tiny_path):
 @pytest.mark.parametrize("generator", ["bitlinear"], indirect=True)
 def test_a_model_without_its_head(generator, tmp_path):
     folder = change(copy_of(generator[0], tmp_path), architectures=["BitNetModel"])
-    check(tritern.from_bitnet(folder, dtype=torch.float32), generator[1].model)
+    check(from_bitnet(folder, dtype=torch.float32), generator[1].model)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
@@ -293,7 +291,7 @@ sys.stdout.write(model.encode(sys.argv[2]).tobytes().hex())
 
 @pytest.mark.parametrize("embedding", ["qwen3"], indirect=True)
 def test_a_new_process_that_imports_tritern_loads_what_was_saved(embedding, tmp_path):
-    model = tritern.from_bitnet(embedding[0], device="cpu", dtype=torch.float32)
+    model = from_bitnet(embedding[0], device="cpu", dtype=torch.float32)
     model.save_pretrained(str(tmp_path))
     assert not any(METHOD in file.read_text() for file in tmp_path.rglob("*.json"))
     command = [sys.executable, "-c", LOAD, str(tmp_path), "bado kemi lu"]

@@ -16,6 +16,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 import tritern
 from tests.library.test_save_load import change_settings
 from tritern import CheckpointError, Int4Embedding, Int8Embedding, TernaryConfig, TernaryLinear, TriternError
+from tritern.adapters import lora
 from tritern.checkpoint.digest import MANIFEST
 from tritern.selection import choose_tables
 from tritern_kernels.embedding import quantize_table
@@ -142,9 +143,9 @@ def test_refusals(table):
         TernaryConfig(embedding_bits=5)
 
 
-def test_by_default_tables_stay(tiny, tmp_path):
+def test_with_16_bits_tables_stay(tiny, tmp_path):
     before = tiny.get_submodule(WORD_TABLE).weight
-    tritern.patch(tiny)
+    tritern.patch(tiny, embedding_bits=16)
     assert int8_names(tiny) == [] and tiny.get_submodule(WORD_TABLE).weight is before
     assert tritern.summary(tiny).tables == tritern.summary(tiny).skipped_tables == ()
     tiny.save_pretrained(str(tmp_path))
@@ -262,10 +263,13 @@ def test_tables_left_alone_and_why():
 def test_skip_and_refusals_come_before_any_change():
     model = tritern.patch(Model(), embedding_bits=8, skip=["other", "double"])
     assert int8_names(model) == []
-    assert type(tritern.patch(Model(), skip="other").inner) is TernaryLinear  # a table may be named at 16 too
+    named = tritern.patch(Model(), embedding_bits=16, skip="other")  # a table may be named at 16 too
+    assert type(named.inner) is TernaryLinear
+        type(tritern.patch(Model(), embedding_bits=16, skip="other").inner) is TernaryLinear
+    )  # a table may be named at 16 too
     model = Model()
     with pytest.raises(TriternError, match="double.weight is torch.float64; float32, float16 or bfloat16"):
-        tritern.patch(model, embedding_bits=8)
+        tritern.patch(model)  # 8 by default
     with torch.no_grad():
         model.other.weight[0, 0] = torch.nan
     with pytest.raises(TriternError, match="other.weight holds NaN.*name it in skip="):
@@ -351,7 +355,7 @@ class Tables(nn.Module):
 
 
 def test_changing_tables_changes_all_or_none():
-    model = tritern.patch(Tables())
+    model = tritern.patch(Tables(), embedding_bits=16)
     calls = []
     model.a.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
@@ -381,7 +385,7 @@ def test_a_rounded_table_alone_is_not_a_ternary_model():
 def test_tables_beneath_adapters_stay(tiny):
     peft = pytest.importorskip("peft", reason="needs peft")
     tritern.patch(tiny, embedding_bits=8)
-    tiny[0].auto_model.add_adapter(tritern.lora(peft.LoraConfig(target_modules=["query"])))
+    tiny[0].auto_model.add_adapter(lora(peft.LoraConfig(target_modules=["query"])))
     with pytest.raises(TriternError, match="carries PEFT adapters"):
         tritern.patch(tiny, embedding_bits=4)
 

@@ -12,6 +12,7 @@ from torch import nn
 import tritern
 from tests.conftest import TEXTS
 from tritern import TernaryLinear, TriternError
+from tritern.adapters import lora
 from tritern.nn.embedding import QuantizedEmbedding
 from tritern.nn.linear import RMSNorm
 
@@ -95,9 +96,7 @@ def test_the_card_names_the_class_that_loads_the_model(tiny_path):
 def test_a_model_with_adapters(tiny):
     peft = pytest.importorskip("peft")
     model = tritern.patch(tiny, activation_bits=16)
-    model.add_adapter(
-        tritern.lora(peft.LoraConfig(target_modules=["query"], init_lora_weights=False, lora_alpha=32))
-    )
+    model.add_adapter(lora(peft.LoraConfig(target_modules=["query"], init_lora_weights=False, lora_alpha=32)))
     vectors = model.encode(TEXTS)
     tritern.dequantize(model)
     assert type(model[0].model.encoder.layer[0].attention.self.query.base_layer) is nn.Linear

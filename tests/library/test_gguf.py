@@ -22,6 +22,7 @@ from transformers import (
 import tritern
 from tests.conftest import TEXTS, WORDS
 from tritern import Int4Embedding, Int8Embedding, TernaryLinear, TriternError
+from tritern.formats.gguf import export_gguf
 from tritern.nn.linear import RMSNorm
 
 gguf = pytest.importorskip("gguf")
@@ -141,47 +142,47 @@ def names_of(layers, part, start):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(tmp_path, dtype):
     model = tritern.patch(bert(tmp_path).to(dtype), embedding_bits=8, skip="*.layer.1.output.dense")
-    tritern.export_gguf(model, tmp_path / "model.gguf")
+    export_gguf(model, tmp_path / "model.gguf")
     equal_to(model, tmp_path / "model.gguf", names_of(BERT_LAYER, "encoder.layer", BERT_NAMES))
 
 
 def test_a_file_that_is_there_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     model, path = tritern.patch(bert(tmp_path)), tmp_path / "out" / "model.gguf"
-    tritern.export_gguf(model, path)
+    export_gguf(model, path)
     before = path.read_bytes()
     with monkeypatch.context() as patched:
         patched.setattr(gguf.GGUFWriter, "write_tensors_to_file", Mock(side_effect=OSError(28)))
         with pytest.raises(OSError, match="28"):
-            tritern.export_gguf(model, path)
+            export_gguf(model, path)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
     model[0].model.encoder.layer[0].output.dense.weight_scale.mul_(2)
-    tritern.export_gguf(model, path)
+    export_gguf(model, path)
     assert path.read_bytes() != before and list(path.parent.iterdir()) == [path]
     with pytest.raises(TriternError, match="path: the folder .*nowhere is not there: make it"):
-        tritern.export_gguf(model, tmp_path / "nowhere" / "model.gguf")
+        export_gguf(model, tmp_path / "nowhere" / "model.gguf")
     with pytest.raises(TriternError, match="path must be a file; .* is a folder"):
-        tritern.export_gguf(model, path.parent)
+        export_gguf(model, path.parent)
     assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("embedding_bits", [4, 8, 16])
 def test_bert_weights(tmp_path, embedding_bits):
     model = tritern.patch(bert(tmp_path), embedding_bits=embedding_bits)
-    tritern.export_gguf(model, tmp_path / "model.gguf")
+    export_gguf(model, tmp_path / "model.gguf")
     equal_to(model, tmp_path / "model.gguf", names_of(BERT_LAYER, "encoder.layer", BERT_NAMES))
 
 
 def test_odd_widths_become_f16(tmp_path):
     model = tritern.patch(bert(tmp_path, hidden_size=80), embedding_bits=8, skip="*.layer.1.output.dense")
     model[0].model.embeddings.word_embeddings = nn.Embedding(1100, 80)
-    tritern.export_gguf(model, tmp_path / "model.gguf")
+    export_gguf(model, tmp_path / "model.gguf")
     equal_to(model, tmp_path / "model.gguf", names_of(BERT_LAYER, "encoder.layer", BERT_NAMES))
 
 
 def test_bert_metadata(tmp_path):
     model = tritern.patch(bert(tmp_path, pooling="cls"))
-    tritern.export_gguf(model, str(tmp_path / "model.gguf"))
+    export_gguf(model, str(tmp_path / "model.gguf"))
     fields, _, _ = read(tmp_path / "model.gguf")
     expected = {
         "general.architecture": "bert", "bert.block_count": 2, "bert.context_length": 40,
@@ -242,7 +243,7 @@ def bert_graph(ids, fields, w):
 
 def test_a_bert_file_alone_gives_the_vectors(tmp_path):
     model = tritern.patch(bert(tmp_path), activation_bits=16)
-    tritern.export_gguf(model, tmp_path / "model.gguf")
+    export_gguf(model, tmp_path / "model.gguf")
     fields, tensors, _ = read(tmp_path / "model.gguf")
     for text in (f"{WORDS[3]} {WORDS[0]}{WORDS[1]}{WORDS[2]}, unknowable {WORDS[7].upper()}!", WORDS[4]):
         ids = wordpieces(text, fields)
@@ -255,7 +256,7 @@ def test_a_bert_file_alone_gives_the_vectors(tmp_path):
 def test_qwen3_weights_and_metadata(tmp_path):
     model = tritern.patch(qwen3(tmp_path))
     path = tmp_path / "model.gguf"
-    tritern.export_gguf(model, path)
+    export_gguf(model, path)
     start = {"embed_tokens": "token_embd", "norm": "output_norm"}
     equal_to(model, path, names_of(QWEN3_LAYER, "layers", start))
     fields, _, _ = read(path)
@@ -272,7 +273,7 @@ def test_qwen3_weights_and_metadata(tmp_path):
 def test_transformers_reads_a_qwen3_file(tmp_path, ends):
     model = tritern.patch(qwen3(tmp_path, ends), activation_bits=16)
     (tmp_path / "gguf").mkdir()
-    tritern.export_gguf(model, tmp_path / "gguf" / "model.gguf")
+    export_gguf(model, tmp_path / "gguf" / "model.gguf")
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32
     ).model.eval()
@@ -291,7 +292,7 @@ def test_minilm(minilm, tmp_path):
     """The real model: all weights, its size, and vectors from the file alone."""
     model = tritern.patch(minilm, activation_bits=16, embedding_bits=8)
     path = tmp_path / "minilm.gguf"
-    tritern.export_gguf(model, path)
+    export_gguf(model, path)
     assert path.stat().st_size < 19_000_000
     fields, tensors, _ = read(path)
     ids = wordpieces(TEXTS[0], fields)
@@ -302,7 +303,7 @@ def test_minilm(minilm, tmp_path):
 
 def refused(model, path, match):
     with pytest.raises(TriternError, match=match):
-        tritern.export_gguf(model, path)
+        export_gguf(model, path)
     assert not path.exists()
 
 
@@ -311,7 +312,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     model = bert(tmp_path)
     refused(model, path, r"no ternary layers: call tritern.patch\(model\) first")
     refused(model[0].model, path, "takes a SentenceTransformer.*received BertModel")
-    tritern.patch(model)
+    tritern.patch(model, embedding_bits=16)
     layer = model[0].model.encoder.layer[0].output.dense
     layer.weight_scale[3] = 1e6
     refused(
@@ -359,4 +360,4 @@ def test_another_tokenizer_is_refused(tmp_path):
 def test_the_missing_package_is_named(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ImportError, match=r"pip install 'tritern\[gguf\]'"):
-        tritern.export_gguf(tiny, tmp_path / "model.gguf")
+        export_gguf(tiny, tmp_path / "model.gguf")

@@ -156,9 +156,11 @@ def test_refusals_leave_the_model_as_it_was():
     unchanged_after(late, "blocks.1.down.weight holds NaN or infinity")
 
 
-@pytest.mark.parametrize(
-    "function", [tritern.patch, tritern.summary, tritern.dequantize, tritern.warmup, tritern.fuse]
-)
+NO_NAMES = [tritern.dequantize, tritern.warmup, tritern.fuse]
+NAMES = [tritern.patch, tritern.summary]
+
+
+@pytest.mark.parametrize("function", NO_NAMES)
 @pytest.mark.parametrize(
     ("model", "match"),
     [
@@ -170,6 +172,17 @@ def test_refusals_leave_the_model_as_it_was():
             Path("folder"),
             r"received the name 'folder': load it .*or tritern.load\('folder'\) if it is ternary",
         ),
+    ],
+)
+def test_functions_that_change_a_model_take_no_name(function, model, match):
+    with pytest.raises(TriternError, match=f"model must be a torch.nn.Module or a Sentence.*; {match}"):
+        function(model)
+
+
+@pytest.mark.parametrize("function", NAMES + NO_NAMES)
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
         (nn.Linear, "received the class Linear: make a model of it first"),
         ({"weight": torch.ones(2, 2)}, "received dict"),
         (None, "received NoneType"),
@@ -178,6 +191,21 @@ def test_refusals_leave_the_model_as_it_was():
 def test_what_is_no_model_is_refused(function, model, match):
     with pytest.raises(TriternError, match=f"model must be a torch.nn.Module or a Sentence.*; {match}"):
         function(model)
+
+
+def test_a_model_may_be_given_by_name(tiny, tiny_path, caplog):
+    planned = tritern.summary(tiny).planned
+    assert tritern.summary(tiny_path).planned == tritern.summary(str(tiny_path)).planned == planned
+    model = tritern.patch(tiny_path, activation_bits=16)
+    assert tritern.summary(model).layers == planned.layers
+    assert "a preview of size and speed, not a model to serve" in caplog.text
+    for function in NAMES:
+        with pytest.raises(TriternError, match="model: cannot load './nowhere'"):
+            function("./nowhere")
+        with pytest.raises(TriternError, match="did you mean 'minilm-l6-ternary'"):
+            function("minilm-l6-ternery")
+    with pytest.raises(TriternError, match="already ternary"):
+        tritern.patch("minilm-l6-ternary")
 
 
 def test_config_refusals():

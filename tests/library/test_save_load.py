@@ -181,7 +181,9 @@ def test_auto_model_loads_ternary_layers_and_casts(saved):
     as_bf16 = AutoModel.from_pretrained(saved[0], dtype=torch.bfloat16)
     layer = next(m for m in as_bf16.modules() if isinstance(m, TernaryLinear))
     assert layer.weight.dtype == torch.uint8 and layer.weight_scale.dtype == torch.float32
-    assert as_bf16.embeddings.word_embeddings.weight.dtype == torch.bfloat16
+    assert as_bf16.embeddings.position_embeddings.weight.dtype == torch.bfloat16
+    words = as_bf16.embeddings.word_embeddings
+    assert words.weight.dtype == torch.int8 and words(torch.tensor([1])).dtype == torch.bfloat16
 
 
 def test_dequantize_gives_plain_linears(saved):

@@ -67,7 +67,7 @@ def distill(
         output_dir: folder for the model and the checkpoints of the run.
         teacher: model with the same tokenizer, its name or folder, or the vectors of ``texts`` [len(texts),
             width]; by default the model itself, before training.
-        config: what becomes ternary and how; by default ``TernaryConfig(embedding_bits=8)``. A ternary model
+        config: what becomes ternary and how; by default ``TernaryConfig()``. A ternary model
             stays as it is.
         column, limit: of ``read_texts``, where ``texts`` is a source. ``limit`` takes the first ones.
         prefixes: put before the texts in turn; by default the model's own prompts, an empty one among them,
@@ -114,7 +114,7 @@ def distill(
         if further := is_ternary(model):
             settings = {"blend_ratio": 0.0, **settings}
         else:
-            config = config or TernaryConfig(embedding_bits=8)
+            config = config or TernaryConfig()
         args = _arguments(output_dir, settings, evaluator)
         checkpoint = _checkpoint(output_dir, resume)
         if prefixes is None:

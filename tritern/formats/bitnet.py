@@ -1,4 +1,4 @@
-"""``tritern.from_bitnet``: public BitNet checkpoints as ternary models."""
+"""``tritern.formats.bitnet.from_bitnet``: public BitNet checkpoints as ternary models."""
 
 from __future__ import annotations
 
@@ -138,8 +138,8 @@ tags: [sentence-transformers, tritern, ternary]
 
 # {Path(path).name}
 
-A BitNet b1.58 model, imported by `tritern.from_bitnet`: linear layers hold weights in {{-1, 0, +1}}, two
-bits each; activations are int8 per token.
+A BitNet b1.58 model, imported by `tritern.formats.bitnet.from_bitnet`.
+Linear layers hold weights in {{-1, 0, +1}}, two bits each; activations are int8 per token.
 
 ```python
 import tritern  # registers the format

@@ -1,4 +1,4 @@
-"""``tritern.export_gguf``: ternary models as files for llama.cpp."""
+"""``tritern.formats.gguf.export_gguf``: ternary models as files for llama.cpp."""
 
 from __future__ import annotations
 
