@@ -21,7 +21,7 @@ from .nn.embedding import embedding_of
 from .nn.linear import TernaryLinear
 from .nn.replace import put
 from .progress import bar
-from .selection import Choice, choose, choose_tables, common_name, matrices_of, others, starred
+from .selection import Selection, common_name, matrices_of, others, select_linears, select_tables, starred
 
 
 def convert(model: nn.Module, config: TernaryConfig, texts: Sequence[Any] | None = None) -> None:
@@ -38,21 +38,19 @@ def convert(model: nn.Module, config: TernaryConfig, texts: Sequence[Any] | None
     Warns:
         UserWarning: as ``patch``.
     """
-    chosen, tables = selected(model, config)
-    _warn_of_the_rest(model, chosen)
+    linears, tables = selected(model, config)
+    _warn_of_the_rest(model, linears)
 
-    first: dict[
-        int, str
-    ] = {}  # of several layers with the very same weight, the first is packed and the others share it
-    linears = [(c.names, first.setdefault(id(c.module.weight), c.name)) for c in chosen]
+    first: dict[int, str] = {}  # layers with the very same weight share what the first of them is packed to
+    sources = [(c.names, first.setdefault(id(c.module.weight), c.name)) for c in linears]
     table_names = [c.names for c in tables]
     fitted: dict[str, TernaryLinear] = {}
     if texts is not None:
-        own = [c.names for c in chosen if sum(c.module.weight is d.module.weight for d in chosen) == 1]
+        own = [c.names for c in linears if sum(c.module.weight is d.module.weight for d in linears) == 1]
         fitted = calibrate(model, own, table_names, texts, config)
-    del chosen, tables  # so that each full-precision weight is freed as soon as its layer is replaced
+    del linears, tables  # each full-precision weight is freed when its layer is replaced
 
-    for names, source in bar(linears, desc="Ternarizing", unit="layer", delay=2, leave=False):
+    for names, source in bar(sources, desc="Ternarizing", unit="layer", delay=2, leave=False):
         old = model.get_submodule(names[0])
         assert isinstance(old, nn.Linear)
         if names[0] in fitted:
@@ -72,7 +70,7 @@ def convert(model: nn.Module, config: TernaryConfig, texts: Sequence[Any] | None
         put(model, names, embedding_of(config.embedding_bits).from_embedding(table))
 
 
-def selected(model: nn.Module, config: TernaryConfig) -> tuple[list[Choice], list[Choice]]:
+def selected(model: nn.Module, config: TernaryConfig) -> tuple[list[Selection], list[Selection]]:
     """The linear layers and the embedding tables to convert, after every check that can be made beforehand.
 
     Raises:
@@ -82,16 +80,16 @@ def selected(model: nn.Module, config: TernaryConfig) -> tuple[list[Choice], lis
         raise TriternError(
             "a bare nn.Linear cannot be replaced in place; use tritern.TernaryLinear.from_linear(layer)"
         )
-    linears = list(choose(model, config.skip))
-    tables = list(choose_tables(model, config.skip))
+    linears = list(select_linears(model, config.skip))
+    tables = list(select_tables(model, config.skip))
     _check(model, config, linears, tables)
-    chosen, chosen_tables = ([c for c in kind if not c.reason] for kind in (linears, tables))
-    return chosen, [] if config.embedding_bits == 16 else chosen_tables
+    linears, tables = ([c for c in kind if not c.reason] for kind in (linears, tables))
+    return linears, [] if config.embedding_bits == 16 else tables
 
 
-def _warn_of_the_rest(model: nn.Module, chosen: list[Choice]) -> None:
+def _warn_of_the_rest(model: nn.Module, linears: list[Selection]) -> None:
     """Say so if the layers that become ternary are the smaller part of a model's matrices."""
-    ternary = sum({id(w): w.numel() for c in chosen if isinstance(w := c.module.weight, Tensor)}.values())
+    ternary = sum({id(w): w.numel() for c in linears if isinstance(w := c.module.weight, Tensor)}.values())
     matrices = [c for c in others(model) if not isinstance(c.module, nn.EmbeddingBag)]  # that is a table
     sizes = [sum(p.numel() for p in matrices_of(c.module).values()) for c in matrices]
     if sum(sizes) > ternary:
@@ -107,7 +105,9 @@ def _warn_of_the_rest(model: nn.Module, chosen: list[Choice]) -> None:
         )
 
 
-def _check(model: nn.Module, config: TernaryConfig, linears: list[Choice], tables: list[Choice]) -> None:
+def _check(
+    model: nn.Module, config: TernaryConfig, linears: list[Selection], tables: list[Selection]
+) -> None:
     """Everything that can be wrong, before anything is changed."""
     method = _foreign_quantization(model)
     if method:
@@ -171,7 +171,7 @@ def refuse_adapters(model: nn.Module) -> None:
         )
 
 
-def _reasons(choices: list[Choice]) -> str:
+def _reasons(choices: list[Selection]) -> str:
     """Why layers are left, for the first five kinds of them."""
     groups: dict[tuple[str, str], list[str]] = {}
     for c in choices:

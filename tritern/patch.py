@@ -1,4 +1,4 @@
-"""``tritern.patch``: choose a model's linear layers and replace them by ternary ones, in place."""
+"""``tritern.patch``: select a model's linear layers and replace them by ternary ones, in place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,10 +24,7 @@ from .nn.embedding import QuantizedEmbedding, embedding_of
 from .nn.linear import TernaryLinear
 from .nn.replace import is_ternary, put
 from .pretrained import model_of
-from .selection import choose_tables
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+from .selection import select_tables
 
 Model = TypeVar("Model", bound=nn.Module)
 _logger = logging.getLogger(__name__)
@@ -40,12 +37,8 @@ PREVIEW = (
 """What the log says of such a model."""
 
 
-@overload
-def patch(model: str | Path, config: TernaryConfig | None = None, **settings: Any) -> SentenceTransformer: ...
-@overload
-def patch(model: Model, config: TernaryConfig | None = None, **settings: Any) -> Model: ...
 def patch(
-    model: Any,
+    model: Model | str | Path,
     config: TernaryConfig | None = None,
     *,
     skip: Iterable[str] | None = None,
@@ -54,7 +47,7 @@ def patch(
     embedding_bits: int | None = None,
     calibration_texts: Iterable[Any] | None = None,
     fuse: bool = True,
-) -> Any:
+) -> Model:
     """Make a model's linear layers ternary, in place, and return the model.
 
     Without ``calibration_texts`` the result is a preview of size and speed, not a model to serve: it loses
@@ -105,7 +98,7 @@ def patch(
         UserWarning: most of the model's matrix weights are no ``nn.Linear``, as in mixtures of experts.
     """
     if isinstance(model, (str, Path)):
-        model = model_of(model, "model")
+        model = cast(Model, model_of(model, "model"))
     check_model(model)
     fuse = true_or_false(fuse, "fuse")
     if config is not None and not isinstance(config, TernaryConfig):
@@ -138,7 +131,7 @@ def _with_tables(model: Model, wanted: int) -> Model:
             found.setdefault(id(module), (module, []))[1].append(name)
     if not found and wanted != 16:
         skipped = _skipped_tables(model)
-        plain = (c for c in choose_tables(model) if not c.reason and id(c.module) not in skipped)
+        plain = (c for c in select_tables(model) if not c.reason and id(c.module) not in skipped)
         found = {id(c.module): (c.module, list(c.names)) for c in plain}
         if not found:
             raise TriternError("the model has no embedding table to round; tritern.summary(model) says why")
@@ -166,6 +159,6 @@ def _skipped_tables(model: nn.Module) -> set[int]:
         id(c.module)
         for part in model.modules()
         if isinstance(part, PreTrainedModel) and is_ternary(part)
-        for c in choose_tables(part, tuple(settings_of(part).skip))
+        for c in select_tables(part, tuple(settings_of(part).skip))
         if c.reason.startswith("skip=")
     }

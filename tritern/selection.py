@@ -46,7 +46,7 @@ are worth little.
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """What happens to one layer or table: ``reason`` says why it is skipped, or is empty."""
 
     names: tuple[str, ...]
@@ -59,16 +59,16 @@ class Choice:
         return self.names[0]
 
 
-def choose(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[Choice]:
+def select_linears(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[Selection]:
     """Every ``nn.Linear`` (or subclass) of a model with the decision on it. Weights may be on the meta
     device.
     """
     context = _Context(model, skip)
     for names, module in _named(context.modules, nn.Linear):
-        yield Choice(names, module, _linear_reason(names, module, context))
+        yield Selection(names, module, _linear_reason(names, module, context))
 
 
-def choose_tables(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[Choice]:
+def select_tables(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[Selection]:
     """Every ``nn.Embedding`` (or subclass) of a model with the decision on it."""
     context = _Context(model, skip)
     for names, module in _named(context.modules, nn.Embedding):
@@ -80,10 +80,10 @@ def choose_tables(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[Choi
         reason = reason or context.shared(module)  # transformers ties parameters only, not buffers
         if module.max_norm is not None:
             reason = reason or "max_norm is set"
-        yield Choice(names, module, reason or context.saved_elsewhere(names, module))
+        yield Selection(names, module, reason or context.saved_elsewhere(names, module))
 
 
-def others(model: nn.Module) -> Iterator[Choice]:
+def others(model: nn.Module) -> Iterator[Selection]:
     """Every module with a floating-point matrix of its own that is no linear layer, embedding table or norm:
     ``Conv1D`` of GPT-2, fused experts, attention with ``in_proj_weight``, convolutions and whatever is new.
     """
@@ -94,7 +94,7 @@ def others(model: nn.Module) -> Iterator[Choice]:
         matrices = matrices_of(module)
         if matrices and not kind.__module__.startswith("tritern."):
             shapes = ", ".join(f"{n} {' x '.join(map(str, p.shape))}" for n, p in matrices.items())
-            yield Choice(names, module, f"not a linear layer: {kind.__name__} ({shapes})")
+            yield Selection(names, module, f"not a linear layer: {kind.__name__} ({shapes})")
 
 
 def matrices_of(module: nn.Module) -> dict[str, nn.Parameter]:

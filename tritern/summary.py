@@ -22,7 +22,15 @@ from .nn.embedding import QuantizedEmbedding, embedding_of
 from .nn.linear import TernaryLinear
 from .pretrained import model_of
 from .progress import bar
-from .selection import SMALLEST_TABLE, choose, choose_tables, common_name, matrices_of, others, starred
+from .selection import (
+    SMALLEST_TABLE,
+    common_name,
+    matrices_of,
+    others,
+    select_linears,
+    select_tables,
+    starred,
+)
 
 
 @dataclass(frozen=True)
@@ -175,12 +183,12 @@ def _summary(
         SkippedLayer(
             c.name, c.reason or ("named in skip" if layers else "not patched"), _bytes([c.module.weight])
         )
-        for c in choose(model)
+        for c in select_linears(model)
     ]
     skipped += [SkippedLayer(c.name, c.reason, _bytes(matrices_of(c.module).values())) for c in others(model)]
     skipped_tables = [  # a table that could be rounded is worth a line only beside one that is
         SkippedLayer(c.name, c.reason or "named in skip", _bytes([c.module.weight]))
-        for c in choose_tables(model)
+        for c in select_tables(model)
         if isinstance(c.module, nn.Embedding) and c.module.num_embeddings >= SMALLEST_TABLE
         if c.reason or tables
     ]
@@ -204,18 +212,19 @@ def _summary(
 
 def _planned(model: nn.Module, dtype: torch.dtype, counted: bool) -> Summary | None:
     """What ``patch`` would make of a model; ``counted``: with shares of zeros."""
-    chosen = _first((c.name, c.module) for c in choose(model) if not c.reason)
-    if not chosen:
+    linears = _first((c.name, c.module) for c in select_linears(model) if not c.reason)
+    if not linears:
         return None
     layers = []
-    for name, module in bar(chosen, desc="Ternarizing", unit="layer", delay=2, leave=False):
+    for name, module in bar(linears, desc="Ternarizing", unit="layer", delay=2, leave=False):
         N, K = module.weight.shape
         zeros = _zeros_of(ternarize_weight(module.weight).codes()) if counted else None
         after = N * padded_k(K) // 4 + 4 * N
         layers.append(LayerSummary(name, (N, K), N * K * dtype.itemsize, after, zeros))
     config = TernaryConfig()
     rounded = embedding_of(config.embedding_bits)
-    tables = [_table(c.name, rounded.like(c.module)) for c in choose_tables(model) if not c.reason]
+    found: list[tuple[str, Any]] = [(c.name, c.module) for c in select_tables(model) if not c.reason]
+    tables = [_table(name, rounded.like(table)) for name, table in found]
     plain = _summary(model, [], tables, dtype)
     before, after = sum(la.bytes_before for la in layers), sum(la.bytes_after for la in layers)
     saved = before - after + sum(t.bytes_before - t.bytes_after for t in tables)
@@ -231,7 +240,7 @@ def _planned(model: nn.Module, dtype: torch.dtype, counted: bool) -> Summary | N
         bits_per_weight=_bits_per_weight(layers),
         zero_fraction=_zeros(layers),
         path=_path(model),
-        **_products((module, config.activation_bits) for _, module in chosen),
+        **_products((module, config.activation_bits) for _, module in linears),
     )
 
 

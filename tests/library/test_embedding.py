@@ -18,7 +18,7 @@ from tests.library.test_save_load import change_settings
 from tritern import CheckpointError, Int4Embedding, Int8Embedding, TernaryConfig, TernaryLinear, TriternError
 from tritern.adapters import lora
 from tritern.checkpoint.digest import MANIFEST
-from tritern.selection import choose_tables
+from tritern.selection import select_tables
 from tritern_kernels.embedding import quantize_table
 from tritern_kernels.reference import quantize_activations
 
@@ -286,7 +286,7 @@ def test_t5s_shared_table_stays_and_loads(tmp_path):
 
 def test_word_embeddings_of_sentence_transformers_stay():
     words = WordEmbeddings(WhitespaceTokenizer([str(i) for i in range(2000)]), torch.ones(2000, 8))
-    (choice,) = choose_tables(SentenceTransformer(modules=[words], device="cpu"))
+    (choice,) = select_tables(SentenceTransformer(modules=[words], device="cpu"))
     assert choice.reason == "sentence-transformers WordEmbeddings"
 
 
@@ -471,7 +471,7 @@ def test_tables_that_do_something_else_stay(kind, tmp_path):
     table = kind(2000, 8, 0, embed_scale=2.0)
     with pytest.raises(TriternError, match=f"a {kind.__name__} cannot be made int8: only nn.Embedding and"):
         Int8Embedding.from_embedding(table)
-    (choice,) = choose_tables(nn.Sequential(table))
+    (choice,) = select_tables(nn.Sequential(table))
     assert choice.reason == f"subclass of nn.Embedding: {kind.__name__}"
 
 

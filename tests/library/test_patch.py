@@ -1,4 +1,5 @@
 import copy
+import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -358,3 +359,17 @@ def test_deepcopy_of_a_patched_model_is_independent(minilm, texts):
     vectors = minilm.encode(texts)
     next(m for m in minilm.modules() if isinstance(m, TernaryLinear)).weight.zero_()
     assert (twin.encode(texts) == vectors).all() and not (minilm.encode(texts) == vectors).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "home"),
+    [
+        ("from_bitnet", "tritern.formats.bitnet"),
+        ("export_gguf", "tritern.formats.gguf"),
+        ("lora", "tritern.adapters"),
+    ],
+)
+def test_old_names_of_functions_say_where_they_are(name, home):
+    with pytest.warns(FutureWarning, match=f"tritern.{name} will be gone.*from {home} import {name}"):
+        found = getattr(tritern, name)
+    assert found is getattr(importlib.import_module(home), name) and name not in dir(tritern)

@@ -22,7 +22,7 @@ from ..formats.dequantize import dequantize
 from ..nn.embedding import QuantizedEmbedding, embedding_of, multiplied, multiplier
 from ..nn.linear import TernaryLinear, autocast
 from ..nn.replace import put
-from ..selection import choose, choose_tables
+from ..selection import select_linears, select_tables
 
 SMALLEST_SCALE = 1e-8
 """Scales are kept at or above this while they are learned."""
@@ -270,7 +270,7 @@ def reopen(model: nn.Module, latent: float) -> tuple[TernaryConfig, dict[str, Te
     plain = [model.get_submodule(name) for name in layers]
     for weight in {id(m.weight): m.weight for m in plain if isinstance(m, nn.Linear)}.values():
         weight.data.mul_(latent)
-    found = [c for c in (*choose(model), *(choose_tables(model) if tables else ())) if not c.reason]
+    found = [c for c in (*select_linears(model), *(select_tables(model) if tables else ())) if not c.reason]
     if missing := names.difference(*(c.names for c in found)):
         raise TriternError(f"{sorted(missing)[0]} is ternary, and tritern.patch would not make it so again")
     return TernaryConfig(

@@ -10,11 +10,11 @@ from transformers import DebertaConfig, DebertaModel, WavLMConfig, WavLMModel
 
 import tritern
 from tritern import TriternError
-from tritern.selection import choose, common_name, starred
+from tritern.selection import common_name, select_linears, starred
 
 
 def reasons(model):
-    return {starred(c.name): c.reason for c in choose(model)}
+    return {starred(c.name): c.reason for c in select_linears(model)}
 
 
 class Experts(nn.Module):
