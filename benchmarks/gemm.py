@@ -25,6 +25,8 @@ shared memory and instructions.
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -43,9 +45,7 @@ from torch.nn.functional import pad
 
 from tritern_kernels import (
     PackedTernary,
-    compile_check,
-    config,
-    gemm,
+    cuda,
     linear,
     padded_k,
     quantize_activations,
@@ -53,6 +53,7 @@ from tritern_kernels import (
     tables,
     tune,
 )
+from tritern_kernels.config import KernelConfig, Mode
 from tritern_kernels.formats import to_packed_order
 from tritern_kernels.launch import INTERPRETED
 
@@ -65,14 +66,15 @@ QUICK = (
     *("16x3072x768", "128x768x768"),  # bound by launches
 )
 BASELINES = ("F.linear bf16", "F.linear fp16")
+COMPILE_CHECK = Path(__file__).parents[1] / "tests" / "kernels" / "compile_check.py"
 
 
 # ---------------------------------------------------------------- contestants
 
 
-def _config(mode: config.Mode, case: Case) -> config.KernelConfig:
+def _config(mode: Mode, case: Case) -> KernelConfig:
     p = torch.cuda.get_device_properties(case.x.device)
-    return tables.choose(mode, *case.shape, False, p.name, 10 * p.major + p.minor, p.multi_processor_count)
+    return tables.choose(mode, *case.shape, p.name, 10 * p.major + p.minor, p.multi_processor_count)
 
 
 def tritern_linear(case: Case, bits: int) -> Entry:
@@ -92,7 +94,7 @@ def tritern_gemm(case: Case) -> Entry:
     config, (x_q, scale_x) = _config("int8", case), quantize_activations(case.x)
 
     def call(weights: tuple[Tensor, Tensor]) -> Tensor:
-        return gemm.gemm_int8(x_q, scale_x, *weights, None, config, torch.bfloat16)
+        return cuda.gemm_int8(x_q, scale_x, *weights, None, config, torch.bfloat16)
 
     weights = (case.weight.packed, case.weight.scale)
     return Entry(
@@ -268,12 +270,9 @@ def race(shapes: list[cases.Shape], options: argparse.Namespace) -> int:
 def compile_only(options: argparse.Namespace) -> int:
     """Registers, shared memory and instructions, which need no GPU; 1 when a row has a problem."""
     print("No CUDA GPU, so no timings and no plot. The compiled kernel configurations:", flush=True)
-    rows = compile_check.check_all((90,) if options.quick else compile_check.CAPABILITIES)
-    bad = [r for r in rows if r.problem]
-    print(f"{compile_check.table(rows)}\n{len(rows)} kernels compiled, {len(bad)} with a problem")
-    if options.json:
-        report.write_json(options.json, report.environment() | {"rows": [asdict(r) for r in rows]})
-    return 1 if bad else 0
+    command = [sys.executable, str(COMPILE_CHECK), *(("--capability", "90") if options.quick else ())]
+    command += ["--json", str(options.json)] if options.json else []
+    return subprocess.run(command, check=False).returncode
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -63,20 +63,20 @@ if command -v compute-sanitizer >/dev/null; then
     unset PYTORCH_NO_CUDA_MEMORY_CACHING
 fi
 
-part attention 22 "$PYTHON" benchmarks/attention.py --seconds 12 --json "$OUT/attention.json"
-part encode 65 "$PYTHON" benchmarks/encode.py --seconds 0.3 --minutes 0.7 --json "$OUT/encode.json"
+part attention 22 "$PYTHON" benchmarks/ops/attention.py --seconds 12 --json "$OUT/attention.json"
+part encode 65 "$PYTHON" benchmarks/models/encode.py --seconds 0.3 --minutes 0.7 --json "$OUT/encode.json"
 if "$PYTHON" -c "import faiss" >/dev/null 2>&1; then
-    part search 48 "$PYTHON" benchmarks/embed_search.py --minutes 0.5 --repeat 3 --parts throughput latency \
+    part search 48 "$PYTHON" benchmarks/search/embed_search.py --minutes 0.5 --repeat 3 --parts throughput latency \
         --arms fp16 "ternary int8" --ternary minilm-l6-ternary=tritern/models/minilm-l6-ternary \
         --json "$OUT/search.json" ${TRITERN_DATA:+--data "$TRITERN_DATA"}
 else
     fail search 127 "faiss is not installed for $PYTHON: pip install faiss-gpu, or faiss-cpu"
 fi
-part models 50 "$PYTHON" benchmarks/encode_gpu.py --kinds eager graph --seconds 25 --json "$OUT/models.json"
+part models 50 "$PYTHON" benchmarks/models/encode_gpu.py --kinds eager graph --seconds 25 --json "$OUT/models.json"
 texts=$(mktemp --suffix=.txt)
 trap 'rm -f "$texts"' EXIT
-"$PYTHON" -c "import encode; print(*encode.texts_for(encode.arguments().parse_args([]), 1024), sep='\n')" >"$texts"
-stage train 80 "$PYTHON" benchmarks/train.py --texts "$texts" --steps 8 --json "$OUT/train.json"
+"$PYTHON" -c "from models import encode; print(*encode.texts_for(encode.arguments().parse_args([]), 1024), sep='\n')" >"$texts"
+stage train 80 "$PYTHON" benchmarks/models/train.py --texts "$texts" --steps 8 --json "$OUT/train.json"
 part gemm 120 "$PYTHON" benchmarks/gemm.py --quick --json "$OUT/gemm.json"
 
 echo

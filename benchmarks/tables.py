@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import report
-import search_report
 from cases import Errors, Roofs, Row, Times, Tolerance
+from search import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -54,7 +54,7 @@ SMALLER = (("minilm", 7.9, 3.5), ("bge-base", 7.9, 4.5))
 def weigh() -> dict[str, Any]:
     """Bytes of models in 16 bits and ternary with int8 embeddings; biases do not count as linears."""
     import torch
-    from encode_gpu import build
+    from models.encode_gpu import build
 
     import tritern
 
@@ -258,8 +258,8 @@ def search(file: str) -> str:
     """Search with the shipped model and the original, by ``embed_search.py`` or by ``ann.py``."""
     found, arm = load(file), f"{SHIPPED} int8"
     if "quality" in found:
-        return search_report.means_table(found["quality"], arm) + "\n"
-    return search_report.paper_table(found["rows"], arm) + "\n"
+        return markdown.means_table(found["quality"], arm) + "\n"
+    return markdown.paper_table(found["rows"], arm) + "\n"
 
 
 def encoding() -> str:

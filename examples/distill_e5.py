@@ -37,7 +37,7 @@ Further options are those of `tritern distill` (--help lists them: --steps --lim
 --skip ...) and of tritern.distillation.TernaryDistillationArguments, which are all of
 transformers.TrainingArguments and more (--help-all: --learning_rate --eval_strategy --report_to ...).
 
-Afterwards: python benchmarks/quality.py --data DIR --model MODEL --ternary distilled=OUTPUT"""
+Afterwards: python benchmarks/quality/scores.py --data DIR --model MODEL --ternary distilled=OUTPUT"""
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ WRONG = [
     ("```text\n2\n```", AssertionError, "without a block"),
     ("```bash\nfalse\n```", AssertionError, "1"),
     ("```console\n$ echo 1\n2\n```", AssertionError, "1"),
-    ("<!-- not run: slow -->\n```bash\npython benchmarks/encode.py --no-such\n```", SystemExit, "2"),
+    ("<!-- not run: slow -->\n```bash\npython benchmarks/models/encode.py --no-such\n```", SystemExit, "2"),
     ("    python examples/distill_e5.py --texts a --output b --no_such 3", ValueError, "no_such"),
     ("<!-- not run: slow -->\n```bash\npython benchmarks/no_such.py\n```", FileNotFoundError, "no_such"),
     ("<!-- not run: slow -->\n```bash\nmake nothing\n```", AssertionError, "nothing"),
@@ -93,7 +93,7 @@ $ echo 3.5 ms   1
 <!-- not run: slow -->
 ```bash
 OUT=results bash benchmarks/gpu_round.sh
-python benchmarks/encode.py --quick   # with a comment
+python benchmarks/models/encode.py --quick   # with a comment
 torchrun --nproc-per-node 4 examples/distill_e5.py --texts a.txt --output b --bf16 --max_steps 3
 ```
 """

@@ -20,8 +20,7 @@ from tritern.pretrained import model_of, resolve, shipped
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import eval_sets  # noqa: E402
-import release  # noqa: E402
+from quality import eval_sets, release
 
 from .cli import answer, error  # noqa: E402
 

@@ -13,15 +13,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import ann  # noqa: E402
-import embed_search  # noqa: E402
-import eval_sets  # noqa: E402
-import search_report  # noqa: E402
-import search_sets  # noqa: E402
-import search_speed  # noqa: E402
-from search_sets import SearchSet  # noqa: E402
+from quality import eval_sets
+from search import ann, embed_search, inputs, markdown, speed
+from search.inputs import SearchSet
 
-from .test_quality import TEXTS, WORDS, retrieval  # noqa: E402
+from .test_quality import TEXTS, WORDS, retrieval
 
 pytest.importorskip("faiss", reason="search needs faiss")
 
@@ -38,22 +34,21 @@ def one():
 def test_measures_by_hand(one):
     found = np.array([[0, 1, -1], [2, 1, 0]])
     first = (3 / log2(3)) / (3 + 1 / log2(3))
-    assert search_sets.ndcg(found, one) == pytest.approx((first + 1) / 2)
-    assert search_sets.precision(found, one) == pytest.approx((1 / 3 + 1 / 3) / 2)
-    assert search_sets.best_precision(one) == pytest.approx((0.2 + 0.1) / 2)
-    assert np.isnan(search_sets.ndcg(found, SearchSet("none", ["q"], ["a"])))
-    assert search_sets.overlap(found, np.array([[1, 2, 0], [2, 1, 0]]), 2) == pytest.approx((0.5 + 1) / 2)
-    assert search_sets.overlap(found, np.array([[1, 0, -1], [-1, -1, -1]]), 3) == pytest.approx(0.5)
+    assert inputs.ndcg(found, one) == pytest.approx((first + 1) / 2)
+    assert inputs.precision(found, one) == pytest.approx((1 / 3 + 1 / 3) / 2)
+    assert inputs.best_precision(one) == pytest.approx((0.2 + 0.1) / 2)
+    assert np.isnan(inputs.ndcg(found, SearchSet("none", ["q"], ["a"])))
+    assert inputs.overlap(found, np.array([[1, 2, 0], [2, 1, 0]]), 2) == pytest.approx((0.5 + 1) / 2)
+    assert inputs.overlap(found, np.array([[1, 0, -1], [-1, -1, -1]]), 3) == pytest.approx(0.5)
 
 
 def test_losses_by_model_and_index_add_up(one):
     teacher, exact, near = (np.array([row] * 2) for row in ([1, 2, 0], [2, 1, 0], [0, 1, 2]))
     found = embed_search.measures(near, near, exact, teacher, one)
-    lost = 100 * search_sets.ndcg(teacher, one) - found["ndcg10"]
+    lost = 100 * inputs.ndcg(teacher, one) - found["ndcg10"]
     assert found["loss_by_model"] + found["loss_by_index"] == pytest.approx(lost)
-    assert found["loss_by_model"] == pytest.approx(
-        100 * (search_sets.ndcg(teacher, one) - search_sets.ndcg(exact, one))
-    )
+    by_model = inputs.ndcg(teacher, one) - inputs.ndcg(exact, one)
+    assert found["loss_by_model"] == pytest.approx(100 * by_model)
 
 
 def test_exact_search_has_the_ndcg_of_the_quality_benchmark(tmp_path):
@@ -69,42 +64,42 @@ def test_exact_search_has_the_ndcg_of_the_quality_benchmark(tmp_path):
         def encode(self, texts, kind="", **_):
             return np.stack([vectors[t] for t in texts])
 
-    loaded = search_sets.load_set(tmp_path, "scifact")
+    loaded = inputs.load_set(tmp_path, "scifact")
     scores = Vectors().encode(loaded.queries) @ Vectors().encode(loaded.documents).T
     (wanted,), _ = eval_sets.load(tmp_path, ["scifact"])
-    assert search_sets.ndcg(np.argsort(-scores), loaded) == pytest.approx(wanted.score(Vectors()))
+    assert inputs.ndcg(np.argsort(-scores), loaded) == pytest.approx(wanted.score(Vectors()))
 
 
 def test_documents_without_text_are_left_out_and_still_wanted(tmp_path):
     retrieval(
         tmp_path / "retrieval/scifact", {"q": "ask"}, {"d": "", "e": "other"}, [("q", "d", 1), ("q", "e", 1)]
     )
-    loaded = search_sets.load_set(tmp_path, "scifact")
+    loaded = inputs.load_set(tmp_path, "scifact")
     assert loaded.documents == ["other"]
-    assert search_sets.ndcg(np.array([[0]]), loaded) == pytest.approx(1 / (1 + 1 / log2(3)))
+    assert inputs.ndcg(np.array([[0]]), loaded) == pytest.approx(1 / (1 + 1 / log2(3)))
 
 
 def test_a_shortened_set_keeps_judged_documents(one):
-    short = search_sets.shortened(one, 2)
+    short = inputs.shortened(one, 2)
     assert short.documents == ["b", "c"] and short.queries == ["q", "r"]
     assert short.grades is not None and short.grades.tolist() == [[3, 1], [0, 2]]
-    assert search_sets.shortened(one, 3) is one
+    assert inputs.shortened(one, 3) is one
 
 
 def test_varied_texts_are_different_and_come_one_by_one():
-    texts = list(search_sets.varied(["a", "b", "c"], 100))
+    texts = list(inputs.varied(["a", "b", "c"], 100))
     assert texts[:3] == ["a", "b", "c"] and len(set(texts)) == 100
     assert all(any(t in text for t in "abc") for text in texts)
-    assert len(list(islice(search_sets.varied(["a"], 10**15), 5))) == 5
+    assert len(list(islice(inputs.varied(["a"], 10**15), 5))) == 5
 
 
 def test_arms(tmp_path):
     options = argparse.Namespace(arms=None, device="cpu", ternary=[("x", "folder")], model="m")
-    assert [a.label for a in search_sets.choose_arms(options, tmp_path)] == ["fp32", "x 16-bit", "x int8"]
+    assert [a.label for a in inputs.choose_arms(options, tmp_path)] == ["fp32", "x 16-bit", "x int8"]
     options = argparse.Namespace(
         arms=["fp16", "ternary int8"], device="cpu", ternary=[("x", "f"), ("y", "g")], model="m"
     )
-    arms = search_sets.choose_arms(options, tmp_path)
+    arms = inputs.choose_arms(options, tmp_path)
     assert [(a.label, a.folder) for a in arms] == [
         ("fp32", ""),
         ("fp16", ""),
@@ -113,17 +108,17 @@ def test_arms(tmp_path):
     ]
     options.ternary *= 2
     with pytest.raises(ValueError, match="same NAME"):
-        search_sets.choose_arms(options, tmp_path)
+        inputs.choose_arms(options, tmp_path)
 
 
 def test_agreement():
     vectors = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    same = search_speed.agreement(vectors, 2 * vectors)  # lengths are no difference
+    same = speed.agreement(vectors, 2 * vectors)  # lengths are no difference
     assert same["same_top10"] == 1 and same["smallest_cosine"] == pytest.approx(1)
     other = vectors.copy()
     other[3] = -other[3]
-    found = search_speed.agreement(vectors, other)
+    found = speed.agreement(vectors, other)
     assert found["smallest_cosine"] == pytest.approx(-1) and found["same_top10"] < 1
     assert found["largest_difference"] == pytest.approx(2 * np.abs(vectors[3]).max())
 
@@ -269,11 +264,11 @@ def test_the_experiment_runs_whole(data, tiny_path, tmp_path, monkeypatch, capsy
 
 
 def test_tables_have_a_cell_for_every_title():
-    assert search_sets.markdown(["a", "b"], [[1, 2.5], [float("nan"), None]]).splitlines()[2:] == [
+    assert inputs.markdown(["a", "b"], [[1, 2.5], [float("nan"), None]]).splitlines()[2:] == [
         "| 1 | 2.50 |",
         "| - | - |",
     ]
-    for table in (search_report.quality_table, search_report.throughput_table, search_report.latency_table):
+    for table in (markdown.quality_table, markdown.throughput_table, markdown.latency_table):
         assert table([]).count("\n") == 1
 
 
@@ -301,7 +296,7 @@ def test_bad_numbers_are_refused(monkeypatch, capsys):
 
 @pytest.mark.skipif(not DATA, reason="TRITERN_DATA names the folder of labelled sets")
 def test_sets_of_the_folder_are_read_whole():
-    loaded = search_sets.load_set(Path(DATA or ""), "cranfield")
+    loaded = inputs.load_set(Path(DATA or ""), "cranfield")
     assert len(loaded.queries) == 225 and len(loaded.documents) == 1398  # two have no text
     assert (
         loaded.grades is not None and loaded.grades.shape == (225, 1398) and (loaded.grades > 0).sum() == 1611

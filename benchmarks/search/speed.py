@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -12,11 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
+
 import numpy as np
 import psutil
-import search_sets
-from search_sets import TEACHER, SearchSet, spread
-from search_time import Limit, Pace
+from search import inputs
+from search.inputs import TEACHER, SearchSet, spread
+from search.time_limit import Limit, Pace
 
 SCALE_ROWS = 100
 """Measurements of the resident size that are kept of a build."""
@@ -155,7 +158,7 @@ def agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     return {
         "largest_difference": float(np.abs(ours - theirs).max()),
         "smallest_cosine": float((ours * theirs).sum(1).min()),
-        "same_top10": search_sets.overlap(nearest[0], nearest[1], 10),
+        "same_top10": inputs.overlap(nearest[0], nearest[1], 10),
     }
 
 
@@ -273,7 +276,7 @@ def scale(
         for kind in options.kinds:
             resident = Resident()
             before = psutil.Process().memory_info().rss / 1e6
-            texts = resident.count(search_sets.varied(one.documents, count))
+            texts = resident.count(inputs.varied(one.documents, count))
             resident.start()
             start = time.perf_counter()
             try:

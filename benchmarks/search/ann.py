@@ -1,6 +1,6 @@
 """Approximate search with a full-precision and a ternary embedder: the experiment of arXiv 2411.15438.
 
-    python benchmarks/ann.py --data DIR --ternary distilled=FOLDER --json ann.json --plot ann.png
+    python benchmarks/search/ann.py --data DIR --ternary distilled=FOLDER --json ann.json --plot ann.png
 
 For every embedder and index: precision@10, nDCG@10, and the time of one query. The settings are the same for
 all embedders, those of the paper's published code (github.com/dataparameters/Ternary-Embedding-Models,
@@ -28,10 +28,12 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
+
 import numpy as np
 import report
-import search_sets
-from search_sets import SearchSet
+from search import inputs
+from search.inputs import SearchSet
 
 INDEXES = {"Flat": "Flat", "IVF-Flat": "IVF{lists},Flat", "LSH": "LSH128r", "HNSW": "HNSW32"}
 """faiss factory strings of the paper's settings; 100 lists, or one a document where there are fewer."""
@@ -42,7 +44,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    search_sets.add_arguments(parser)
+    inputs.add_arguments(parser)
     parser.add_argument("--indexes", nargs="+", choices=INDEXES, default=list(INDEXES), help="default: all")
     parser.add_argument("--nprobe", type=int, default=1, help="lists that IVF-Flat looks at (default: 1)")
     parser.add_argument("--ef-search", type=int, default=16, help="HNSW's candidates (default: 16)")
@@ -86,7 +88,7 @@ def measure(
     """A row for every arm and index of this set."""
     indexes: dict[tuple[str, str], tuple[Any, bool]] = {}
     for label, model in models.items():
-        with search_sets.flat_index(folder, label, model, one) as flat:
+        with inputs.flat_index(folder, label, model, one) as flat:
             vectors = np.array(flat.vectors)
         for name in dict.fromkeys(["Flat", *options.indexes]):  # same@10 needs Flat
             factory = INDEXES[name].format(lists=min(100, len(vectors)))
@@ -115,13 +117,13 @@ def measure(
                 "index": name,
                 "factory": INDEXES[name].format(lists=min(100, len(one.documents))),
                 "on_gpu": indexes[label, name][1],
-                "precision10": 100 * search_sets.precision(found[label, name], one),
-                "precision10_best": 100 * search_sets.best_precision(one),
-                "ndcg10": 100 * search_sets.ndcg(found[label, name], one),
-                "same10": 100 * search_sets.overlap(found[label, name], found[label, "Flat"], 10),
-                "ms_per_query": search_sets.spread(stages.sum(0)),
-                "ms_embedding": search_sets.spread(stages[0]),
-                "ms_searching": search_sets.spread(stages[1]),
+                "precision10": 100 * inputs.precision(found[label, name], one),
+                "precision10_best": 100 * inputs.best_precision(one),
+                "ndcg10": 100 * inputs.ndcg(found[label, name], one),
+                "same10": 100 * inputs.overlap(found[label, name], found[label, "Flat"], 10),
+                "ms_per_query": inputs.spread(stages.sum(0)),
+                "ms_embedding": inputs.spread(stages[0]),
+                "ms_searching": inputs.spread(stages[1]),
             }
         )
     return rows
@@ -145,7 +147,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
             + [r["ms_embedding"]["median"], 1e3 * r["ms_searching"]["median"]]
         )
-    return search_sets.markdown(titles.split(", "), cells)
+    return inputs.markdown(titles.split(", "), cells)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -182,14 +184,14 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="tritern-ann-") as folder:
         try:
-            info = search_sets.settle(options) | {
+            info = inputs.settle(options) | {
                 "batch": BATCH,
                 "repeat": options.repeat,
                 "limit": options.limit,
             }
             info |= {"nprobe": options.nprobe, "ef_search": options.ef_search}
-            sets = search_sets.load_sets(options)
-            models = search_sets.load_arms(options, Path(folder) / "patched")
+            sets = inputs.load_sets(options)
+            models = inputs.load_arms(options, Path(folder) / "patched")
         except (ValueError, OSError, ModuleNotFoundError) as error:
             sys.exit(str(error))
         print(", ".join(f"{k} {v}" for k, v in info.items() if v is not None), flush=True)

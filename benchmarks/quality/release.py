@@ -1,12 +1,13 @@
 """Make the model that comes with the package, from the training text to the checkpoint.
 
-    python benchmarks/release.py texts DIR sentences.txt       text of the sources with an open licence
+    python benchmarks/quality/release.py texts DIR sentences.txt   text with an open licence
     python examples/distill_e5.py --model packaged --texts sentences.txt --limit 650000 --output RUN --bf16 \\
         --steps 2284 --learning_rate 1e-3 --per_device_train_batch_size 512 --max_length 256 --holdout 2000 \\
         --joined-ratio 0.15 --logging_steps 100 --save_strategy no --dataloader_num_workers 10
-    python benchmarks/release.py pack RUN --embedding-bits 4 --source "the first 650,000 lines" \\
+    python benchmarks/quality/release.py pack RUN --embedding-bits 4 --source "the first 650,000 lines" \\
         --record record.json --figure curve.png
-    python benchmarks/quality.py --data DIR --ternary minilm-l6-ternary=minilm-l6-ternary --update-cards
+    python benchmarks/quality/scores.py --data DIR --update-cards \\
+        --ternary minilm-l6-ternary=minilm-l6-ternary
 
 DIR/train/sentences.txt.zst holds one text a line and DIR/train/sources.txt.gz the letter of its source, one
 of SOURCES. The run of the model in the package took 7.5 minutes on an H200, with cuDNN's attention switched
@@ -26,6 +27,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
 
 import report
 

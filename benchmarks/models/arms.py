@@ -10,12 +10,15 @@ engine ternary        a ternary model (int8 activations) behind it: for minilm t
 
 from __future__ import annotations
 
+import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
-import encode
-import encode_gpu
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
+
 import torch
+from models import encode, encode_gpu
 
 ON_GPU = (
     "encode fp32",

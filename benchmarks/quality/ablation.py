@@ -1,6 +1,6 @@
 """What each part of the distillation recipe is worth, on one small fixed budget.
 
-    python benchmarks/ablation.py --data DIR [--steps 80] [--arms NAME ...] [--json FILE]
+    python benchmarks/quality/ablation.py --data DIR [--steps 80] [--arms NAME ...] [--json FILE]
 
 DIR holds train/sentences.txt.zst, sts/stsb/dev.jsonl.gz, sts/sickr/train.jsonl.gz and
 retrieval/scifact/corpus.jsonl.gz. Every arm distils the same model on the same texts in the same order and
@@ -15,14 +15,17 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import sys
 import tempfile
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
+
 import report
-from encode import packaged_model
+from models.encode import packaged_model
 
 HELD_OUT = 400
 OFF = {f"{name}_weight": 0.0 for name in ("cosine", "similarity", "hidden", "relations", "last_hidden")}

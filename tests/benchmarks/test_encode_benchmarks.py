@@ -12,12 +12,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import arms  # noqa: E402
-import attention  # noqa: E402
-import encode  # noqa: E402
-import encode_gpu  # noqa: E402
-import text_to_vector  # noqa: E402
-import tokens  # noqa: E402
+from models import arms, encode, encode_gpu, text_to_vector, tokens
+from ops import attention
 
 
 def run(module, monkeypatch, *arguments):

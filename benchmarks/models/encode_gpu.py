@@ -1,8 +1,8 @@
 """Whole models on a GPU: original against ternary; eager, compiled and in CUDA graphs.
 
-    python benchmarks/encode_gpu.py                               all models, random weights
-    python benchmarks/encode_gpu.py --models minilm --path DIR    and encode() of a MiniLM on real text
-    python benchmarks/encode_gpu.py --models bge-base --shapes 32x128 512x64 --json encode.json
+    python benchmarks/models/encode_gpu.py                               all models, random weights
+    python benchmarks/models/encode_gpu.py --models minilm --path DIR    and encode() of a MiniLM on real text
+    python benchmarks/models/encode_gpu.py --models bge-base --shapes 32x128 512x64 --json encode.json
 
 Models are built from their public configurations with random weights (a forward pass takes as long as
 with the real ones); Qwen3-Embedding-8B with 8 of its 36 blocks. A shape is texts x tokens without padding.
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
 
 import report
 import torch
@@ -313,7 +316,7 @@ def end_to_end(path: str, device: str, sentences: int, compiled: bool) -> list[d
 
     Without cuDNN's attention.
     """
-    from encode import texts_for
+    from models.encode import texts_for
     from sentence_transformers import SentenceTransformer
 
     texts = texts_for(argparse.Namespace(texts=None), sentences)

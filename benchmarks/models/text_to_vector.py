@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -21,12 +22,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import arms
-import encode
-import encode_gpu
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
+
 import report
-import tokens
 import torch
+from models import arms, encode, encode_gpu, tokens
 from timing import reason_of
 
 FEW = 64

@@ -1,6 +1,6 @@
 """Builds an index in a process that is killed at random moments, and looks for what is lost.
 
-    python benchmarks/search_crash.py --texts sentences.txt --rows 1000000 --kills 10 --json crash.json
+    python benchmarks/search/crash.py --texts sentences.txt --rows 1000000 --kills 10 --json crash.json
 
 The texts are those of --texts (by default sentences of Python's documentation), then the same again in
 numbered templates: what they say is not measured here. After each kill the same call goes on. The result is
@@ -27,10 +27,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
+
 import psutil
 import report
-from encode import packaged_model
-from search_sets import varied
+from models.encode import packaged_model
+from search.inputs import varied
 
 CHILD = "--build-into"
 """The option by which the script starts itself to be killed."""
@@ -61,7 +63,7 @@ def corpus(options: argparse.Namespace) -> Iterator[str]:
 
         texts = [t for t in read_texts(options.texts, limit=100_000) if t.strip()]
     else:
-        from search_sets import sentences
+        from search.inputs import sentences
 
         texts = sentences().documents
     return varied(texts, options.rows)

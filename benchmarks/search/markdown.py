@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
+
 import report
-from search_sets import TEACHER, markdown
+from search.inputs import TEACHER, markdown
 
 Rows = Sequence[dict[str, Any]]
 DEFAULTS = "default"

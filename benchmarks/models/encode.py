@@ -1,9 +1,9 @@
 """Text to vector: texts a second, latency of one query; sentence-transformers' encode against tritern's.
 
-    python benchmarks/encode.py --data DIR --json encode.json   on a GPU: MiniLM, bge, Qwen3
-    python benchmarks/encode.py --models minilm --data DIR      the same table of some models, also on a CPU
-    python benchmarks/encode.py                                 on a CPU: MiniLM, and the memory it takes
-    python benchmarks/encode.py --instruction-set AVX2          as on a processor that has no more
+    python benchmarks/models/encode.py --data DIR --json encode.json   on a GPU: MiniLM, bge, Qwen3
+    python benchmarks/models/encode.py --models minilm --data DIR      some models only, also on a CPU
+    python benchmarks/models/encode.py                                 on a CPU: MiniLM, and its memory
+    python benchmarks/models/encode.py --instruction-set AVX2          as on a processor with AVX2 alone
 
 On a GPU, or with --models: encode in fp32 and fp16, compiled, and with flash attention on unpadded texts;
 fp16 and ternary through tritern's engine, by stage as well (arms.py, text_to_vector.py). Short texts are
@@ -34,8 +34,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
+
 import report
-from instruction_sets import ENVIRONMENT, hold_to
+from ops.instruction_sets import ENVIRONMENT, hold_to
 
 ARMS = ("fp32", "ternary int8", "ternary 16-bit", "onnx int8")
 """Those of a CPU, each in a process of its own; the others are compared with the first."""
@@ -281,7 +283,7 @@ def main() -> None:
         print(json.dumps(measure(options, options.one_arm, options.model)))
         return
     if on_gpu or options.models:
-        import text_to_vector
+        from models import text_to_vector
 
         try:
             text_to_vector.run(options)

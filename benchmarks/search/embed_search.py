@@ -1,8 +1,9 @@
 """Embed and search, end to end: raw text in, neighbours out, by tritern.search; fp32 against ternary.
 
-    python benchmarks/embed_search.py --data DIR --ternary distilled=FOLDER --json found.json --plot found.png
-    python benchmarks/embed_search.py --quick
-    python benchmarks/embed_search.py --scale 1000000 --arms "ternary int8" --kinds ivf-pq --json scale.json
+    cd benchmarks/search
+    python embed_search.py --data DIR --ternary distilled=FOLDER --json found.json --plot found.png
+    python embed_search.py --quick
+    python embed_search.py --scale 1000000 --arms "ternary int8" --kinds ivf-pq --json scale.json
 
 Arms: fp32 (the teacher, whose vectors the others are held against), fp16, and ternary models with 16-bit and
 int8 activations, each with indexes of its own. Three parts, chosen by --parts:
@@ -43,14 +44,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
+
 import numpy as np
 import report
-import search_report
-import search_sets
-import search_speed
-from search_report import DEFAULTS
-from search_sets import TEACHER, SearchSet, ndcg, overlap, spread
-from search_time import Limit, in_time
+from search import inputs, markdown, speed
+from search.inputs import TEACHER, SearchSet, ndcg, overlap, spread
+from search.markdown import DEFAULTS
+from search.time_limit import Limit, in_time
 
 KINDS = ("flat", "ivf-flat", "ivf-pq", "hnsw", "int8", "binary")
 PARTS = ("quality", "throughput", "latency")
@@ -65,7 +66,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    search_sets.add_arguments(parser)
+    inputs.add_arguments(parser)
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     add("--kinds", nargs="+", choices=KINDS, help="kinds of index; default: all, with --scale ivf-pq")
@@ -121,7 +122,7 @@ def build_kinds(
     """
     from tritern.search import SearchIndex
 
-    flat = opened.enter_context(search_sets.flat_index(folder, label, model, one))
+    flat = opened.enter_context(inputs.flat_index(folder, label, model, one))
     indexes = {"flat": flat}
     for kind in kinds:
         if kind != "flat":
@@ -171,7 +172,7 @@ def search_times(
         for key, (index, queries) in searches.items():
             start = time.perf_counter()
             index.search_vectors(queries, 10)
-            seconds[key].append(search_speed.seconds(start))
+            seconds[key].append(speed.seconds(start))
     return {key: found[1:] for key, found in seconds.items()}
 
 
@@ -205,46 +206,46 @@ def measure(
     limit: Limit,
 ) -> None:
     """All parts wanted; each table is printed when its part is done."""
-    texts = search_speed.mixed(sets, options.seed)
-    pace = search_speed.pace_of(models, texts, options.device, limit)
+    texts = speed.mixed(sets, options.seed)
+    pace = speed.pace_of(models, texts, options.device, limit)
     each = sum(one.tritern for one in pace.values())
     results.info["pace"] = {label: one._asdict() for label, one in pace.items()}
     if options.scale:
         with tempfile.TemporaryDirectory(dir=options.keep) as fresh:
-            for row in search_speed.scale(models, sets[0], options, Path(fresh), limit, pace):
+            for row in speed.scale(models, sets[0], options, Path(fresh), limit, pace):
                 results.add("scale", row)
-        print("\n" + search_report.scale_table(results.parts["scale"]))
+        print("\n" + markdown.scale_table(results.parts["scale"]))
         return
     if "throughput" in options.parts:
         timed = {k: m for k, m in models.items() if options.device != "cuda" or k != TEACHER} or models
         a_round = sum(pace[label].by_hand + pace[label].tritern for label in timed)
         count = max(FEWEST, limit.affords(texts, (options.repeat + 1) * a_round, 0.4))
         texts = texts[: min(options.texts, count)]
-        for rows in search_speed.throughput(timed, texts, options, pace, limit):
+        for rows in speed.throughput(timed, texts, options, pace, limit):
             results.put("throughput", rows)
-        print("\nEmbed + add\n\n" + search_report.throughput_table(results.parts["throughput"]), flush=True)
+        print("\nEmbed + add\n\n" + markdown.throughput_table(results.parts["throughput"]), flush=True)
     if "latency" in options.parts:
-        one = search_sets.shortened(sets[0], max(FEWEST, limit.affords(sets[0].documents, each, 0.4)))
+        one = inputs.shortened(sets[0], max(FEWEST, limit.affords(sets[0].documents, each, 0.4)))
         with ExitStack() as opened:
             indexes = {}
             for label, model in models.items():
                 built = build_kinds(folder, label, model, one, options.latency_kinds, opened)
                 indexes |= {(label, kind): built[kind] for kind in options.latency_kinds}
-            for row in search_speed.latency(indexes, models, one.queries, options, limit):
+            for row in speed.latency(indexes, models, one.queries, options, limit):
                 results.add("latency", row | {"set": one.name})
-        print("\nEmbed + search, ms\n\n" + search_report.latency_table(results.parts["latency"]), flush=True)
+        print("\nEmbed + search, ms\n\n" + markdown.latency_table(results.parts["latency"]), flush=True)
     if "quality" in options.parts:
         left_out: list[str] = results.info.setdefault("left_out", [])
         for one in in_time(sets, limit, each, left_out):
             quality(one, models, options, folder, results)
-        print("\nIndexes\n\n" + search_report.quality_table(results.parts["quality"]), flush=True)
+        print("\nIndexes\n\n" + markdown.quality_table(results.parts["quality"]), flush=True)
         if options.plot and results.parts["quality"]:
-            search_report.draw(results.parts["quality"], options.plot)
+            markdown.draw(results.parts["quality"], options.plot)
 
 
 def settle(options: argparse.Namespace) -> dict[str, Any]:
     """Fill in what depends on the device and on --quick; what the figures are measured with."""
-    info = search_sets.settle(options)
+    info = inputs.settle(options)
     options.texts = options.texts or (65536 if options.device == "cuda" else 512)
     if options.minutes is None:
         options.minutes = 4.0 if options.device == "cuda" else math.inf
@@ -263,8 +264,8 @@ def main() -> None:
         try:
             info = settle(options)
             limit = Limit(options.minutes)
-            sets = search_sets.load_sets(options)
-            models = search_sets.load_arms(options, Path(folder) / "patched")
+            sets = inputs.load_sets(options)
+            models = inputs.load_arms(options, Path(folder) / "patched")
             print(", ".join(f"{k} {v}" for k, v in info.items() if v is not None), flush=True)
             where = options.keep or Path(folder)
             measure(options, sets, models, where, Results(info, options.json), limit)

@@ -1,7 +1,7 @@
 """How much of a teacher's quality its ternary models keep, on labelled data.
 
-    python benchmarks/quality.py --data DIR --ternary distilled=FOLDER --json quality.json
-    python benchmarks/quality.py --mteb STSBenchmark SciFact     tasks of the mteb package, from the hub
+    python benchmarks/quality/scores.py --data DIR --ternary distilled=FOLDER --json quality.json
+    python benchmarks/quality/scores.py --mteb STSBenchmark SciFact   tasks of the mteb package, from the hub
 
 Rows: the teacher, 'patched, RULE' for each of --rules (no training), with --calibrate 'calibrated, RULE' too,
 'rounded, FORMAT' for each of --rounded, and each saved model named by --ternary.
@@ -13,7 +13,7 @@ the same sets might give, not what another training run might.
 Fidelity is agreement with the teacher's vectors, by tritern.evaluate on texts drawn from the sets.
 
 DIR is for measuring only: the scores are of test splits, so choose nothing by them; to choose between models,
---development scores them on other splits. The layout is described in benchmarks/eval_sets.py; sets that are
+--development scores them on other splits. benchmarks/quality/eval_sets.py describes the layout. Sets that are
 not there are left out.
 """
 
@@ -30,13 +30,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import eval_sets
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
+
 import numpy as np
 import report
-from encode import packaged_model
-from eval_sets import Encoder, EvalSet
-from retention import draws, intervals, means, retention
-from rounding import FORMATS, load_gguf, round_weights, weight_bytes
+from models.encode import packaged_model
+from quality import eval_sets
+from quality.eval_sets import Encoder, EvalSet
+from quality.retention import draws, intervals, means, retention
+from quality.rounding import FORMATS, load_gguf, round_weights, weight_bytes
 
 FIDELITY_TEXTS = 2000
 MIN_FIDELITY_TEXTS = 12
@@ -154,7 +156,7 @@ def find_sets(options: argparse.Namespace) -> tuple[list[EvalSet], list[str]]:
     if not found:
         raise ValueError(
             f"{options.data} holds none of the sets {', '.join(names) or '(no set has these --tasks)'}; "
-            "benchmarks/eval_sets.py describes the layout"
+            "benchmarks/quality/eval_sets.py describes the layout"
         )
     if absent:
         print(f"left out, not in {options.data}: {', '.join(absent)}")
@@ -251,7 +253,7 @@ def update_card(folder: Path, name: str, teacher: Mapping[str, float], row: Mapp
 {title}
 
 x 100, on test splits, beside {name}; the share kept, and its 95 % interval by a bootstrap over the items of
-each set (`benchmarks/quality.py`):
+each set (`benchmarks/quality/scores.py`):
 
 | | teacher | this model | kept | interval |
 |---|---|---|---|---|

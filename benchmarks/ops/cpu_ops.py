@@ -1,7 +1,7 @@
 """Linear layers on a CPU: float32 against ternary, per instruction set.
 
-    python benchmarks/cpu_ops.py                            layers of MiniLM and mpnet-base
-    python benchmarks/cpu_ops.py --json cpu-ops.json        the same, written down
+    python benchmarks/ops/cpu_ops.py                            layers of MiniLM and mpnet-base
+    python benchmarks/ops/cpu_ops.py --json cpu-ops.json        the same, written down
 
 The arms take turns: nn.Linear in float32, then the ternary layer with int8 and with 16-bit activations, its
 quantization, scales and bias included. A ratio is the median over the turns. Each instruction set has a
@@ -22,10 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
+
 import report
 import torch
-from encode import processor
-from instruction_sets import ENVIRONMENT, hold_to
+from models.encode import processor
+from ops.instruction_sets import ENVIRONMENT, hold_to
 from torch import nn
 
 import tritern

@@ -21,10 +21,7 @@ from tritern.engine.runner import Packed
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import eval_sets  # noqa: E402
-import quality  # noqa: E402
-import retention  # noqa: E402
-import rounding  # noqa: E402
+from quality import eval_sets, retention, rounding, scores
 
 WORDS = "ba de fi go ki lu mon nin per".split()  # which the tiny model knows
 TEXTS = [f"{a} {b} {c}" for a in WORDS[:3] for b in WORDS[3:6] for c in WORDS[6:9]]
@@ -190,7 +187,7 @@ def run(data, tiny_path, tmp_path, monkeypatch):
         file = tmp_path / "out.json"
         command = [*source, "--model", tiny_path, "--json", str(file), "--device", "cpu", *arguments]
         monkeypatch.setattr(sys, "argv", ["quality.py", *map(str, command)])
-        quality.main()
+        scores.main()
         return json.loads(file.read_text())
 
     return call
@@ -345,7 +342,7 @@ def test_mteb(run, monkeypatch):
         return SimpleNamespace(metadata=SimpleNamespace(name=name, type="STS"))
 
     source = ("--mteb", "STSBenchmark")
-    monkeypatch.setattr(quality, "version", lambda _: "2.0")
+    monkeypatch.setattr(scores, "version", lambda _: "2.0")
     monkeypatch.setitem(sys.modules, "mteb", SimpleNamespace(evaluate=evaluate, get_task=get_task))
     rows = run(source=source)["rows"]
     names = ("STSBenchmark", "sts", "overall", "all sets")

@@ -1,7 +1,7 @@
 """Attention over texts of different lengths: tritern's packed kernel, torch's varlen_attn, padded SDPA.
 
-    python benchmarks/attention.py --json attention.json
-    TRITON_INTERPRET=1 python benchmarks/attention.py --models minilm --tokens 200     without a GPU: no times
+    python benchmarks/ops/attention.py --json attention.json
+    TRITON_INTERPRET=1 python benchmarks/ops/attention.py --models minilm --tokens 200   no GPU, no times
 
 fp16, texts of random lengths in a range until there are --tokens of them, heads of the models' widths;
 Qwen3's attention is causal, and its keys have fewer heads. The packed kernel and varlen_attn get texts end
@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
 
 import report
 import torch

@@ -1,7 +1,7 @@
 """Texts to token ids: texts a second of tritern's tokenizer part against sentence-transformers' preprocess.
 
-    python benchmarks/tokens.py --data DIR --json tokens.json
-    python benchmarks/tokens.py --model BAAI/bge-base-en-v1.5 --short 2000 --long 500
+    python benchmarks/models/tokens.py --data DIR --json tokens.json
+    python benchmarks/models/tokens.py --model BAAI/bge-base-en-v1.5 --short 2000 --long 500
 
 ``fast`` is what ``encode`` of tritern calls (``tritern.engine.tokens``): ids end to end, 4,096 texts at a
 time. ``preprocess N`` is ``model.preprocess`` of batches of N texts, which pads and makes tensors; longest
@@ -25,9 +25,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import encode
-import eval_sets
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
+
 import report
+from models import encode
+from quality import eval_sets
 
 BATCHES = (32, 256, 4096)
 CHUNK = 4096
@@ -126,7 +128,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="minilm-l6-ternary", help="folder or hub name (default: minilm-l6-ternary)")
     add("--data", type=Path, default=os.environ.get("TRITERN_DATA") or None, metavar="DIR",
-        help="labelled sets, laid out as benchmarks/eval_sets.py says; default: TRITERN_DATA")  # fmt: skip
+        help="labelled sets (layout: benchmarks/quality/eval_sets.py); default: TRITERN_DATA")  # fmt: skip
     add("--short", type=int, default=8192, help="most short texts (default: 8192)")
     add("--long", type=int, default=2048, help="most long texts (default: 2048)")
     add("--rounds", type=int, default=5, help="(default: 5)")

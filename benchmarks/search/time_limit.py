@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
+
 import numpy as np
-import search_sets
-from search_sets import SearchSet
+from search import inputs
+from search.inputs import SearchSet
 
 FEWEST = 500
 """Documents of a set that is shortened to end in time; none if there is no time for so many."""
@@ -57,6 +61,6 @@ def in_time(sets: list[SearchSet], limit: Limit, pace: float, left_out: list[str
             print(f"left out, no time: {one.name}")
             left_out.append(one.name)
             continue
-        short, start = search_sets.shortened(one, count), limit.left()
+        short, start = inputs.shortened(one, count), limit.left()
         yield short
         pace = (start - limit.left()) / sum(map(len, short.documents))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeVar
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
+
 import numpy as np
-from eval_sets import Items
+from quality.eval_sets import Items
 from tqdm.auto import tqdm
 
 DRAWS = 1000

@@ -11,10 +11,11 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
-import encode
-import eval_sets
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
+
 import numpy as np
-import quality
+from models import encode
+from quality import eval_sets, scores
 
 RETRIEVAL = tuple(name for name, (task, _) in eval_sets.SETS.items() if task == "retrieval")
 TEACHER = "fp32"
@@ -80,7 +81,7 @@ def load_sets(options: argparse.Namespace) -> list[SearchSet]:
     found, absent = eval_sets.load(options.data, names)  # which checks the files
     if not found:
         raise ValueError(
-            f"{options.data} holds none of the sets {', '.join(names)}; see benchmarks/eval_sets.py"
+            f"{options.data} holds none of the sets {', '.join(names)}; see benchmarks/quality/eval_sets.py"
         )
     if absent:
         print(f"left out, not in {options.data}: {', '.join(absent)}")
@@ -227,7 +228,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        type=quality._labelled,
+        type=scores._labelled,
         metavar="NAME=FOLDER",
         help="saved ternary models; default: --model patched, not trained",
     )

@@ -1,6 +1,6 @@
 """Time and peak memory of a training step: ternary distillation against the same in full precision.
 
-    python benchmarks/train.py --texts FILE [--model NAME_OR_PATH] [--steps 12] [--json FILE]
+    python benchmarks/models/train.py --texts FILE [--model NAME_OR_PATH] [--steps 12] [--json FILE]
 
 All arms see the same batches, teacher, terms and optimizer, without dropout; the full-precision student keeps
 its nn.Linear layers. Each arm runs in two processes of its own: one is timed, in the other, of 4 steps, the
@@ -21,8 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
+
 import report
-from encode import packaged_model
+from models.encode import packaged_model
 
 FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 ARMS = ("full precision", "ternary", "ternary, 16-bit activations")
