@@ -97,7 +97,7 @@ def arguments() -> argparse.ArgumentParser:
         help="from the head of FILE; 30 %% of them are several lines joined (default: 512)",
     )
     parser.add_argument(
-        "--embedding-bits", type=int, default=16, choices=(4, 8, 16), help="of patched models (default: 16)"
+        "--embedding-bits", type=int, default=8, choices=(4, 8, 16), help="of patched models (default: 8)"
     )
     parser.add_argument(
         "--activation-bits",

@@ -189,7 +189,7 @@ def test_where_lengths_vary_cudnn_has_no_attention(monkeypatch):
 @pytest.mark.parametrize("name", ["AVX512", "AVX2"])
 def test_held_to_an_instruction_set_products_stay_right(name):
     code = (
-        "import instruction_sets; instruction_sets.hold_to({name!r}); from tritern_kernels import cpu;"
+        "from ops import instruction_sets; instruction_sets.hold_to({name!r}); from tritern_kernels import cpu;"
         "print(*cpu.fastest(8), sep=',')"
     )
     environment = {**os.environ, **instruction_sets.ENVIRONMENT[name]}

@@ -285,7 +285,7 @@ def test_calibrated_rows(run, tmp_path):
     assert rows["calibrated, mse"]["fidelity"]["cosine"] > rows["patched, mse"]["fidelity"]["cosine"] + 10
     assert rows["calibrated, mse"]["calibration_texts"] == 40
     assert rows["calibrated, mse"]["calibration_seconds"] > 0
-    plain = run("--tasks", "fidelity")["rows"]["patched, mse"]
+    plain = run("--embedding-bits", 16, "--tasks", "fidelity")["rows"]["patched, mse"]
     assert plain["fidelity"] != rows["patched, mse"]["fidelity"]  # tables of 16 bits
 
 

@@ -50,7 +50,8 @@ def test_it_is_small_and_whole():
     tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     patterns = settings["package-data"]["tritern"]
-    assert set(files) == {f for p in patterns for f in (ROOT / "tritern").glob(p) if f.is_file()}
+    assert patterns[0] == "py.typed" and (ROOT / "tritern" / "py.typed").is_file()
+    assert set(files) == {f for p in patterns[1:] for f in (ROOT / "tritern").glob(p) if f.is_file()}
 
 
 def test_its_card_names_its_sources_and_scores():
