@@ -35,6 +35,123 @@ def test_the_library_imports_no_trainer_and_no_faiss():
             assert not {n for n in names if "faiss" in n or "trainer" in n.lower()}, file
 
 
+def _modules():
+    """The file of every module of the three packages, by the module's name."""
+    found = {}
+    for folder in (ROOT / "tritern", ROOT / "tritern_cli", ROOT / "kernels" / "tritern_kernels"):
+        for file in folder.rglob("*.py"):
+            parts = file.relative_to(folder.parent).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+MODULES = _modules()
+
+
+def _for_type_checkers(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def _statements(node):
+    """The import statements below a node, also inside functions, but not those for type checkers."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        elif _for_type_checkers(child):
+            for other in child.orelse:
+                yield from _statements(ast.Module([other], []))
+        else:
+            yield from _statements(child)
+
+
+def imported_by(name, source, modules, package):
+    """Absolute names of the modules that the module of this name and source imports at any time.
+
+    ``from a import b`` imports the module ``a.b`` where there is one, and otherwise ``a``.
+    """
+    parents = name.split(".") if package else name.split(".")[:-1]
+    found = set()
+    for node in _statements(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+            continue
+        base = [*parents[: len(parents) - node.level + 1]] if node.level else []
+        base = ".".join([*base, node.module] if node.module else base)
+        names = {f"{base}.{alias.name}" for alias in node.names}
+        found |= {n if n in modules else base for n in names}
+    return found
+
+
+def circles(graph):
+    """The sets of modules that reach each other."""
+    reached = {name: set() for name in graph}
+    for name in graph:
+        waiting = [name]
+        while waiting:
+            new = graph.get(waiting.pop(), set()) - reached[name]
+            reached[name] |= new
+            waiting += new
+    return {
+        frozenset(n for n in graph if n in reached[m] and m in reached[n]) for m in graph if m in reached[m]
+    }
+
+
+GRAPH = {
+    name: imported_by(name, file.read_text(), MODULES, file.name == "__init__.py")
+    for name, file in MODULES.items()
+}
+
+
+def test_what_a_module_imports_is_read_from_its_source():
+    """All kinds of import statements; those for type checkers are left out."""
+    source = """
+import os.path
+from typing import TYPE_CHECKING
+from . import b, absent
+from .c import d
+from ..e import f
+if TYPE_CHECKING:
+    from .g import h
+else:
+    import i
+def late():
+    try:
+        from . import j
+    except ImportError:
+        import k
+"""
+    modules = {"p.q", "p.q.b", "p.q.c", "p.q.j", "p.e", "p.e.f"}
+    expected = {"os.path", "typing", "p.q.b", "p.q", "p.q.c", "p.e.f", "i", "p.q.j", "k"}
+    assert imported_by("p.q.a", source, modules, package=False) == expected
+    assert imported_by("p.q", source, modules, package=True) == expected
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "os"}, "d": {"d"}}) == {
+        frozenset("bc"), frozenset("d"),
+    }  # fmt: skip
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Neither directly nor over others, and not in functions either."""
+    assert sum(len(names & MODULES.keys()) for names in GRAPH.values()) > 100
+    assert not circles(GRAPH), [sorted(circle) for circle in circles(GRAPH)]
+
+
+@pytest.mark.parametrize(
+    ("package", "never"),
+    [
+        ("tritern", {"tritern_cli", "examples", "benchmarks", "tests"}),
+        ("tritern_kernels", {"tritern", "tritern_cli", "examples", "benchmarks", "tests"}),
+        ("tritern_cli", {"examples", "benchmarks", "tests"}),
+    ],
+)
+def test_packages_import_only_those_below_them(package, never):
+    beside = {p.stem for folder in ("examples", "benchmarks") for p in (ROOT / folder).glob("*.py")}
+    checked = [name for name in GRAPH if name.split(".")[0] == package]
+    assert len(checked) > 5
+    for name in checked:
+        found = {n.split(".")[0] for n in GRAPH[name]}
+        assert not found & (never | beside), name
+
+
 def test_the_kernels_folder_is_no_module():
     assert not list((ROOT / "kernels").glob("*.py"))
 
