@@ -1,7 +1,7 @@
 """Write the table of model families: ``python docs/make_families.py`` writes docs/families.md.
 
-Models are built on the meta device from the public sizes below, so no weights are needed; what is patched and
-why not is what ``tritern.patch`` decides. The examples are run and their output is written below them.
+It builds models on the meta device from the public sizes below, so it needs no weights. ``tritern.patch``
+decides what is patched. The script runs the examples and writes their output below them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import transformers as hf
 from sentence_transformers.base.modules import Dense
 from torch import nn
 
-from tritern.selection import choose, choose_tables, matrices_of, others, starred
+from tritern.selection import matrices_of, others, select, select_tables, starred
 from tritern_kernels import padded_k
 
 TARGET = Path(__file__).parent / "families.md"
@@ -94,7 +94,7 @@ def built(row: Row) -> nn.Module:
 def table_row(row: Row) -> list[str]:
     """The cells of a family."""
     model = built(row)
-    linears = list(choose(model))
+    linears = list(select(model))
     chosen = [c.module for c in linears if not c.reason]
     left = [*(c for c in linears if c.reason), *others(model)]
     ternary = sum(m.weight.numel() for m in chosen if isinstance(m, nn.Linear))
@@ -104,7 +104,7 @@ def table_row(row: Row) -> list[str]:
         m.out_features * (padded_k(m.in_features) // 4 + 4) for m in chosen if isinstance(m, nn.Linear)
     )
     after = 2 * (total - ternary) + packed
-    tables = [c.module for c in choose_tables(model) if not c.reason]
+    tables = [c.module for c in select_tables(model) if not c.reason]
     values = sum(t.weight.numel() - 2 * t.num_embeddings for t in tables if isinstance(t, nn.Embedding))
     reasons: dict[str, dict[str, None]] = {}
     for c in left:
@@ -143,33 +143,35 @@ HEADER = [
 
 INTRODUCTION = """# Model families
 
-`tritern.patch` takes a `SentenceTransformer`, a `CrossEncoder`, a `SparseEncoder`, a
-`MultiVectorEncoder` or any `torch.nn.Module`. Each of these families is tested in small: built, patched,
-saved, loaded in another process, and the vectors compared bit for bit; so are Qwen2, routers of two
-encoders, rerankers, SPLADE and CSR, late interaction, mixtures of experts and code that comes with a
-checkpoint.
+`tritern.patch` takes a `SentenceTransformer`, a `CrossEncoder`, a `SparseEncoder`, a `MultiVectorEncoder`
+or any `torch.nn.Module`. The tests build a small model of each family below, patch it, save it, load it in
+another process and compare the vectors bit for bit. They do the same with Qwen2, routers of two encoders,
+rerankers, SPLADE and CSR, late interaction, mixtures of experts, and code that comes with a checkpoint.
 
-Sizes are of the weights, at two bytes a value before, and after `tritern.patch(model)` and
-`tritern.patch(model, embedding_bits=8)`. *Of matrices* is the share of ternary weights among those of
-linear layers and of what stands in their place, *of parameters* among all. What is left is small, next
-to the input or the output, or could not be loaded again.
+Sizes are those of the weights: *fp16* at two bytes a value, *ternary* after
+`tritern.patch(model, embedding_bits=16)`, *and int8 tables* after `tritern.patch(model)`, with 16 bits for
+what is not packed. *Of matrices* is the share of ternary weights among the weights of linear layers and of
+modules in their place. *Of parameters* is their share among all parameters. The parts left as they are are
+small, lie next to the input or the output, or could not be loaded again.
 """
 
 NOTES = """
-T5's word table is shared by several modules and is not rounded; Gemma's, which multiplies what it
-looks up, does. Of ALBERT's layers, which share their weights, each is stored once. Of SigLIP, CLIP and
-other models of text and images both halves are patched. A head is what a transformers model has around
-its base model, under whatever name.
+Several modules share T5's word table, so it is not rounded. Gemma's table, which multiplies its rows, is
+rounded. ALBERT's layers share their weights, and each weight is stored once. SigLIP, CLIP and other models of
+text and images have both halves patched. A head is the part that a transformers model has around its base
+model, under any name.
 
 (`python docs/make_families.py`; sizes from the public configurations, on the meta device.)
 
-## What is not patched, and what you are told
+## What is not patched
 
-`tritern.summary(model)` lists everything that stays, with its size and the reason. Modules with matrices
-that are no `nn.Linear` are in it whatever they are: fused experts, `Conv1D`, `nn.MultiheadAttention`,
-convolutions, `nn.LSTM`, `nn.Bilinear`. Subclasses of `nn.Linear` stay, since their `forward` is their
-own, and so do layers whose weight another module reads, or that sentence-transformers' own modules hold,
-which could not load them:
+`tritern.summary(model)` lists everything that stays in full precision, with its size and the reason:
+
+- matrices that are no `nn.Linear`: fused experts, `Conv1D`, `nn.MultiheadAttention`, convolutions,
+  `nn.LSTM`, `nn.Bilinear` and others;
+- subclasses of `nn.Linear`, since they have their own `forward`;
+- layers whose weight another module reads;
+- layers in sentence-transformers' own modules, which could not load them.
 """
 
 EXAMPLES = [
@@ -192,10 +194,10 @@ class Block(nn.Module):
 
 summary = tritern.summary(tritern.patch(nn.Sequential(Block(), Block()), skip="1.up"))
 print("\\n".join(line for line in str(summary).splitlines() if line.startswith("not")))""",
-    "A model without any `nn.Linear` to patch is refused:",
+    "A model without any `nn.Linear` to patch is an error:",
     """sizes = dict(vocab_size=100, bos_token_id=1, eos_token_id=2)
 tritern.patch(transformers.GPT2Model(transformers.GPT2Config(**sizes, n_embd=32, n_layer=2, n_head=2)))""",
-    "If the larger part of a model's matrices is no `nn.Linear`, as with experts, there is a warning:",
+    "There is a warning if the larger part of a model's matrices is no `nn.Linear`, as with experts:",
     """import warnings
 
 sizes.update(hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
@@ -205,7 +207,7 @@ with warnings.catch_warnings(record=True) as caught:
 print(caught[-1].message)""",
     """## Adapters
 
-A model that carries LoRA or other adapters of peft is refused: merge them first.""",
+A model with LoRA or other adapters of peft is an error. Merge them first.""",
     """from peft import LoraConfig, get_peft_model
 
 config = transformers.BertConfig(**sizes)
@@ -213,17 +215,19 @@ adapted = get_peft_model(transformers.BertModel(config), LoraConfig(target_modul
 tritern.patch(adapted)""",
     """summary = tritern.summary(tritern.patch(adapted.merge_and_unload()))
 print(len(summary.layers))""",
-    """On a ternary model, LoRA trains beside the codes, which stay as they are. peft must be told that it may
-adapt these layers; `tritern.lora` (extra `[lora]`) does that for a configuration, a loaded one included:""",
-    """model = tritern.patch(transformers.BertModel(config))
-model.add_adapter(tritern.lora(LoraConfig(target_modules=["query", "value"])))
+    """On a ternary model LoRA trains beside the codes, which stay fixed. peft must know that it may adapt these
+layers. `tritern.adapters.lora` (extra `lora`) tells it, for a new configuration or a loaded one:""",
+    """from tritern.adapters import lora
+
+model = tritern.patch(transformers.BertModel(config))
+model.add_adapter(lora(LoraConfig(target_modules=["query", "value"])))
 print(sum(p.numel() for p in model.parameters() if p.requires_grad))""",
-    """A model with adapters saves the adapters only, and the name of the folder it was loaded from: save the
-ternary model, load it, then adapt it. (Adapters of a model that is ternary in memory only are not saved.)
-An adapter cannot be merged into ternary weights, and variants that read those, such as DoRA, are refused.
+    """A model with adapters saves only the adapters and the name of the folder that it was loaded from. Save the
+ternary model, load it, then adapt it. Adapters of a model that is ternary in memory only are not saved.
+An adapter cannot be merged into ternary weights. tritern refuses variants that read weights, such as DoRA.
 """,
 ]
-"""Prose and code; code is what does not begin with a capital or with #."""
+"""Prose and code. Prose begins with a capital or with #."""
 
 
 def page() -> str:
