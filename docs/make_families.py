@@ -18,7 +18,7 @@ import transformers as hf
 from sentence_transformers.base.modules import Dense
 from torch import nn
 
-from tritern.selection import matrices_of, others, select, select_tables, starred
+from tritern.selection import matrices_of, others, select_linears, select_tables, starred
 from tritern_kernels import padded_k
 
 TARGET = Path(__file__).parent / "families.md"
@@ -94,7 +94,7 @@ def built(row: Row) -> nn.Module:
 def table_row(row: Row) -> list[str]:
     """The cells of a family."""
     model = built(row)
-    linears = list(select(model))
+    linears = list(select_linears(model))
     chosen = [c.module for c in linears if not c.reason]
     left = [*(c for c in linears if c.reason), *others(model)]
     ternary = sum(m.weight.numel() for m in chosen if isinstance(m, nn.Linear))
@@ -151,7 +151,7 @@ rerankers, SPLADE and CSR, late interaction, mixtures of experts, and code that 
 Sizes are those of the weights: *fp16* at two bytes a value, *ternary* after
 `tritern.patch(model, embedding_bits=16)`, *and int8 tables* after `tritern.patch(model)`, with 16 bits for
 what is not packed. *Of matrices* is the share of ternary weights among the weights of linear layers and of
-modules in their place. *Of parameters* is their share among all parameters. The parts left as they are are
+modules in their place. *Of parameters* is their share among all parameters. The remaining parts are
 small, lie next to the input or the output, or could not be loaded again.
 """
 
@@ -194,7 +194,7 @@ class Block(nn.Module):
 
 summary = tritern.summary(tritern.patch(nn.Sequential(Block(), Block()), skip="1.up"))
 print("\\n".join(line for line in str(summary).splitlines() if line.startswith("not")))""",
-    "A model without any `nn.Linear` to patch is an error:",
+    "A model without any `nn.Linear` to patch raises an error:",
     """sizes = dict(vocab_size=100, bos_token_id=1, eos_token_id=2)
 tritern.patch(transformers.GPT2Model(transformers.GPT2Config(**sizes, n_embd=32, n_layer=2, n_head=2)))""",
     "There is a warning if the larger part of a model's matrices is no `nn.Linear`, as with experts:",
@@ -207,7 +207,7 @@ with warnings.catch_warnings(record=True) as caught:
 print(caught[-1].message)""",
     """## Adapters
 
-A model with LoRA or other adapters of peft is an error. Merge them first.""",
+Merge LoRA or other adapters of peft before you patch. A model that carries them raises an error:""",
     """from peft import LoraConfig, get_peft_model
 
 config = transformers.BertConfig(**sizes)
@@ -215,15 +215,15 @@ adapted = get_peft_model(transformers.BertModel(config), LoraConfig(target_modul
 tritern.patch(adapted)""",
     """summary = tritern.summary(tritern.patch(adapted.merge_and_unload()))
 print(len(summary.layers))""",
-    """On a ternary model LoRA trains beside the codes, which stay fixed. peft must know that it may adapt these
-layers. `tritern.adapters.lora` (extra `lora`) tells it, for a new configuration or a loaded one:""",
+    """On a ternary model LoRA trains beside the codes, which stay fixed. peft must know that it may adapt
+these layers. `tritern.adapters.lora` (extra `lora`) tells it, for a new configuration or a loaded one:""",
     """from tritern.adapters import lora
 
 model = tritern.patch(transformers.BertModel(config))
 model.add_adapter(lora(LoraConfig(target_modules=["query", "value"])))
 print(sum(p.numel() for p in model.parameters() if p.requires_grad))""",
-    """A model with adapters saves only the adapters and the name of the folder that it was loaded from. Save the
-ternary model, load it, then adapt it. Adapters of a model that is ternary in memory only are not saved.
+    """A model with adapters saves only the adapters and the name of the folder that it was loaded from. Save
+the ternary model, load it, then adapt it. Adapters of a model that is ternary in memory only are not saved.
 An adapter cannot be merged into ternary weights. tritern refuses variants that read weights, such as DoRA.
 """,
 ]
