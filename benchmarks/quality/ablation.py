@@ -28,7 +28,7 @@ import report
 from models.encode import packaged_model
 
 HELD_OUT = 400
-OFF = {f"{name}_weight": 0.0 for name in ("cosine", "similarity", "hidden", "relations", "last_hidden")}
+OFF = {f"{name}_weight": 0.0 for name in ("cosine", "similarity", "hidden", "last_hidden")}
 ARMS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "seed 1, else the defaults": {"seed": 1},
@@ -37,19 +37,15 @@ ARMS: dict[str, dict[str, Any]] = {
     "loss: hidden x 1/3": {"hidden_weight": 1.0},
     "loss: hidden x 3": {"hidden_weight": 9.0},
     "loss: similarity x 3": {"similarity_weight": 0.6},
-    "loss: with relations": {"relations_weight": 0.1},
     "no blend": {"blend_ratio": 0.0},
     "blend over 15 %": {"blend_ratio": 0.15},
     "blend over 60 %": {"blend_ratio": 0.6},
-    "recovery over the last 12 %": {"recovery_ratio": 0.12},
     "learning rate x 0.5": {"learning_rate": 2.5e-4},
     "learning rate x 2": {"learning_rate": 1e-3},
     "loss: cosine alone": {**OFF, "cosine_weight": 1.0},
     "loss: similarity alone": {**OFF, "similarity_weight": 1.0},
     "loss: hidden alone": {**OFF, "hidden_weight": 1.0},
-    "loss: relations alone": {**OFF, "relations_weight": 1.0},
     "loss: last hidden alone": {**OFF, "last_hidden_weight": 1.0},
-    "loss: gradients not balanced": {"balance_losses": False},
     "scale: MSE-optimal, renewed each step": {"learn_scale": False},
     "scale: TWN, renewed each step": {"learn_scale": False, "rule": "twn"},
     "scale: absmean, renewed each step": {"learn_scale": False, "rule": "absmean"},

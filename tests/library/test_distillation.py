@@ -139,9 +139,9 @@ def test_an_interrupted_run_resumed_equals_one_that_was_not(tiny_path, sentences
             control.should_training_stop |= state.global_step == self.at
 
     settings = {**SMALL, "save_steps": 3, "save_strategy": "steps", "logging_steps": 1,
-                "blend_ratio": 0.4, "recovery_ratio": 0.5, "balance_losses": True}  # fmt: skip
+                "blend_ratio": 0.4}  # fmt: skip
     models = {}
-    for name, stops in (("whole", []), ("parts", [3, 9])):  # 3: in the blend; 9: with frozen codes
+    for name, stops in (("whole", []), ("parts", [3, 9])):  # 3: in the blend; 9: after it
         for at in [*stops, None]:
             stop = Stop()
             stop.at = at
@@ -207,41 +207,12 @@ def test_another_model_as_the_teacher(tiny_path, sentences, tmp_path):
     assert found["other"] > found["itself"] + 0.05
 
 
-def test_one_block_has_no_relations_behind_its_output(tiny_path, sentences, tmp_path):
-    student = SentenceTransformer(tiny_path, device="cpu")
-    del student[0].auto_model.encoder.layer[1]
-    settings = {**SMALL, "relations_weight": 1.0, "relation_heads": 2, "logging_steps": 1}
-    tritern.distill(student, sentences, tmp_path, holdout=0, **settings)
-    assert len(losses(tmp_path)) == 12 and all(np.isfinite(losses(tmp_path)))
-
-
 def test_evaluation_sets_do_not_take_the_order_of_the_training_set(tiny, sentences, tmp_path):
     args = TernaryDistillationArguments(output_dir=str(tmp_path), report_to="none", **SMALL)
     distiller = TernaryDistiller(tiny, args, dataset(sentences), eval_dataset=dataset(sentences[:32]))
     distiller.get_train_dataloader()
     distiller.get_eval_dataloader()
     assert len(distiller._batches.lengths) == len(sentences)
-
-
-def test_codes_freeze_for_the_recovery_phase(tiny, sentences, tmp_path):
-    seen = []
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            layer = next(distiller.layers())
-            seen.append((layer.frozen, layer.packed.clone(), layer.weight_scale.detach().clone()))
-
-    args = TernaryDistillationArguments(
-        output_dir=str(tmp_path), report_to="none", recovery_ratio=0.25, logging_steps=1, **SMALL
-    )
-    distiller = TernaryDistiller(tiny, args, dataset(sentences), callbacks=[Watch()])
-    distiller.train()
-    assert [frozen for frozen, _, _ in seen] == [False] * 9 + [True] * 3
-    assert not torch.equal(seen[0][1], seen[8][1])
-    assert torch.equal(seen[9][1], seen[11][1]) and not torch.equal(seen[9][2], seen[10][2])
-    rates = [entry["learning_rate"] for entry in distiller.state.log_history if "learning_rate" in entry]
-    assert max(rates) == pytest.approx(3e-3) and rates[9] == pytest.approx(3e-4)
-    assert rates[8] < rates[4] and rates[11] == pytest.approx(1e-4)
 
 
 def test_mixed_precision_ends_with_training(tiny, sentences, tmp_path):
@@ -300,13 +271,12 @@ def test_every_setting_changes_the_run(tiny_path, sentences, tmp_path):
     """One step with each: another loss or another model than with the defaults."""
     changes = [
         {}, {"cosine_weight": 0.5}, {"similarity_weight": 0.0}, {"hidden_weight": 0.0},
-        {"relations_weight": 1.0}, {"last_hidden_weight": 1.0}, {"balance_losses": False},
+        {"last_hidden_weight": 1.0},
         {"temperature": 0.5}, {"matryoshka_dims": [8, 32]}, {"joined_ratio": 0.0},
         {"layer_fade_start": 0.0}, {"learn_scale": False}, {"clip": 0.5}, {"blend_ratio": 1.0},
-        {"recovery_ratio": 0.5}, {"recovery_ratio": 0.5, "recovery_learning_rate": 0.5},
         {"train_embeddings": False}, {"train_rounded_embeddings": False}, {"cpu_bf16": False},
         {"cpu_bf16": True}, {"max_length": 8}, {"group_by_length": False}, {"learning_rate": 1e-4},
-        {"relations_weight": 1.0, "relation_heads": 4}, {"layer_fade_start": 0.0, "layer_fade": 0.5},
+        {"layer_fade_start": 0.0, "layer_fade": 0.5},
         {"bf16": True},
     ]  # fmt: skip
     results = {}
@@ -314,7 +284,6 @@ def test_every_setting_changes_the_run(tiny_path, sentences, tmp_path):
         settings = {**SMALL, "max_steps": 2, "logging_steps": 1, "cpu_bf16": False, **change}
         model = SentenceTransformer(tiny_path, device="cpu")
         folder = tmp_path / str(len(results))
-        settings = {"relation_heads": 2, **settings}
         tritern.distill(model, sentences, folder, holdout=0, save_strategy="no", **settings)
         state = b"".join(t.float().numpy().tobytes() for t in model.state_dict().values())
         results[json.dumps(change)] = (tuple(losses(folder)), hash(state))
@@ -338,7 +307,7 @@ def test_terms_are_balanced_as_without_the_blend(tiny_path, sentences, tmp_path)
     assert first[0.5] < 1e-6 < 1e-3 < first[0.0]
     assert found[0.5] == found[0.0]
     cosine, similarity, hidden, *unused = found[0.5]
-    assert cosine == 1 and 0 < similarity != 1 and 0 < hidden != 1 and unused == [1, 1]
+    assert cosine == 1 and 0 < similarity != 1 and 0 < hidden != 1 and unused == [1]
 
 
 def test_teacher_vectors_instead_of_a_teacher(tiny_path, sentences, tmp_path):
@@ -380,10 +349,8 @@ folder, batch, model = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 sentences = open(sys.argv[4]).read().splitlines()
 tritern.distill(
     SentenceTransformer(model, device="cpu"), sentences, folder, holdout=0, per_device_train_batch_size=batch,
-    max_steps=8, logging_steps=1, use_cpu=True, disable_tqdm=True, learning_rate=1e-3, relations_weight=0.1,
-    relation_heads=2, last_hidden_weight=0.1, balance_losses=True, gradient_accumulation_steps=1,
-    blend_ratio=0.15, recovery_ratio=0.25,
-    cpu_bf16=False,
+    max_steps=8, logging_steps=1, use_cpu=True, disable_tqdm=True, learning_rate=1e-3,
+    last_hidden_weight=0.1, gradient_accumulation_steps=1, blend_ratio=0.15, cpu_bf16=False,
 )
 assert PartialState().num_processes == int(os.environ["WORLD_SIZE"]), "each process would write the model"
 """

@@ -64,18 +64,6 @@ def test_blend_goes_from_full_precision_to_ternary_in_training_only():
     assert torch.equal(module.eval()(x), packed(x))
 
 
-def test_frozen_codes_stay_while_scales_learn():
-    module, x = layer().train(), torch.randn(50, 40)
-    module.refresh()
-    module.frozen = True
-    codes, scale, weight = module.packed.clone(), module.weight_scale.clone(), module.weight.clone()
-    step(module, x, lr=0.1)
-    assert torch.equal(module.refresh().packed, codes)
-    assert torch.equal(module.weight, weight)
-    assert not torch.equal(module.weight_scale, scale)
-    assert torch.equal(module.eval()(x), module.packed_layer()(x))
-
-
 def test_codes_made_by_encode_serve_a_later_backward():
     module, x = layer().eval(), torch.randn(5, 40)
     with torch.inference_mode():

@@ -41,18 +41,8 @@ def test_hidden_mse_by_hand():
     assert losses.last_hidden_mse(student, teacher, mask) == pytest.approx(2.5)
 
 
-def test_relations_by_hand():
-    teacher = torch.tensor([[[2.0], [0.0]]])  # one head of width 1: scores 4 0 / 0 0
-    student = torch.zeros(1, 2, 1)
-    p = 1 / (1 + math.exp(-4))
-    row = p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))
-    value = losses.relations([student], [teacher], torch.ones(1, 2), heads=1)
-    assert value == pytest.approx(row / 2, rel=1e-5)
-
-
 def outputs(B=3, T=6, D=24):
-    return Outputs(torch.randn(B, D), [torch.randn(B, T, D) for _ in range(2)],
-                   [torch.randn(B, T, D) for _ in range(3)])  # fmt: skip
+    return Outputs(torch.randn(B, D), [torch.randn(B, T, D) for _ in range(2)])
 
 
 def test_a_student_equal_to_its_teacher_loses_nothing():
@@ -63,26 +53,24 @@ def test_a_student_equal_to_its_teacher_loses_nothing():
         assert value > 1e-3, name
 
 
-@pytest.mark.parametrize("name", ["hidden", "last_hidden", "relations"])
+@pytest.mark.parametrize("name", ["hidden", "last_hidden"])
 def test_padding_never_enters(name):
     student, teacher = outputs(), outputs()
-    for tensor in (*student.hidden, *student.qkv):
+    for tensor in student.hidden:
         tensor.requires_grad_()
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]])
     value = losses.terms(student, teacher, mask, [name])[name]
     value.backward()
-    grads = [t.grad for t in (*student.hidden, *student.qkv) if t.grad is not None]
+    grads = [t.grad for t in student.hidden if t.grad is not None]
     assert grads and all((g[mask == 0] == 0).all() and (g[mask == 1] != 0).any() for g in grads)
-    student = Outputs(student.pooled, *([t.detach() for t in part] for part in student[1:]))
+    student = Outputs(student.pooled, [h.detach() for h in student.hidden])
     with torch.no_grad():
-        for tensor in (*student.hidden, *student.qkv, *teacher.hidden, *teacher.qkv):
+        for tensor in (*student.hidden, *teacher.hidden):
             tensor[mask == 0] = 1e3
     assert losses.terms(student, teacher, mask, [name])[name] == pytest.approx(value.item(), rel=1e-5)
     # as if the padding were not there at all
-    alone = [Outputs(o.pooled[1:2], [h[1:2, :2] for h in o.hidden], [h[1:2, :2] for h in o.qkv])
-             for o in (student, teacher)]  # fmt: skip
-    text = [Outputs(o.pooled[1:2], [h[1:2] for h in o.hidden], [h[1:2] for h in o.qkv])
-            for o in (student, teacher)]  # fmt: skip
+    alone = [Outputs(o.pooled[1:2], [h[1:2, :2] for h in o.hidden]) for o in (student, teacher)]
+    text = [Outputs(o.pooled[1:2], [h[1:2] for h in o.hidden]) for o in (student, teacher)]
     short = losses.terms(*alone, torch.ones(1, 2), [name])[name]
     assert losses.terms(*text, mask[1:2], [name])[name] == pytest.approx(short.item(), rel=1e-5)
 

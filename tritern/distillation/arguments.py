@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from argparse import ArgumentDefaultsHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, NoReturn
@@ -28,7 +28,6 @@ _WHOLE = {
     "seed": 0,
     "data_seed": 0,
     "max_length": 1,
-    "relation_heads": 1,
 }
 """Settings that are whole numbers, and their least."""
 _OR_NONE = "data_seed", "max_length"
@@ -45,19 +44,15 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
         max_length: tokens per text in training, at most the model's own maximum (None: that); longer texts
             are cut.
         group_by_length: make batches of texts of similar length (less padding, several times as fast).
-        cosine_weight, similarity_weight, hidden_weight, relations_weight, last_hidden_weight: of the terms in
-            ``tritern.distillation.losses``; 0 leaves a term out.
-        balance_losses: scale the terms on the first batch so that, before their weights, their gradients at
-            the first block are equally long.
+        cosine_weight, similarity_weight, hidden_weight, last_hidden_weight: weights of the terms in
+            ``tritern.distillation.losses``; 0 leaves a term out. The first batch scales the terms so that
+            their gradients at the first block are equally long; the weights multiply the scaled terms.
         temperature: of the similarity term.
-        relation_heads: of the relations term.
         matryoshka_dims: apply the cosine and similarity terms to vectors cut to each of these dimensions.
         layer_fade_start, layer_fade: from this share of the steps on, per-token terms count this much.
         learn_scale: learn the row scales by gradient; otherwise the rule renews them at every step.
         clip: weights beyond clip * scale get no gradient.
         blend_ratio: share of the steps over which the layers go from full precision to ternary.
-        recovery_ratio: share of the steps, at the end, with frozen codes.
-        recovery_learning_rate: learning rate there as a share of the peak.
         train_embeddings: train the embedding tables too.
         train_rounded_embeddings: round the embedding tables in training too, and not only at its end.
         cpu_bf16: on a CPU, run the teacher, the backward products and the blended layers in bfloat16, while
@@ -80,19 +75,14 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
     cosine_weight: float = field(default=1.0)
     similarity_weight: float = field(default=0.2)
     hidden_weight: float = field(default=3.0)
-    relations_weight: float = field(default=0.0)
     last_hidden_weight: float = field(default=0.0)
-    balance_losses: bool = field(default=True)
     temperature: float = field(default=0.05)
-    relation_heads: int = field(default=12)
     matryoshka_dims: list[int] | None = field(default=None)
     layer_fade_start: float = field(default=0.7)
     layer_fade: float = field(default=0.2)
     learn_scale: bool = field(default=True)
     clip: float = field(default=1.0)
     blend_ratio: float = field(default=0.3)
-    recovery_ratio: float = field(default=0.0)
-    recovery_learning_rate: float = field(default=0.1)
     train_embeddings: bool = field(default=True)
     train_rounded_embeddings: bool = field(default=True)
     cpu_bf16: bool | None = field(default=None)
@@ -124,16 +114,11 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
             self._check_number("learning_rate")
             if not rate >= 0:
                 raise TriternError(f"learning_rate must not be negative; received {rate}")
-        for name in ("layer_fade_start", "blend_ratio", "recovery_ratio"):
+        for name in ("layer_fade_start", "blend_ratio"):
             value = self._check_number(name)
             if not 0 <= value <= 1:
                 raise TriternError(f"{name} is a share of the steps, from 0 to 1; received {value}")
-        if self.blend_ratio + self.recovery_ratio > 1:
-            raise TriternError(
-                f"blend_ratio + recovery_ratio must be at most 1; received {self.blend_ratio} and "
-                f"{self.recovery_ratio}"
-            )
-        for name in (*(f"{n}_weight" for n in LOSSES), "layer_fade", "recovery_learning_rate"):
+        for name in (*(f"{n}_weight" for n in LOSSES), "layer_fade"):
             if not self._check_number(name) >= 0:
                 raise TriternError(f"{name} must not be negative; received {getattr(self, name)}")
         for name in ("temperature", "clip"):
@@ -163,25 +148,6 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
     def blend(self, progress: float) -> float:
         """Share of the ternary weights at a share of the steps."""
         return min(1.0, progress / self.blend_ratio) if self.blend_ratio else 1.0
-
-    def frozen(self, step: int, steps: int) -> bool:
-        """Whether codes are frozen at a step."""
-        return step >= self.recovery_start(steps)
-
-    def recovery_start(self, steps: int) -> int:
-        """The step at which codes freeze."""
-        return steps - math.floor(self.recovery_ratio * steps)
-
-    def with_recovery(self, rate: Callable[[int], float], steps: int) -> Callable[[int], float]:
-        """A learning-rate factor that follows ``rate`` until the codes freeze and then falls to 0."""
-        start = self.recovery_start(steps)
-
-        def factor(step: int) -> float:
-            if step < start:
-                return rate(step)
-            return self.recovery_learning_rate * max(0, steps - step) / max(1, steps - start)
-
-        return factor
 
 
 def suggested_learning_rate(parameters: int) -> float:

@@ -41,7 +41,6 @@ class TrainableTernaryLinear(nn.Module):
         bias: parameter [out_features] or None.
         packed: buffer, uint8 [out_features, padded_k(in_features) / 4], codes of the latent weight.
         blend: share of the ternary weight while training, from 0 to 1.
-        frozen: codes no longer follow the latent weight, which gets no gradient.
 
     Args:
         linear: the layer to start from; its parameters are taken over, not copied.
@@ -77,7 +76,7 @@ class TrainableTernaryLinear(nn.Module):
             clip,
         )
         self.backward_dtype = backward_dtype
-        self.blend, self.frozen = 1.0, False
+        self.blend = 1.0
         self.weight, self.bias = linear.weight, linear.bias
         start = ternarize_weight(linear.weight, rule)
         scale = (start.scale if scale is None else scale).clamp(min=SMALLEST_SCALE)
@@ -88,7 +87,7 @@ class TrainableTernaryLinear(nn.Module):
         self.train(linear.training)
 
     def refresh(self) -> Codes:
-        """Codes of the latent weight as it is now; frozen ones as they were."""
+        """Codes of the latent weight as it is now."""
         if self._stale or self.training:
             with torch.inference_mode(False), torch.no_grad():  # what encode() makes must serve training too
                 self._ternarize()
@@ -96,10 +95,6 @@ class TrainableTernaryLinear(nn.Module):
         return Codes(self.packed, self._transposed)
 
     def _ternarize(self) -> None:
-        if self.frozen:
-            if self._transposed is None:
-                self._transposed = transpose(self.packed, self.in_features)
-            return
         # .data: a layer may run several times before one backward pass, and the second time changes nothing
         if self.learn_scale:
             self.weight_scale.data.clamp_(min=SMALLEST_SCALE)
@@ -140,7 +135,6 @@ class TrainableTernaryLinear(nn.Module):
             codes,
             activation_bits=self.activation_bits,
             clip=self.clip,
-            frozen=self.frozen,
             backward_dtype=self.backward_dtype if x.dtype == torch.float32 else None,
         )
 

@@ -8,7 +8,6 @@ Letters: B texts, T tokens (padded), D width, mask [B, T] with 1 for real tokens
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -73,48 +72,21 @@ def last_hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     return _per_text((student.float() - teacher.float()).square().mean(-1), mask)
 
 
-def relations(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor, heads: int = 12) -> Tensor:
-    """KL(teacher || student) of query-query, key-key and value-value attention (MiniLMv2, arXiv:2012.15828).
-
-    Args:
-        student, teacher: queries, keys and values of one layer, each [B, T, D]; widths may differ.
-        mask: [B, T].
-        heads: relation heads; must divide every D.
-    """
-    terms = []
-    for s, t in zip(student, teacher, strict=True):
-        log_s, log_t = (_relation(x.float(), mask, heads) for x in (s, t))
-        divergence = (log_t.exp() * (log_t - log_s)).sum(-1).mean(1)  # over keys; over heads: [B, T]
-        terms.append(_per_text(divergence, mask))
-    return torch.stack(terms).mean()
-
-
-def _relation(x: Tensor, mask: Tensor, heads: int) -> Tensor:
-    """log softmax [B, heads, T, T] of the scaled products of a tensor [B, T, D] with itself."""
-    x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
-    scores = x @ x.transpose(-1, -2) / math.sqrt(x.shape[-1])
-    # finite, so that a masked key gives 0 * (finite - finite) above and not NaN
-    return F.log_softmax(scores.masked_fill(mask[:, None, None, :] == 0, -1e4), dim=-1)
-
-
 def _per_text(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over texts of the mean over their real tokens; values and mask [B, T]."""
     mask = mask.to(values.dtype)
     return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-LOSSES = ("cosine", "similarity", "hidden", "relations", "last_hidden")
+LOSSES = ("cosine", "similarity", "hidden", "last_hidden")
 """Names of the terms, as in the weights of ``TernaryDistillationArguments``."""
 
 
 class Outputs(NamedTuple):
-    """What a model shows for a batch: ``pooled`` [B, D], one tensor [B, T, D] per block in ``hidden``, and
-    queries, keys and values of the last block.
-    """
+    """A model's outputs for a batch: ``pooled`` [B, D] and one tensor [B, T, D] per block in ``hidden``."""
 
     pooled: Tensor
     hidden: list[Tensor]
-    qkv: list[Tensor]
 
 
 def terms(
@@ -126,7 +98,6 @@ def terms(
     gathered: dict[str, Any] | None = None,
     dims: Sequence[int] = (),
     temperature: float = 0.05,
-    heads: int = 12,
 ) -> dict[str, Tensor]:
     """The terms named, unweighted.
 
@@ -137,7 +108,6 @@ def terms(
         gathered: keyword arguments ``all_student``, ``all_teacher`` and ``first`` of ``similarity``.
         dims: Matryoshka dimensions: pooled terms are means over the vectors cut to these.
         temperature: of ``similarity``.
-        heads: of ``relations``.
     """
     result: dict[str, Tensor] = {}
     widths = list(dims) or [student.pooled.shape[-1]]
@@ -155,8 +125,6 @@ def terms(
             result[name] = hidden_mse(student.hidden, teacher.hidden, mask)
         elif mask is not None and name == "last_hidden":
             result[name] = last_hidden_mse(student.hidden[-1], teacher.hidden[-1], mask)
-        elif mask is not None and name == "relations":
-            result[name] = relations(student.qkv, teacher.qkv, mask, heads)
     return result
 
 

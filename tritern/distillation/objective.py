@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..errors import TriternError
 from ..modes import evaluating, without_cudnn_attention
-from ..nn.linear import TernaryLinear
 from ..selection import blocks_of
 from .layers import TrainableTernaryLinear
 from .losses import LOSSES, Outputs, terms
@@ -23,49 +22,29 @@ if TYPE_CHECKING:
 
     from .arguments import TernaryDistillationArguments
 
-_QUERY = ("query", "q", "q_proj", "q_lin", "query_proj")
-_KEY = ("key", "k", "k_proj", "k_lin", "key_proj")
-_VALUE = ("value", "v", "v_proj", "v_lin", "value_proj")
-_FUSED = ("qkv", "Wqkv", "qkv_proj", "query_key_value")
-_PER_TOKEN = ("hidden", "last_hidden", "relations")
+_PER_TOKEN = ("hidden", "last_hidden")
 
 
-class Taps:
-    """Hooks that collect the outputs of a model's transformer blocks and the last block's Q, K and V."""
+class HiddenStates:
+    """Hooks that collect the outputs of a model's transformer blocks."""
 
     def __init__(self, model: nn.Module) -> None:
         self.blocks = list(blocks_of(model).values())
-        self.qkv = _projections(self.blocks[-1]) if self.blocks else []
 
     @contextmanager
-    def open(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Collect while the model runs once: (hidden states, [Q, K, V])."""
-        hidden, qkv = [], []
+    def collect(self) -> Iterator[list[Tensor]]:
+        """The list that the blocks' outputs are added to while the model runs once."""
+        hidden: list[Tensor] = []
 
-        def keep_hidden(module: nn.Module, args: Any, output: Any) -> None:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
             hidden.append(output if isinstance(output, Tensor) else output[0])
 
-        def keep_qkv(module: nn.Module, args: Any, output: Tensor) -> None:
-            qkv.extend(output.chunk(3, dim=-1) if len(self.qkv) == 1 else [output])
-
-        handles = [block.register_forward_hook(keep_hidden) for block in self.blocks]
-        handles += [layer.register_forward_hook(keep_qkv) for layer in self.qkv]
+        handles = [block.register_forward_hook(keep) for block in self.blocks]
         try:
-            yield hidden, qkv
+            yield hidden
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _projections(block: nn.Module) -> Sequence[nn.Module]:
-    """Query, key and value layers of a block, or the one layer that computes all three, or nothing."""
-    kinds = nn.Linear, TernaryLinear
-    linears = [(n.rpartition(".")[2], m) for n, m in block.named_modules() if isinstance(m, kinds)]
-    fused = [m for n, m in linears if n in _FUSED]
-    if len(fused) == 1:
-        return fused
-    parts = [[m for n, m in linears if n in names] for names in (_QUERY, _KEY, _VALUE)]
-    return [p[0] for p in parts] if all(len(p) == 1 for p in parts) else []
 
 
 class DistillationLoss(nn.Module):
@@ -93,10 +72,9 @@ class DistillationLoss(nn.Module):
         self.args = args
         self.progress = 0.0  # share of the training steps done, set by the trainer
         # factors that make the terms' gradients equally long; NaN until measured on the first batch
-        factor = torch.nan if args.balance_losses else 1.0
-        self.register_buffer("balance", torch.full((len(LOSSES),), factor, dtype=torch.float32))
+        self.register_buffer("balance", torch.full((len(LOSSES),), torch.nan, dtype=torch.float32))
         self._teacher = (teacher,)  # out of sight: a module here would be trained, moved and saved
-        self._taps = Taps(model), Taps(teacher) if teacher is not None else None
+        self._states = HiddenStates(model), None if teacher is None else HiddenStates(teacher)
         self._check(model, teacher)
 
     def _check(self, model: SentenceTransformer, teacher: SentenceTransformer | None) -> None:
@@ -116,23 +94,8 @@ class DistillationLoss(nn.Module):
                     "to show hidden states"
                 )
             return
-        student_taps, teacher_taps = self._taps
-        if "relations" in names and not (student_taps.qkv and teacher_taps and teacher_taps.qkv):
-            raise TriternError(
-                "relations_weight must be 0 for this model: no query, key and value layers found in its last "
-                f"block (looked for {', '.join(_QUERY)} and the like, or one of {', '.join(_FUSED)})"
-            )
-        if per_token and not student_taps.blocks:
+        if per_token and not self._states[0].blocks:
             raise TriternError(f"{_settings(per_token)} must be 0 for this model: it has no blocks of layers")
-        heads = self.args.relation_heads
-        for taps in (student_taps, teacher_taps) if "relations" in names and teacher_taps else ():
-            parts = 3 if len(taps.qkv) == 1 else 1
-            widths = [int(layer.weight.shape[0]) for layer in taps.qkv]  # pyright: ignore[reportIndexIssue]
-            if any(width % (parts * heads) for width in widths):
-                raise TriternError(
-                    f"relation_heads must divide the widths of query, key and value, "
-                    f"{', '.join(str(width // parts) for width in widths)}; received {heads}"
-                )
 
     @without_cudnn_attention()
     def forward(self, features: list[dict[str, Tensor]], labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -152,9 +115,9 @@ class DistillationLoss(nn.Module):
     def _compare(self, features: dict[str, Tensor], teacher: Outputs) -> tuple[dict[str, Tensor], Tensor]:
         """The terms, unweighted, and the student's first hidden state (or what else comes first)."""
         names = list(self.args.loss_weights())
-        with self._taps[0].open() as (hidden, qkv):
+        with self._states[0].collect() as hidden:
             pooled = self.model(dict(features))["sentence_embedding"]
-        student, mask = Outputs(pooled, hidden, qkv), features.get("attention_mask")
+        student, mask = Outputs(pooled, hidden), features.get("attention_mask")
         if mask is None and (per_token := [n for n in names if n in _PER_TOKEN]):
             raise TriternError(
                 f"{_settings(per_token)} need padded batches with an attention mask, and this model's are "
@@ -169,18 +132,17 @@ class DistillationLoss(nn.Module):
             gathered=_gather(pooled, teacher.pooled) if "similarity" in names else None,
             dims=self.args.matryoshka_dims or (),
             temperature=self.args.temperature,
-            heads=self.args.relation_heads,
         )
         return values, hidden[0] if hidden else pooled
 
     def _teacher_outputs(self, features: dict[str, Tensor], labels: Tensor | None) -> Outputs:
-        teacher, taps = self._teacher[0], self._taps[1]
-        if teacher is None or taps is None:
+        teacher, states = self._teacher[0], self._states[1]
+        if teacher is None or states is None:
             if labels is None:
                 raise TriternError(
                     "without a teacher model every batch needs the teacher's vectors as `label`"
                 )
-            return Outputs(labels, [], [])
+            return Outputs(labels, [])
         device = next(iter(features.values())).device
         if teacher.device != device:
             teacher.to(device)
@@ -189,13 +151,12 @@ class DistillationLoss(nn.Module):
         autocast = torch.autocast(
             device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
         )
-        with evaluating(teacher), torch.inference_mode(), autocast, taps.open() as (hidden, qkv):
+        with evaluating(teacher), torch.inference_mode(), autocast, states.collect() as hidden:
             pooled = teacher(dict(features))["sentence_embedding"]
         # tensors of inference mode cannot take part in a backward pass, their copies can
         wanted = self.args.loss_weights()
         hidden = hidden if "hidden" in wanted else hidden[-1:] if "last_hidden" in wanted else []
-        qkv = qkv if "relations" in wanted else []
-        return Outputs(pooled.clone(), [h.clone() for h in hidden], [p.clone() for p in qkv])
+        return Outputs(pooled.clone(), [h.clone() for h in hidden])
 
     def _check_widths(self, student: Outputs, teacher: Outputs, names: list[str]) -> None:
         widths = student.pooled.shape[-1], teacher.pooled.shape[-1]

@@ -185,17 +185,6 @@ class TernaryDistiller(SentenceTransformerTrainer):
         if self._batches is not None:
             self._batches.set_epoch(epoch)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The usual schedule up to the recovery phase, then a small rate falling to 0."""
-        if self.lr_scheduler is None:
-            start = self.args.recovery_start(num_training_steps)
-            scheduler = super().create_scheduler(start, optimizer)
-            if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-                scheduler.lr_lambdas = [
-                    self.args.with_recovery(f, num_training_steps) for f in scheduler.lr_lambdas
-                ]
-        return self.lr_scheduler
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As of the parent, without dropout; running out of memory says which settings to lower.
 
@@ -269,9 +258,8 @@ class TernaryDistiller(SentenceTransformerTrainer):
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             for layer in self.layers():
                 layer.refresh()
-            frozen = any(layer.frozen for layer in self.layers())
             balance = ",".join(str(float(b)) for b in self.objective.balance)
-            metadata = {"frozen": str(int(frozen)), "balance": balance, "run": json.dumps(self.identity())}
+            metadata = {"balance": balance, "run": json.dumps(self.identity())}
             save_model(self.model, str(folder / STATE_FILE), metadata)
         with packed_form(self.model, self.ternary_config, self.converted), sealed(folder):
             super()._save(str(folder), state_dict)
@@ -291,8 +279,6 @@ class TernaryDistiller(SentenceTransformerTrainer):
                 + ": go on with what it was started with, or start a new run in another folder"
             )
         load_model(self.model, file)
-        for layer in self.layers():
-            layer.frozen = metadata["frozen"] == "1"
         with torch.no_grad():
             balance = [float(b) for b in metadata["balance"].split(",")]
             self.objective.balance.copy_(torch.tensor(balance, dtype=torch.float32))
@@ -314,7 +300,7 @@ def state_file(checkpoint: str | Path) -> Path:
 
 
 class _Schedule(TrainerCallback):
-    """Sets blend, freezing and the loss's progress before every step: functions of the step alone."""
+    """Sets the blend and the loss's progress before every step: functions of the step alone."""
 
     def __init__(self, trainer: TernaryDistiller) -> None:
         self.trainer = trainer
@@ -324,12 +310,9 @@ class _Schedule(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         progress = state.global_step / max(1, state.max_steps)
-        frozen = args.frozen(state.global_step, state.max_steps)
         self.trainer.objective.progress = progress
         for layer in self.trainer.layers():
-            if frozen and not layer.frozen:
-                layer.refresh()
-            layer.blend, layer.frozen = args.blend(progress), frozen
+            layer.blend = args.blend(progress)
 
 
 def _check_tokenizer(model: SentenceTransformer, teacher: SentenceTransformer) -> None:
