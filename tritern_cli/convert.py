@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -74,6 +75,7 @@ def convert(
 
     settings = dict(rule=rule, activation_bits=activation_bits, embedding_bits=embedding_bits, skip=skip)
     settings = {name: value for name, value in {**settings, "calibration_texts": texts}.items() if value}
+    preview = not is_ternary(loaded) and not texts
     if not is_ternary(loaded):
         tritern.patch(loaded, **settings)
     elif settings.keys() == {"embedding_bits"}:
@@ -89,8 +91,22 @@ def convert(
     total = sum(file.stat().st_size for file in files)
     data: dict[str, Any] = {"model": model, "output": str(output), "format": format, "bytes_on_disk": total}
     data["summary"] = summary_data(size)
-    note = "\nJudge it on texts that it was not calibrated on." if texts else ""
+    data["preview"] = preview
+    if texts:
+        note = "\nMeasure it on texts that it was not calibrated on."
+    else:
+        note = f"\n{_preview_note(model, output, format)}" if preview else ""
     yield Result(data, f"{size}\nSaved in {output}, {total / 1e6:.1f} MB on disk.{note}")
+
+
+def _preview_note(model: str, output: Path, format: str) -> str:
+    """The warning about a model that was only converted, and the commands for measuring and training."""
+    original, made = shlex.quote(model), shlex.quote(str(output))
+    measure = f"Measure it: tritern eval {made} FILE --teacher {original}\n" if format != "gguf" else ""
+    return (
+        "This is a preview of size and speed, not a model to serve: it was neither trained nor calibrated.\n"
+        f"{measure}Train one to serve: tritern distill {original} FILE FOLDER"
+    )
 
 
 def summary_data(size: Any) -> dict[str, Any]:

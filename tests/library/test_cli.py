@@ -172,7 +172,7 @@ def test_convert_is_patch_and_save(tiny, tiny_path, texts, tmp_path):
     )
     loaded = load(tmp_path / "a" / "out")
     assert np.array_equal(loaded.encode(texts), patched.encode(texts))
-    assert len(found["summary"]["layers"]) == 5 and found["format"] == "tritern"
+    assert len(found["summary"]["layers"]) == 5 and found["format"] == "tritern" and found["preview"]
     assert found["bytes_on_disk"] == sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
 
 
@@ -180,6 +180,10 @@ def test_convert_says_what_it_made(tiny_path, tmp_path):
     result = run("convert", tiny_path, tmp_path / "out", "--dtype", "float16")
     assert "all ternary layers" in result.stdout and "of float16" in result.stdout
     assert f"Saved in {tmp_path / 'out'}, 0." in result.stdout
+    note, measure, train = result.stdout.splitlines()[-3:]
+    assert note.startswith("This is a preview of size and speed, not a model to serve")
+    assert measure == f"Measure it: tritern eval {tmp_path / 'out'} FILE --teacher {tiny_path}"
+    assert train == f"Train one to serve: tritern distill {tiny_path} FILE FOLDER"
     stored = {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()}
     assert stored == {torch.float16, torch.float32, torch.uint8}
 
@@ -190,9 +194,12 @@ def test_convert_with_calibration(tiny, tiny_path, texts_file, tmp_path, sentenc
     fitted = tritern.patch(tiny, calibration_texts=sentences[:20])
     assert np.array_equal(load(tmp_path / "a").encode(sentences[:5]), fitted.encode(sentences[:5]))
     assert (
-        "Judge it on texts that it was not"
+        "Measure it on texts that it was not calibrated on"
         in run("convert", tiny_path, tmp_path / "c", "--calibrate", "-", input=texts).stdout
     )
+    calibrated = run("convert", tiny_path, tmp_path / "e", "--calibrate", "-", input=texts).stdout
+    again = run("convert", tmp_path / "e", tmp_path / "f", "--format", "dense").stdout
+    assert "preview" not in calibrated + again
     alone = wrong_usage("convert", tiny_path, tmp_path / "d", "--calibrate-texts", 20)
     assert "say how to read the file of --calibrate" in alone
     few = error("convert", tiny_path, tmp_path / "b", "--calibrate", texts_file, "--calibrate-texts", 15)
