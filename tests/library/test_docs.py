@@ -1,5 +1,5 @@
 """Every code block of README.md and docs/*.md is run, or at least parsed by the command that it calls
-(``pages`` says how); the site builds; names, links, figures and measured numbers are what they should be.
+(``pages`` says how); the site builds; names, links and measured numbers are what they should be.
 """
 
 import json
