@@ -64,6 +64,61 @@ def development() -> str:
     return "\n".join(lines) + "\n"
 
 
+def less_work() -> str:
+    """What each way to a ternary MiniLM keeps, the cheapest first."""
+    sets = ("STS-B", "SICK-R", "perspectrum", "cranfield", "medquad", "scifact")
+    lines = [f"| | {' | '.join(sets)} | closeness: cosine, top-10 kept |", "|" + " --- |" * (len(sets) + 2)]
+    for label, file, name in (
+        ("the teacher, float32", "cpu-distilled.json", "teacher"),
+        ("patched, not trained", "cpu-distilled.json", "patched, mse"),
+        ("calibrated on 512 texts, 82 seconds", "cpu-calibrated.json", "calibrated, mse"),
+        ("`minilm-l6-ternary`, 7.5 minutes on an H200", "cpu-minilm-l6-ternary.json", SHIPPED),
+        ("distilled, 27 minutes on 2 CPU cores", "cpu-distilled.json", "distilled"),
+        ("distilled, one batch of 64 a step, 23 minutes", "cpu-distilled-64.json", "distilled"),
+    ):
+        row, close = load(file)["rows"][name], ""
+        cells = [f"{row['scores'][n]:.2f} ({row['retention'][n]:.1f} %)" for n in sets]
+        if "fidelity" in row:
+            close = f"{row['fidelity']['cosine'] / 100:.3f}, {row['fidelity']['overlap']:.1f} %"
+        else:
+            cells = [f"{row['scores'][n]:.2f}" for n in sets]
+        lines.append(f"| {label} | {' | '.join(cells)} | {close} |")
+    return "\n".join(lines) + "\n"
+
+
+ARMS = {"fp32": "original, float32", "distilled int8": "ternary, int8 activations"}
+ARMS["distilled 16-bit"] = "ternary, 16-bit activations"
+
+
+def throughput() -> str:
+    """Embedding and adding texts, by tritern.search and by hand."""
+    lines = [
+        "| | texts/s | by hand | ratio [p20 p80] | same ten neighbours |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    found = {row["arm"]: row for row in load("cpu-embed-search-throughput.json")["throughput"]}
+    for arm, label in ARMS.items():
+        row, ratio = found[arm], found[arm]["ratio"]
+        lines.append(
+            f"| {label} | {row['texts_per_second']['median']:.1f} | {row['by_hand']['median']:.1f} | "
+            f"{ratio['median']:.2f}x [{ratio['p20']:.2f} {ratio['p80']:.2f}] | "
+            f"{100 * row['same_top10']:.1f} % |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def latency() -> str:
+    """Milliseconds from queries to texts found, exactly, by the number of queries at once."""
+    rows = [r for r in load("cpu-embed-search-speed.json")["latency"] if r["kind"] == "flat"]
+    batches = sorted({r["batch"] for r in rows})
+    lines = [f"| queries at once | {' | '.join(map(str, batches))} |", "|" + " --- |" * (len(batches) + 1)]
+    for arm, label in ARMS.items():
+        times = {r["batch"]: r["ms"]["total"]["median"] for r in rows if r["arm"] == arm}
+        cells = [f"{times[b]:.1f}" if times[b] < 50 else f"{times[b]:,.0f}" for b in batches]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def ablation(file: str) -> str:
     """What changes of the distillation recipe do to four columns."""
     rows = load(file)["rows"]
@@ -144,6 +199,9 @@ def main() -> None:
     blocks = {
         "quality": (readme, quality()),
         "speed": (readme, speed()),
+        "less-work": (results, less_work()),
+        "throughput": (results, throughput()),
+        "latency": (results, latency()),
         "ablation": (results, ablation("cpu-ablation.json")),
         "ablation-320": (results, ablation("cpu-ablation-320.json")),
         "search": (results, search("cpu-embed-search.json")),

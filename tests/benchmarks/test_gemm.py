@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import cases
 import gemm as race
+import gpu_tables
 import report
 import tables
 import timing
@@ -189,7 +190,7 @@ def test_where_lengths_vary_cudnn_has_no_attention(monkeypatch):
 @pytest.mark.parametrize("name", ["AVX512", "AVX2"])
 def test_held_to_an_instruction_set_products_stay_right(name):
     code = (
-        "from ops import instruction_sets; instruction_sets.hold_to({name!r}); from tritern_kernels import cpu;"
+        "from ops.instruction_sets import hold_to; hold_to({name!r}); from tritern_kernels import cpu;"
         "print(*cpu.fastest(8), sep=',')"
     )
     environment = {**os.environ, **instruction_sets.ENVIRONMENT[name]}
@@ -290,9 +291,11 @@ def test_whole_models_have_a_verdict_only_beside_compiled_fp16():
     for r in rows:
         r["held_mb"] = 1.0
     found = {"models": {"m": {}}, "rows": rows}
-    assert tables.models(found).endswith("| - / 4.00 / - / - | - / 3.00 / - / - | - / 2.00 | (2.00x) |  |")
+    assert gpu_tables.models(found).endswith(
+        "| - / 4.00 / - / - | - / 3.00 / - / - | - / 2.00 | (2.00x) |  |"
+    )
     rows.append(forward_pass("fp16", "compiled", 2.5) | {"held_mb": 1.0})
-    assert tables.models(found).endswith("| - / 2.00 | 1.25x | missed |")
+    assert gpu_tables.models(found).endswith("| - / 2.00 | 1.25x | missed |")
 
 
 def test_the_pages_tables_are_those_of_the_results(tmp_path, monkeypatch):

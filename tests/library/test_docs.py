@@ -121,6 +121,14 @@ def test_site_builds_strictly_and_needs_no_network(tmp_path):
         assert not fetched.search(file.read_text(encoding="utf-8")), file
 
 
+def test_the_readme_is_read_in_two_minutes():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    for mark, rows in (("quality", 4), ("speed", 6)):
+        block = lines[lines.index(f"<!-- {mark} -->") + 1 : lines.index(f"<!-- /{mark} -->")]
+        assert len([line for line in block if line.startswith("|")]) == rows + 2  # with the heading
+
+
 def test_every_public_name_is_in_the_api_page():
     import tritern
     import tritern_kernels
@@ -136,12 +144,25 @@ def test_every_public_name_is_in_the_api_page():
     assert not missing
 
 
-@pytest.mark.parametrize("name", PAGES)
+def anchors(file):
+    """What headings are linked by."""
+    headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("name", [*PAGES, "benchmarks/results/README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_and_files_named_in(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     folder = (ROOT / name).parent
-    targets = [t.partition("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in t]
-    missing = [t for t in targets if t and not (folder / t).exists()]
+    targets = [t.partition("#")[::2] for t in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in t]
+    missing = [t for t, _ in targets if t and not (folder / t).exists()]
+    for target, anchor in targets:
+        file = folder / target if target else ROOT / name
+        if (
+            anchor and file.suffix == ".md" and file.exists() and file.name != "api.md"
+        ):  # made by mkdocstrings
+            missing += [anchor] if anchor not in anchors(file) else []
     roots = "benchmarks", "docs", "examples", "kernels", "tests", "tritern"
     named = re.findall(rf"`((?:{'|'.join(roots)})/[\w/.-]+)`", text)
     missing += [n for n in named if not (ROOT / n).exists()]
