@@ -24,8 +24,6 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,137 +33,24 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
 
 import report
 import torch
+from models.pass_table import table, with_speeds
+from models.passes import (
+    MODELS,
+    blocks,
+    build,
+    forward,
+    graphed,
+    held,
+    host_microseconds,
+    milliseconds,
+    without_cudnn_attention,
+)
 from torch import Tensor, nn
 
 import tritern
 
-MODELS: dict[str, dict[str, Any]] = {
-    "minilm": {"type": "bert", "hidden": 384, "layers": 6, "heads": 12, "intermediate": 1536},
-    "bge-base": {"type": "bert", "hidden": 768, "layers": 12, "heads": 12, "intermediate": 3072},
-    "bge-large": {"type": "bert", "hidden": 1024, "layers": 24, "heads": 16, "intermediate": 4096},
-    "qwen3-0.6b": {"type": "qwen3", "hidden": 1024, "layers": 28, "heads": 16, "intermediate": 3072},
-    "qwen3-8b": {"type": "qwen3", "hidden": 4096, "layers": 8, "of": 36, "heads": 32, "intermediate": 12288},
-}
 KINDS = ("eager", "graph", "compiled", "compiled graph")
 SHAPES = ((1, 16), (32, 128), (256, 128))
-WARMUP_SECONDS, SECONDS = 0.05, 0.2
-
-
-def build(name: str, dtype: torch.dtype, device: str) -> nn.Module:
-    """A model with random weights, the same for every dtype up to rounding."""
-    from transformers import AutoModel, BertConfig, Qwen3Config
-
-    m = MODELS[name]
-    common = {"hidden_size": m["hidden"], "num_hidden_layers": m["layers"], "num_attention_heads": m["heads"]}
-    common |= {"intermediate_size": m["intermediate"]}
-    if m["type"] == "bert":
-        config = BertConfig(**common)
-    else:
-        config = Qwen3Config(**common, num_key_value_heads=8, head_dim=128, use_cache=False)
-    with torch.device("meta"):
-        model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    small = type(config)(
-        **(config.to_dict() | {"num_hidden_layers": 1, "vocab_size": 1000, "layer_types": None})
-    )
-    buffers = dict(AutoModel.from_config(small).named_buffers())  # positions and rotary frequencies
-    model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.02, generator=generator)
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-    return model.eval()
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a model."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len))
-
-
-def forward(model: nn.Module, ids: Tensor) -> Tensor:
-    """Normalized embeddings [texts, hidden]: the last token's of a decoder, the mean of an encoder."""
-    hidden = model(input_ids=ids).last_hidden_state
-    decoder = getattr(model.config, "model_type", "") == "qwen3"
-    return nn.functional.normalize(hidden[:, -1] if decoder else hidden.mean(1), dim=-1)
-
-
-def graphed(call: Callable[[], Tensor], encoder: bool = True) -> Callable[[], Tensor]:
-    """The call as a CUDA graph.
-
-    While a stream is captured, transformers writes out masks that are of no effect, which keeps attention
-    from its fast kernels and makes compiled blocks compile again. For an encoder it is not told of the
-    capture; a decoder's mask cannot be captured otherwise, so the calls before the capture write it out too.
-    """
-    from transformers import masking_utils
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with mock.patch.object(masking_utils, "is_tracing", lambda *_: not encoder):
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            out = call()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
-
-
-@contextmanager
-def without_cudnn_attention() -> Iterator[None]:
-    """Attention by torch's other kernels: cuDNN takes tens of milliseconds to plan for a new shape."""
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
-
-
-def milliseconds(call: Callable[[], Tensor]) -> dict[str, float]:
-    """p50 and p99 of single calls, each waited for; after a warm-up."""
-    sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    samples: list[float] = []
-    end = time.perf_counter() + WARMUP_SECONDS
-    while len(samples) < 2 or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        sync()
-        samples.append(1e3 * (time.perf_counter() - start))
-    samples.clear()
-    end = time.perf_counter() + SECONDS
-    while len(samples) < 5 or (time.perf_counter() < end and len(samples) < 1000):
-        start = time.perf_counter()
-        call()
-        sync()
-        samples.append(1e3 * (time.perf_counter() - start))
-    return {"p50_ms": statistics.median(samples), "p99_ms": sorted(samples)[int(0.99 * (len(samples) - 1))]}
-
-
-def host_microseconds(call: Callable[[], Tensor]) -> float:
-    """Median time until a call returns, without waiting for the GPU."""
-    samples = []
-    for _ in range(13):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        samples.append(1e6 * (time.perf_counter() - start))
-    return statistics.median(samples[3:])
-
-
-def held(model: nn.Module) -> float:
-    """MB of a model's parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / 1e6
 
 
 def measure(
@@ -201,49 +86,6 @@ def measure(
                 if device == "cuda":
                     row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
     return rows
-
-
-def with_speeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row with its speed over the fastest 16-bit arm of its model and shape, and over that of its kind.
-
-    The first needs a compiled 16-bit arm, timed or failed with a reason, and for a graph one in a graph.
-    """
-    for row in rows:
-        row.pop("speed", None)
-        same = [
-            r for r in rows
-            if (r["model"], r["texts"], r["tokens"]) == (row["model"], row["texts"], row["tokens"])
-            and r["arm"] in ("fp16", "bf16")
-        ]  # fmt: skip
-        compiled = any("compiled" in r["kind"] for r in same)
-        same = [r for r in same if "p50_ms" in r]
-        graphs = any("graph" in r["kind"] for r in same) or "graph" not in row["kind"]
-        if same and "p50_ms" in row:
-            if compiled and graphs:
-                row["speed"] = min(r["p50_ms"] for r in same) / row["p50_ms"]
-            kind = [r["p50_ms"] for r in same if r["kind"] == row["kind"]]
-            row["speed_of_kind"] = min(kind) / row["p50_ms"] if kind else None
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as aligned text."""
-    lines = [
-        f"{'model':11s} {'texts x tokens':>14s} {'arm':13s} {'kind':15s} {'p50 ms':>8s} {'p99 ms':>8s} "
-        f"{'texts/s':>9s} {'speed':>6s} {'of kind':>7s} {'held MB':>8s} {'peak MB':>8s}"
-    ]
-    for r in rows:
-        head = f"{r['model']:11s} {r['texts']:6d} x {r['tokens']:5d} {r['arm']:13s} {r['kind']:15s}"
-        if "reason" in r:
-            lines.append(f"{head} not measured: {r['reason']}")
-            continue
-        of_kind = f"{r['speed_of_kind']:7.2f}" if r.get("speed_of_kind") else f"{'-':>7s}"
-        speed = f"{r['speed']:6.2f}" if "speed" in r else f"{'-':>6s}"
-        lines.append(
-            f"{head} {r['p50_ms']:8.3f} {r['p99_ms']:8.3f} {r['sentences_per_second']:9.0f} {speed} "
-            f"{of_kind} {r['held_mb']:8.1f} {r.get('peak_mb', float('nan')):8.0f}"
-        )
-    return "\n".join(lines)
 
 
 def linears_in_a_graph(name: str, tokens: int) -> list[dict[str, Any]]:

@@ -21,10 +21,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,107 +35,18 @@ import numpy as np
 import report
 from models.encode import packaged_model
 from quality import eval_sets
-from quality.eval_sets import Encoder, EvalSet
+from quality.encoder import Encoder
+from quality.eval_sets import EvalSet
+from quality.options import arguments
 from quality.retention import draws, intervals, means, retention
-from quality.rounding import FORMATS, load_gguf, round_weights, weight_bytes
+from quality.rounding import load_gguf, round_weights, weight_bytes
+from quality.shown import draw, heading, line, update_card
 
 FIDELITY_TEXTS = 2000
 MIN_FIDELITY_TEXTS = 12
 CALIBRATION_JOINED = 0.3
 """Share of the calibration texts that are several lines of the file in one."""
 FIDELITY = ("cosine", "cosine_p5", "overlap", "rank_correlation")
-
-
-def arguments() -> argparse.ArgumentParser:
-    from tritern_kernels.reference import RULES
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder of labelled sets; test splits are used"
-    )
-    source.add_argument(
-        "--mteb", nargs="+", metavar="TASK", help="tasks of the mteb package (pip install mteb)"
-    )
-    parser.add_argument(
-        "--development", action="store_true", help="score splits to choose by, of the sets that have one"
-    )
-    parser.add_argument("--model", help="hub name or path; default: the packaged all-MiniLM-L6-v2")
-    parser.add_argument(
-        "--ternary",
-        nargs="+",
-        action="extend",
-        default=[],
-        type=_labelled,
-        metavar="LABEL=PATH",
-        help="saved ternary models; PATH may be minilm-l6-ternary, which comes with tritern",
-    )
-    parser.add_argument(
-        "--rules", nargs="*", default=["mse"], choices=RULES, help="patch by these rules (default: mse)"
-    )
-    parser.add_argument(
-        "--rounded",
-        nargs="+",
-        default=[],
-        choices=FORMATS,
-        help="the teacher with its weights in these formats of llama.cpp (pip install gguf)",
-    )
-    parser.add_argument(
-        "--calibrate",
-        type=Path,
-        metavar="FILE",
-        help="patch with calibration_texts too, from this file of texts (.txt, .jsonl, .csv, .parquet)",
-    )
-    parser.add_argument(
-        "--calibration-texts",
-        type=int,
-        default=512,
-        metavar="N",
-        help="from the head of FILE; 30 %% of them are several lines joined (default: 512)",
-    )
-    parser.add_argument(
-        "--embedding-bits", type=int, default=8, choices=(4, 8, 16), help="of patched models (default: 8)"
-    )
-    parser.add_argument(
-        "--activation-bits",
-        type=int,
-        choices=(8, 16),
-        help="default: 8 for patched models, saved ones as saved",
-    )
-    parser.add_argument("--tasks", nargs="+", choices=[*eval_sets.TASKS, "fidelity"], help="default: all")
-    parser.add_argument("--sets", nargs="+", choices=eval_sets.SETS, help="default: all that DIR holds")
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        metavar="DIR",
-        help="keep vectors here for later runs; empty it when code changed",
-    )
-    parser.add_argument("--json", type=Path, help="write the results to this file, as they come")
-    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw the retention per set")
-    parser.add_argument(
-        "--update-cards",
-        action="store_true",
-        help="write the scores into the model cards of --ternary models",
-    )
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", help="cuda or cpu; default: cuda if there is one")
-    return parser
-
-
-def _labelled(text: str) -> tuple[str, str]:
-    from tritern.pretrained import resolve
-
-    label, _, path = text.partition("=")
-    refused = f"must be LABEL=PATH with a saved model's folder; received {text!r}"
-    try:
-        path = resolve(path)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{refused}: {error}") from None
-    if not (label and Path(path).is_dir()):
-        raise argparse.ArgumentTypeError(refused)
-    return label, path
 
 
 def find_sets(options: argparse.Namespace) -> tuple[list[EvalSet], list[str]]:
@@ -207,60 +117,6 @@ def read_calibration_texts(options: argparse.Namespace) -> list[str] | None:
     return joined(lines, CALIBRATION_JOINED)[: options.calibration_texts]
 
 
-def line(label: str, values: Mapping[str, float], columns: Sequence[str]) -> str:
-    cells = (f"{values[c]:.2f}" if np.isfinite(values.get(c, np.nan)) else "-" for c in columns)
-    return f"{label:24s}" + "".join(f"{cell:>{max(8, len(c) + 2)}s}" for c, cell in zip(columns, cells))
-
-
-def heading(title: str, columns: Sequence[str]) -> str:
-    return f"{title:24s}" + "".join(f"{c:>{max(8, len(c) + 2)}s}" for c in columns)
-
-
-def draw(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str], teacher: str, path: Path) -> None:
-    """Retention as grouped bars: a group for each set and mean, a bar for each model but the teacher."""
-    pyplot = report.load_pyplot()
-    figure, axes = pyplot.subplots(figsize=(max(8, 0.9 * len(columns)), 5))
-    shown = {label: row["retention"] for label, row in rows.items() if label != "teacher"}
-    width = 0.8 / max(1, len(shown))
-    for i, (label, kept) in enumerate(shown.items()):
-        places = np.arange(len(columns)) + (i - (len(shown) - 1) / 2) * width
-        bars = axes.bar(places, [kept[c] for c in columns], width, label=label, color=f"C{i % 10}")
-        axes.bar_label(bars, fmt="%.0f", fontsize=7)
-    axes.axhline(100, color="black", linewidth=1, label=f"teacher: {teacher}")
-    names = [c if c in rows["teacher"]["scores"] else f"mean: {c}" for c in columns]
-    axes.set_xticks(range(len(columns)), names, rotation=35, ha="right")
-    axes.set_ylabel("retention, % of the teacher's score")
-    axes.set_title("Quality kept by ternary models")
-    axes.grid(True, axis="y", alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
-
-
-def update_card(folder: Path, name: str, teacher: Mapping[str, float], row: Mapping[str, Any]) -> None:
-    """Put a model's scores beside those of its teacher into its README.md, in place of old ones."""
-    card, title = folder / "README.md", "## Scores"
-    text = card.read_text(encoding="utf-8") if card.exists() else ""
-    text = re.sub(rf"{title}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL).rstrip()
-    kept, within = row["retention"], row.get("intervals", {})
-    lines = []
-    for k, value in (row["scores"] | row["means"]).items():
-        low_high = " to ".join(f"{v:.1f}" for v in within.get(k, ()) if np.isfinite(v)) or "-"
-        lines.append(f"| {k} | {teacher[k]:.2f} | {value:.2f} | {kept[k]:.1f} % | {low_high} |")
-    text += f"""
-
-{title}
-
-x 100, on test splits, beside {name}; the share kept, and its 95 % interval by a bootstrap over the items of
-each set (`benchmarks/quality/scores.py`):
-
-| | teacher | this model | kept | interval |
-|---|---|---|---|---|
-"""
-    card.write_text(text.lstrip() + "\n".join(lines) + "\n", encoding="utf-8")
-
-
 class Table:
     """The rows measured so far; every figure goes to the JSON file as it comes."""
 
@@ -322,7 +178,7 @@ class Table:
 
 
 def main() -> None:
-    parser = arguments()
+    parser = arguments(__doc__ or "")
     options = parser.parse_args()
     if options.mteb:
         os.environ.setdefault("HF_HUB_OFFLINE", "0")  # which the packaged model would set to 1

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
 
 import numpy as np
 from models import encode
-from quality import eval_sets, scores
+from quality import eval_sets
+from quality.options import labelled
 
 RETRIEVAL = tuple(name for name, (task, _) in eval_sets.SETS.items() if task == "retrieval")
 TEACHER = "fp32"
@@ -228,7 +229,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        type=scores._labelled,
+        type=labelled,
         metavar="NAME=FOLDER",
         help="saved ternary models; default: --model patched, not trained",
     )

@@ -22,6 +22,7 @@ from tritern.engine.runner import Packed
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from quality import eval_sets, retention, rounding, scores
+from quality.encoder import Encoder
 
 WORDS = "ba de fi go ki lu mon nin per".split()  # which the tiny model knows
 TEXTS = [f"{a} {b} {c}" for a in WORDS[:3] for b in WORDS[3:6] for c in WORDS[6:9]]
@@ -364,7 +365,7 @@ DATA = os.environ.get("TRITERN_DATA")
 @pytest.mark.skipif(not DATA, reason="TRITERN_DATA does not name the folder of evaluation data")
 def test_patched_minilm_keeps_75_points_of_stsb(minilm):
     (stsb,), _ = eval_sets.load(Path(DATA), ["STS-B"])
-    original = stsb.score(eval_sets.Encoder(minilm))
-    ternary = stsb.score(eval_sets.Encoder(tritern.patch(minilm)))
+    original = stsb.score(Encoder(minilm))
+    ternary = stsb.score(Encoder(tritern.patch(minilm)))
     assert original == pytest.approx(0.8203, abs=0.001)
     assert 0.75 <= ternary < original
