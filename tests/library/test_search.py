@@ -1,6 +1,7 @@
 """Indexes: what is found, what is refused, and what a crash leaves."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def model(tiny_path):
-    return tritern.patch(SentenceTransformer(tiny_path, device="cpu"))
+    return tritern.patch(SentenceTransformer(tiny_path, device="cpu"), embedding_bits=16)
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +374,7 @@ elif where == "write":  # before the vectors
     store._bytes = killed_at(store._bytes)
 elif where == "commit":
     store.Store._set = killed_at(store.Store._set)
-model = tritern.patch(SentenceTransformer(model, device="cpu"))
+model = tritern.patch(SentenceTransformer(model, device="cpu"), embedding_bits=16)
 SearchIndex.build(folder, model, corpus, kind="hnsw").close()
 """
 
@@ -543,7 +544,7 @@ def test_what_killed_writers_leave_is_deleted(folder, model):
 def test_an_interrupted_look_up_leaves_no_transaction(folder, model, monkeypatch):
     with SearchIndex.open(folder, model) as index:
         with monkeypatch.context() as patched:
-            patched.setattr(store.json, "dumps", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
+            patched.setattr(json, "dumps", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
             with pytest.raises(KeyboardInterrupt):
                 index.search(["lo"], 1)
         index.add(["lo vu bal"])

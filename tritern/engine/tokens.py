@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import re
 import sys
 import threading
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
+
+from .normalizer import BertNormalizer
 
 _NO_LIMIT = 10**20
 """What transformers takes for "any length" where a tokenizer names none."""
@@ -64,7 +64,7 @@ class FastTokenizer:
         self._characters = (
             CHARACTERS * max_length if max_length and side == "right" and _local(self._rust) else 0
         )
-        self._normalizer = _Normalizer.of(self._rust)
+        self._normalizer = BertNormalizer.of(self._rust)
         self._check(tokenizer)
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
@@ -146,73 +146,6 @@ class FastTokenizer:
         types = expected.get("token_type_ids") or []
         if tokens.ids.tolist() != list(chain.from_iterable(expected["input_ids"])) or any(map(any, types)):
             raise ValueError("its tokenizer gives other ids than its Rust part alone")
-
-
-class _Normalizer:
-    """BERT's normalizer in Python, where that is simple: Rust's takes a third of the time.
-
-    Lower case is Python's for ASCII. Every other character is what the Rust normalizer makes of it alone,
-    asked once. ``rust`` tokenizes what comes out.
-    """
-
-    def __init__(self, rust: Any, known: Any) -> None:
-        self.rust = rust
-        self._ask: Callable[[str], str] = known.normalize_str
-        self._lower = bool(known.lowercase)
-        self._others = re.compile(r"[^\x20-\x7e]")
-        self._known: dict[str, str | None] = {}
-        self._special = [t.content for t in rust.get_added_tokens_decoder().values()]
-        starts = {content[:1] for content in self._special}
-        self._start = starts.pop() if len(starts) == 1 else ""  # "" is in every text
-
-    @classmethod
-    def of(cls, rust: Any) -> _Normalizer | None:
-        """For a Rust tokenizer; None where it has another normalizer, or tokens that are found behind it."""
-        from tokenizers import normalizers
-
-        known = rust.normalizer
-        added = rust.get_added_tokens_decoder().values()
-        if type(known) is not normalizers.BertNormalizer or any(t.normalized for t in added):
-            return None
-        plain = copy.deepcopy(rust)
-        plain.normalizer = normalizers.Sequence([])
-        return cls(plain, known)
-
-    def __call__(self, texts: Sequence[str]) -> list[str | None]:
-        """The texts as Rust would normalize them; None where Rust has to, as with special tokens in one."""
-        start, lower = self._start, self._lower
-        return [
-            (text.lower() if lower else text)
-            if text.isascii() and text.isprintable() and start not in text
-            else self._slowly(text)
-            for text in texts
-        ]
-
-    def _slowly(self, text: str) -> str | None:
-        lower = text.lower()
-        if any(content in text or content in lower for content in self._special):
-            return None
-        try:
-            text = self._others.sub(self._one, text)
-        except _Unsafe:
-            return None
-        return text.lower() if self._lower else text
-
-    def _one(self, match: re.Match[str]) -> str:
-        character = match.group()
-        if character not in self._known:
-            given = self._ask(character)
-            # marks may change their order among others, and what Python would lower is not Rust's
-            safe = given.lower() == given or not self._lower
-            self._known[character] = given if safe and not any(map(unicodedata.combining, given)) else None
-        known = self._known[character]
-        if known is None:
-            raise _Unsafe
-        return known
-
-
-class _Unsafe(Exception):
-    """A character that depends on others."""
 
 
 def _around(rust: Any) -> tuple[list[int], list[int]]:

@@ -4,7 +4,8 @@ A sentence-transformer embeds, faiss finds; needs the ``search`` or the ``gpu-se
 """
 
 from .embed import embed
-from .index import Hit, SearchIndex
+from .index import SearchIndex
 from .kinds import KINDS
+from .searching import Hit
 
 __all__ = ["KINDS", "Hit", "SearchIndex", "embed"]

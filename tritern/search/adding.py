@@ -16,7 +16,8 @@ from ..errors import TriternError
 from ..inputs import check_texts, check_vectors, many
 from ..progress import bar
 from .embed import embed_each
-from .store import Id, Store, unique
+from .ids import Id, unique
+from .store import Store
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .kinds import import_faiss
-from .store import BLOCK
+from .reading import BLOCK
 
 CANDIDATE_BYTES = 2**27
 """Of candidates' vectors that are in memory at a time."""
