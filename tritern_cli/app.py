@@ -1,4 +1,4 @@
-"""The verbs and what is common to them: results on standard output, everything else on standard error."""
+"""The commands together: results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from . import bench, convert, distill, evaluate, info, search, tune
-from .common import Refused
+from .reporting import Refused
 
 EXAMPLES = """**Examples**
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from . import common
-from .common import AsJson, BatchSize, Column, Device, Dtype, Model, Result, Trust
+from . import loading, options, reporting
+from .options import AsJson, BatchSize, Column, Device, Dtype, Model, Trust
+from .reporting import Result
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -50,11 +51,11 @@ def bench(
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", callback=common.model_name, help="Measure this one too, such as the original."
+            metavar="MODEL", callback=options.model_name, help="Measure this one too, such as the original."
         ),
     ] = None,
     texts: Annotated[
-        str | None, typer.Option(metavar="FILE", help=f"{common.TEXTS} Default: one sentence of 39 words.")
+        str | None, typer.Option(metavar="FILE", help=f"{options.TEXTS} Default: one sentence of 39 words.")
     ] = None,
     column: Column = None,
     count: Annotated[
@@ -74,7 +75,7 @@ def bench(
     as_json: AsJson = False,
 ) -> Iterator[Result]:
     """Texts a second, time of a single query and memory of a model, warmed up."""
-    found = common.sample(texts, SAMPLE, first=count, column=column) if texts else [SENTENCE]
+    found = loading.sample(texts, SAMPLE, first=count, column=column) if texts else [SENTENCE]
     count = count or SAMPLE
     data = (found * (count // len(found) + 1))[:count]
     settings = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -98,7 +99,7 @@ def bench(
         result |= _statistics(measured)
     words = statistics.mean(len(text.split()) for text in data)
     setting = {"texts": texts, "count": count, "mean_words": words, "batch_size": batch_size}
-    setting |= {"rounds": rounds, "queries": queries * rounds, "environment": common.environment()}
+    setting |= {"rounds": rounds, "queries": queries * rounds, "environment": reporting.environment()}
     yield Result({"results": results, **setting}, _table(results, setting))
 
 
@@ -139,7 +140,7 @@ def _load(name: str, text: str, settings: dict[str, Any]) -> dict[str, Any]:
 
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     before = _resident()
-    _model = common.load(name, **settings)
+    _model = loading.load(name, **settings)
     _model.encode(text, show_progress_bar=False)
     held = torch.cuda.memory_allocated() if _model.device.type == "cuda" else _resident() - before
     return {
@@ -202,5 +203,5 @@ def _table(results: list[dict[str, Any]], setting: dict[str, Any]) -> str:
         f"{setting['count']} texts of {setting['mean_words']:.0f} words in batches of "
         f"{setting['batch_size']}, median of {setting['rounds']} rounds; {setting['queries']} single queries"
     )
-    lines.append(common.footer(setting["environment"]))
+    lines.append(reporting.footer(setting["environment"]))
     return "\n".join(lines)

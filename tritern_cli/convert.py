@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from . import common
-from .common import ActivationBits, AsJson, Column, Device, Dtype, Force, Model, Result, Rule, Skip, Trust
+from . import loading, options, reporting
+from .options import ActivationBits, AsJson, Column, Device, Dtype, Force, Model, Rule, Skip, Trust
+from .reporting import Result
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -43,7 +44,7 @@ def convert(
     ] = None,
     skip: Skip = None,
     calibrate: Annotated[
-        str | None, typer.Option(metavar="FILE", help=f"Calibrate on these texts: {common.TEXTS}")
+        str | None, typer.Option(metavar="FILE", help=f"Calibrate on these texts: {options.TEXTS}")
     ] = None,
     calibrate_texts: Annotated[
         int | None,
@@ -67,8 +68,8 @@ def convert(
     if not calibrate and (column or calibrate_texts):
         raise typer.BadParameter("--column and --calibrate-texts say how to read the file of --calibrate")
     _check_output(output, format, force)
-    texts = common.sample(calibrate, SAMPLE, first=calibrate_texts, column=column) if calibrate else None
-    loaded = common.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    texts = loading.sample(calibrate, SAMPLE, first=calibrate_texts, column=column) if calibrate else None
+    loaded = loading.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
     import tritern
     from tritern.nn.replace import is_ternary
@@ -81,7 +82,7 @@ def convert(
     elif settings.keys() == {"embedding_bits"}:
         tritern.patch(loaded, embedding_bits=embedding_bits)
     elif format == "tritern" or settings:
-        raise common.Refused(
+        raise reporting.Refused(
             f"{model} is ternary already: save it with --format dense or gguf, or with --embedding-bits, and "
             "no other settings, or name the full-precision model"
         )
@@ -116,13 +117,17 @@ def summary_data(size: Any) -> dict[str, Any]:
 
 def _check_output(output: Path, format: str, force: bool) -> None:
     if format != "gguf":
-        common.check_output(output, force)
+        reporting.check_output(output, force)
         return
     if output.is_dir():
-        raise common.Refused(f"{output} is a folder; with --format gguf name a file, such as {output}.gguf")
+        raise reporting.Refused(
+            f"{output} is a folder; with --format gguf name a file, such as {output}.gguf"
+        )
     if output.exists() and not force:
-        raise common.Refused(f"{output} is there already: name another file, or write over it with --force")
-    common.check_writable(output)
+        raise reporting.Refused(
+            f"{output} is there already: name another file, or write over it with --force"
+        )
+    reporting.check_writable(output)
 
 
 def _save(model: SentenceTransformer, output: Path, format: str) -> None:

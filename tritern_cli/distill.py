@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from . import common
-from .common import ActivationBits, AsJson, Column, Model, Result, Rule, Skip, Trust
+from . import loading, options, reporting
 from .convert import summary_data
+from .options import ActivationBits, AsJson, Column, Model, Rule, Skip, Trust
+from .reporting import Result
 
 if TYPE_CHECKING:
     from tritern import Summary
@@ -47,7 +48,7 @@ def _print_settings(wanted: bool) -> None:
 def distill(
     context: typer.Context,
     model: Model,
-    texts: Annotated[str, typer.Argument(metavar="TEXTS", help=f"File or hub data set: {common.TEXTS}")],
+    texts: Annotated[str, typer.Argument(metavar="TEXTS", help=f"File or hub data set: {options.TEXTS}")],
     output: Annotated[
         Path, typer.Argument(metavar="OUTPUT", help="Folder for the ternary model and its checkpoints.")
     ],
@@ -64,7 +65,7 @@ def distill(
         str | None,
         typer.Option(
             metavar="MODEL",
-            callback=common.model_name,
+            callback=options.model_name,
             help="Another model with the same tokenizer; default: the model itself. For a ternary MODEL, "
             "which is trained on, its original.",
         ),
@@ -88,7 +89,7 @@ def distill(
         bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT.")
     ] = False,
     trust_remote_code: Trust = False,
-    force: common.Force = False,
+    force: options.Force = False,
     as_json: AsJson = False,
     help_all: Annotated[
         bool,
@@ -98,7 +99,7 @@ def distill(
     """Train a ternary model to give the vectors of the original, from raw text alone."""
     if misplaced := next((v for v in (model, texts, str(output)) if v.startswith("--")), None):
         raise typer.BadParameter(f"{misplaced}: no such option here; settings come after MODEL TEXTS OUTPUT")
-    common.check_output(output, force or resume, ", or go on with --resume")
+    reporting.check_output(output, force or resume, ", or go on with --resume")
     import tritern
     from tritern.distillation.arguments import parse_settings
     from tritern.distillation.data import usual_prefixes
@@ -119,12 +120,12 @@ def distill(
     )
     given = {name: value for name, value in given.items() if value}  # none: distill knows what to do
     student = tritern.distill(
-        common.load(model, trust_remote_code=trust_remote_code),
-        common.read("-", limit=limit) if texts == "-" else texts,
+        loading.load(model, trust_remote_code=trust_remote_code),
+        loading.read("-", limit=limit) if texts == "-" else texts,
         output,
         column=None if texts == "-" else column,
         limit=None if texts == "-" else limit,
-        teacher=common.load(teacher, trust_remote_code=trust_remote_code) if teacher else None,
+        teacher=loading.load(teacher, trust_remote_code=trust_remote_code) if teacher else None,
         config=tritern.TernaryConfig(**given) if given else None,
         prefixes=prefix or usual_prefixes(model),
         holdout=holdout,

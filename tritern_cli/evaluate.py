@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from . import common
-from .common import AsJson, BatchSize, Column, Device, Dtype, Model, Result, Trust
+from . import loading, options, reporting
+from .options import AsJson, BatchSize, Column, Device, Dtype, Model, Trust
+from .reporting import Result
 
 EXAMPLES = """**Examples**
 
@@ -27,12 +28,12 @@ SAMPLE = 1000
 
 def evaluate(
     model: Model,
-    texts: Annotated[str, typer.Argument(metavar="TEXTS", help=f"At least k + 2: {common.TEXTS}")],
+    texts: Annotated[str, typer.Argument(metavar="TEXTS", help=f"At least k + 2: {options.TEXTS}")],
     teacher: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            callback=common.model_name,
+            callback=options.model_name,
             help="The original; default: the base model in MODEL's model card.",
         ),
     ] = None,
@@ -52,13 +53,13 @@ def evaluate(
     as_json: AsJson = False,
 ) -> Iterator[Result]:
     """How close a model's vectors and neighbours are to its original's."""
-    sample = common.sample(texts, SAMPLE, first=limit, column=column)
+    sample = loading.sample(texts, SAMPLE, first=limit, column=column)
     teacher = teacher or _base_model(model)
 
     import tritern
 
     settings = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    judged, original = common.load(model, **settings), common.load(teacher, **settings)
+    judged, original = loading.load(model, **settings), loading.load(teacher, **settings)
     fidelity = tritern.evaluate(
         judged, original, sample, k=k, batch_size=batch_size, prompt=prompt, show_progress_bar=True
     )
@@ -79,5 +80,7 @@ def _base_model(model: str) -> str:
     except Exception:  # no card, no network, no YAML: it names nothing
         base = None
     if not isinstance(base, str):
-        raise common.Refused(f"{model} does not say what it was made from: name the original with --teacher")
+        raise reporting.Refused(
+            f"{model} does not say what it was made from: name the original with --teacher"
+        )
     return base

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from . import common
-from .common import AsJson, Result, Trust
+from . import loading, options, reporting
 from .convert import summary_data
+from .options import AsJson, Trust
+from .reporting import Result
 
 EXAMPLES = """**Examples**
 
@@ -25,7 +26,9 @@ def info(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", callback=common.model_name, help="Folder or hub name; without it: versions only."
+            metavar="MODEL",
+            callback=options.model_name,
+            help="Folder or hub name; default: versions only.",
         ),
     ] = None,
     seal: Annotated[
@@ -43,9 +46,9 @@ def info(
     """
     if seal and (model is None or not Path(model).is_dir()):
         raise typer.BadParameter("--seal goes with the folder of a ternary model")
-    found = common.environment()
+    found = reporting.environment()
     if model is None:
-        yield Result({"environment": found}, common.footer(found))
+        yield Result({"environment": found}, reporting.footer(found))
         return
 
     import tritern
@@ -53,9 +56,9 @@ def info(
     from tritern.nn.replace import is_ternary
 
     if seal:
-        common.check_writable(Path(model))
+        reporting.check_writable(Path(model))
     with resealed(model) if seal else nullcontext([]) as changed:
-        loaded = common.load(model, device="cpu", trust_remote_code=trust_remote_code)
+        loaded = loading.load(model, device="cpu", trust_remote_code=trust_remote_code)
     ternary = is_ternary(loaded)
     size = tritern.summary(loaded)
     note = ""
@@ -66,4 +69,4 @@ def info(
         note = f"Sealed anew: {', '.join(changed) or 'no file had changed'}.\n{note}"
     data: dict[str, Any] = {"sealed": changed} if seal else {}
     data |= {"model": model, "ternary": ternary, "summary": summary_data(size), "environment": found}
-    yield Result(data, f"{note}{size}\n{common.footer(found)}")
+    yield Result(data, f"{note}{size}\n{reporting.footer(found)}")

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from . import common
-from .common import AsJson, Column, Device, Dtype, Model, Result, Trust
+from . import loading, options, reporting
+from .options import AsJson, Column, Device, Dtype, Model, Trust
+from .reporting import Result
 
 EXAMPLES = """**Examples**
 
@@ -37,7 +38,7 @@ def search(
     texts: Annotated[
         str,
         typer.Argument(
-            metavar="TEXTS", help=f"What is searched: the folder of an index (--index), or {common.TEXTS}"
+            metavar="TEXTS", help=f"What is searched: the folder of an index (--index), or {options.TEXTS}"
         ),
     ],
     queries: Annotated[
@@ -73,11 +74,11 @@ def search(
         raise typer.BadParameter(f"{texts} is an index that is there already: leave out {', '.join(given)}")
     if index and index.exists() and not (index / ROWS_FILE).is_file():
         if index.is_file() or any(index.iterdir()):
-            raise common.Refused(f"{index} is there and no index: name another folder for --index")
+            raise reporting.Refused(f"{index} is there and no index: name another folder for --index")
     if index:
-        common.check_writable(index)
-    corpus = [] if made else common.read(texts, column=column, limit=limit)
-    loaded = common.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        reporting.check_writable(index)
+    corpus = [] if made else loading.read(texts, column=column, limit=limit)
+    loaded = loading.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
     from tritern.search import SearchIndex
 
@@ -103,7 +104,7 @@ def _queries() -> Iterator[str]:
     """Queries from standard input, as they come."""
     if sys.stdin.isatty():
         typer.echo("One query a line; Ctrl-D ends.", err=True)
-    return (line.strip() for line in common.lines() if line.strip())
+    return (line.strip() for line in loading.lines() if line.strip())
 
 
 def _is_unicode(text: str) -> bool:

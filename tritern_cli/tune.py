@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from . import common
-from .common import AsJson, Result, Trust
+from . import loading, options, reporting
+from .options import AsJson, Trust
+from .reporting import Result
 
 EXAMPLES = """**Examples**
 
@@ -54,20 +55,20 @@ def tune(
     import torch
 
     if not torch.cuda.is_available():
-        raise common.Refused("tuning times kernels on a CUDA GPU, and torch sees none here")
+        raise reporting.Refused("tuning times kernels on a CUDA GPU, and torch sees none here")
     from tritern_kernels import tables
     from tritern_kernels import tune as kernels
 
     known = [name for name in models or () if name in kernels.MODELS]
     for name in models or ():
         if name not in known:
-            shapes += _shapes(str(common.model_name(name)), trust_remote_code)
+            shapes += _shapes(str(options.model_name(name)), trust_remote_code)
     gpu = torch.cuda.get_device_name()
     try:
         table = output or tables.user_table(gpu)
         tables.check_table(table)
     except ValueError as error:
-        raise common.Refused(f"{error} Or name another table with --output.") from None
+        raise reporting.Refused(f"{error} Or name another table with --output.") from None
     arguments = ["--json", str(table), *_option("--models", known), *_option("--shapes", shapes)]
     arguments += _option("--tokens", tokens) + _option("--modes", mode and [mode])
     kernels.main([*arguments, *(["--seconds", str(seconds)] if seconds else [])])
@@ -85,6 +86,6 @@ def _shapes(model: str, trust_remote_code: bool) -> list[str]:
     import tritern
     from tritern.nn.replace import is_ternary
 
-    loaded = common.load(model, device="cpu", trust_remote_code=trust_remote_code)
+    loaded = loading.load(model, device="cpu", trust_remote_code=trust_remote_code)
     size = tritern.summary(loaded if is_ternary(loaded) else tritern.patch(loaded))
     return list(dict.fromkeys(f"{layer.shape[0]}x{layer.shape[1]}" for layer in size.layers))

@@ -15,7 +15,7 @@ import tritern
 from tritern import progress
 from tritern.nn.replace import is_ternary
 from tritern.search import KINDS, SearchIndex
-from tritern_cli import common
+from tritern_cli import loading
 from tritern_cli import search as search_verb
 
 from .cli import answer, error, load, run, wrong_usage
@@ -264,7 +264,7 @@ def test_convert_where_nothing_can_be_written(monkeypatch, tiny_path, tmp_path, 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux")
 def test_outputs_are_checked_before_work_is_done(monkeypatch, tiny_path, ternary_path, texts_file):
-    monkeypatch.setattr(common, "load", lambda *args, **settings: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(loading, "load", lambda *args, **settings: pytest.fail("a model was loaded"))
     for command in (
         ["convert", tiny_path, "/proc/none/model"],
         ["convert", tiny_path, "/proc/none.gguf", "--format", "gguf"],
@@ -316,9 +316,9 @@ def test_a_sample_is_drawn_from_all_unless_the_first_are_asked_for(
         assert len(drawn) == count and drawn == again and set(drawn) < set(texts)
         assert 0.4 < sum(text.startswith("law") for text in drawn) / count < 0.6
         assert first == texts[:30]
-    assert common.sample(str(file), 5, first=3) == texts[:3]
+    assert loading.sample(str(file), 5, first=3) == texts[:3]
     monkeypatch.setattr("tritern.texts.sample.POOL", 10)
-    assert set(common.sample(str(file), 5, first=None)) < set(texts[:10])
+    assert set(loading.sample(str(file), 5, first=None)) < set(texts[:10])
 
 
 def test_eval_finds_the_teacher_in_the_model_card(tiny_path, ternary_path, texts_file, tmp_path):
@@ -474,7 +474,7 @@ def test_texts_that_cannot_be_read(ternary_path, texts_file, tmp_path, monkeypat
     assert "'a-data-set' is no file, and a data set needs more packages" in error(*command, "a-data-set")
     plain = tmp_path / "plain.txt"
     plain.write_bytes(b"\xef\xbb\xbfone\r\n\ntwo\nthree\n")
-    assert common.read(str(plain), limit=3) == ["one", "two"]
+    assert loading.read(str(plain), limit=3) == ["one", "two"]
     plain.write_bytes(b"one\ncaf\xe9\n")
     assert "plain.txt, line 2: not UTF-8" in error(*command, plain)
 

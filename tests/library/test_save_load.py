@@ -14,7 +14,7 @@ from transformers import AutoModel
 import tritern
 from tritern import CheckpointError, TernaryConfig, TernaryLinear, TriternError
 from tritern.checkpoint.digest import DIGEST_KEY, MANIFEST, digest
-from tritern_cli import common
+from tritern_cli import loading
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,7 +152,7 @@ def test_so_they_are_where_the_cpu_is_chosen_beside_a_gpu(halved, monkeypatch, s
     monkeypatch.setattr("tritern.checkpoint.quantizer.unsupported", lambda device: None)
     assert tritern.load(folder, device="cpu", model_kwargs=settings).dtype == dtype
     name = str(dtype).removeprefix("torch.") if settings else None
-    assert common.load(str(folder), device="cpu", dtype=name).dtype == dtype
+    assert loading.load(str(folder), device="cpu", dtype=name).dtype == dtype
 
 
 def test_a_full_precision_model_is_patched_in_the_dtype_it_has(tiny, tmp_path):
