@@ -6,13 +6,8 @@ import torch
 from torch import nn
 
 from tritern import Int4Embedding, Int8Embedding, TernaryConfig, TernaryLinear, TriternError
-from tritern.distillation.layers import (
-    TrainableQuantizedEmbedding,
-    TrainableTernaryLinear,
-    make_trainable,
-    pack_trained,
-    packed_form,
-)
+from tritern.distillation.layers import TrainableQuantizedEmbedding, TrainableTernaryLinear
+from tritern.distillation.student import make_trainable, pack_trained, packed_form
 from tritern.engine.encoder import encode
 from tritern_kernels import ternarize_weight
 

@@ -28,8 +28,9 @@ from .data import JOINED_RATIO
 from .fidelity import FidelityEvaluator
 from .kept import random_kept
 from .record import name_of, record_of, save
+from .resuming import state_file
 from .split import Split, check_holdout, split, split_with_vectors
-from .trainer import TernaryDistiller, state_file
+from .trainer import TernaryDistiller
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -23,13 +22,24 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoint.digest import sealed
 from ..config import TernaryConfig
-from ..errors import CheckpointError, TriternError
+from ..errors import TriternError
+from ..inputs import near
 from ..nn.replace import is_ternary
+from ..pretrained import model_of
 from .arguments import TernaryDistillationArguments, suggested_learning_rate
 from .data import LengthBatches, token_counts
 from .kept import cuts_and_padding, device_kept, modes_kept, without_dropout
-from .layers import TrainableTernaryLinear, make_trainable, pack_trained, packed_form, reopen
+from .layers import TrainableTernaryLinear
 from .objective import DistillationLoss
+from .resuming import (
+    STATE_FILE,
+    check_same_run,
+    settings_of_run,
+    state_file,
+    texts_digest,
+    weights_digest,
+)
+from .student import make_trainable, pack_trained, packed_form, reopen
 
 logger = logging.getLogger(__name__)
 
@@ -38,22 +48,6 @@ FURTHER_RATE = 0.4
 
 LATENT = 0.75
 """Where the weights of a ternary student start between codes, in scales."""
-
-STATE_FILE = "training_state.safetensors"
-"""Latent weights and scales of a checkpoint, beside its packed model."""
-
-_INHERITED = (
-    "max_steps",
-    "seed",
-    "weight_decay",
-    "max_grad_norm",
-    "bf16",
-    "fp16",
-)
-"""Settings of the parent that change a run's numbers."""
-
-_FREE = ("logging_steps", "cpu_bf16", "per_device_train_batch_size")
-"""Own settings that may differ on resuming; texts per batch are compared for all processes together."""
 
 
 class TernaryDistiller(SentenceTransformerTrainer):
@@ -64,12 +58,12 @@ class TernaryDistiller(SentenceTransformerTrainer):
     scored, and the latent weights, from which ``train(resume_from_checkpoint=...)`` goes on exactly.
 
     Args:
-        model: the student; its linear layers become trainable ternary ones at once. One that is ternary
-            already is trained on from where it is, with its original as the ``teacher``.
+        model: the student, or its name or folder; its linear layers become trainable ternary ones at once.
+            Training goes on from a ternary student as it is, with its original as the ``teacher``.
         args: settings; they stay as they are.
         train_dataset: one text column; with ``teacher="labels"`` also ``label``, the teacher's vectors.
-        teacher: a model with the same tokenizer; None: a frozen copy of ``model``; ``"labels"``: the vectors
-            in the data set's ``label`` column.
+        teacher: a model with the same tokenizer, or its name or folder; None: a frozen copy of ``model``;
+            ``"labels"``: the vectors in the data set's ``label`` column.
         config: what becomes ternary and how; None for a ternary student, which stays as it is.
         **kwargs: of ``SentenceTransformerTrainer``, except ``loss``.
 
@@ -82,22 +76,25 @@ class TernaryDistiller(SentenceTransformerTrainer):
 
     def __init__(
         self,
-        model: SentenceTransformer,
+        model: SentenceTransformer | str | Path,
         args: TernaryDistillationArguments,
         train_dataset: Any = None,
         *,
-        teacher: SentenceTransformer | str | None = None,
+        teacher: SentenceTransformer | str | Path | None = None,
         config: TernaryConfig | None = None,
         **kwargs: Any,
     ) -> None:
         for name, value, allowed, what in (
-            ("model", model, SentenceTransformer, "a SentenceTransformer"),
             ("args", args, TernaryDistillationArguments, "TernaryDistillationArguments"),
-            ("teacher", teacher, (SentenceTransformer, str, type(None)), "a model, None or 'labels'"),
             ("config", config, (TernaryConfig, type(None)), "a tritern.TernaryConfig or None"),
         ):
             if not isinstance(value, allowed):
                 raise TriternError(f"{name} must be {what}; received {type(value).__name__}")
+        model = model_of(model, "model")
+        if teacher is not None and not (isinstance(teacher, str) and teacher == "labels"):
+            if isinstance(teacher, str) and near(teacher, ["labels"]) and not Path(teacher).exists():
+                raise TriternError(f"teacher must be a model, None or 'labels'; received {teacher!r}")
+            teacher = model_of(teacher, "teacher")
         if any(isinstance(m, TrainableTernaryLinear) for m in model.modules()):
             raise TriternError("the student is left from a run that ended early: load it again to start anew")
         further = is_ternary(model)
@@ -111,8 +108,6 @@ class TernaryDistiller(SentenceTransformerTrainer):
                 "a ternary student stays ternary as it is: config must be None and blend_ratio 0; received "
                 f"{config} and {args.blend_ratio}"
             )
-        if isinstance(teacher, str) and teacher != "labels":
-            raise TriternError(f"teacher must be a model, None or 'labels'; received {teacher!r}")
         if {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}:
             logger.warning(
                 "the student is cast to float32, where small steps are not lost; bf16=True computes in bf16"
@@ -121,7 +116,9 @@ class TernaryDistiller(SentenceTransformerTrainer):
         args = copy.copy(args)  # the caller may start another run by it
         self._tokenizer_as_before = cuts_and_padding(model.tokenizer)
         own = teacher is None or teacher is model
-        frozen = copy.deepcopy(model) if own else None if isinstance(teacher, str) else teacher
+        frozen = (
+            copy.deepcopy(model) if own else teacher if isinstance(teacher, SentenceTransformer) else None
+        )
         if frozen is not None:
             _check_tokenizer(model, frozen)
         if own and frozen is not None:
@@ -228,29 +225,18 @@ class TernaryDistiller(SentenceTransformerTrainer):
 
     def identity(self) -> dict[str, Any]:
         """What its numbers follow from, and a resumed run must have in common with the one it continues."""
-        own = set(vars(TernaryDistillationArguments)["__annotations__"]).difference(_FREE)
-        settings = {name: getattr(self.args, name) for name in [*sorted(own), *_INHERITED]}
-        settings["texts per batch"] = self.args.train_batch_size * self.args.world_size
+        texts_per_batch = self.args.train_batch_size * self.args.world_size
+        settings = settings_of_run(self.args) | {"texts per batch": texts_per_batch}
         settings |= {"training texts": self._digest, "teacher": self._teacher_digest}
         return json.loads(json.dumps(asdict(self.ternary_config) | settings))
 
     @cached_property
     def _digest(self) -> str:
-        data: Any = self.train_dataset
-        digest = hashlib.sha256()
-        if hasattr(data, "column_names") and hasattr(data, "__len__"):
-            for column in data.column_names:
-                labels = column in self.data_collator.valid_label_columns
-                some = data.select(range(0, len(data), len(data) // 64 + 1)) if labels else data
-                digest.update("\0".join(map(str, some[column])).encode())
-        return digest.hexdigest()[:12]
+        return texts_digest(self.train_dataset, self.data_collator.valid_label_columns)
 
     @cached_property
     def _teacher_digest(self) -> str:
-        digest = hashlib.sha256()
-        for parameter in () if self._teacher is None else self._teacher.parameters():
-            digest.update(parameter.detach().flatten()[:1024].float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:12]
+        return weights_digest(self._teacher)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -271,32 +257,11 @@ class TernaryDistiller(SentenceTransformerTrainer):
         file = state_file(checkpoint_path)
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata()
-        was, now = json.loads(metadata["run"]), self.identity()
-        if other := [name for name in now if now[name] != was.get(name)]:
-            raise TriternError(
-                f"{checkpoint_path} is of a run with other "
-                + ", ".join(f"{n} ({was.get(n)}, now {now[n]})" for n in other)
-                + ": go on with what it was started with, or start a new run in another folder"
-            )
+        check_same_run(checkpoint_path, json.loads(metadata["run"]), self.identity())
         load_model(self.model, file)
         with torch.no_grad():
             balance = [float(b) for b in metadata["balance"].split(",")]
             self.objective.balance.copy_(torch.tensor(balance, dtype=torch.float32))
-
-
-def state_file(checkpoint: str | Path) -> Path:
-    """The file of the latent weights.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    file = Path(checkpoint) / STATE_FILE
-    if not file.exists():
-        raise CheckpointError(
-            f"{checkpoint} has no {STATE_FILE}: it is not a checkpoint of a distillation run "
-            "(a ternary model is trained on by tritern.distill with teacher=)"
-        )
-    return file
 
 
 class _Schedule(TrainerCallback):
