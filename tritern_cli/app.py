@@ -55,7 +55,7 @@ class Verb(TyperCommand):
 
 
 def _expected() -> tuple[type[Exception], ...]:
-    """What a user can mend; torch and tritern are not imported just to ask."""
+    """Errors that a user can fix. This imports neither torch nor tritern."""
     library, torch = sys.modules.get("tritern"), sys.modules.get("torch")
     ours = [library.TriternError] if library else []
     memory = [torch.OutOfMemoryError] if torch else []

@@ -18,11 +18,11 @@ class Result:
 
 
 class Refused(Exception):
-    """What a user can mend, said in the message."""
+    """An error that the user can fix; the message says how."""
 
 
 def check_output(output: Path, force: bool, how: str = "") -> None:
-    """Refuse a folder that holds something already or cannot be written, so that no work is done in vain."""
+    """Refuse a folder that is not empty or cannot be written, before any work is done."""
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         if not force:
             what = "is there already" if output.is_file() else "is not empty"

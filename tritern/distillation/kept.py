@@ -1,4 +1,4 @@
-"""What a run borrows from its caller, and gives back as it was, also when it fails."""
+"""Restores the caller's state after a run, also after a failed one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Which modules are in training mode and which parameters get gradients is afterwards as before."""
+    """Restore which modules are in training mode and which parameters get gradients."""
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -47,7 +47,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def device_kept(model: nn.Module | None) -> Iterator[None]:
-    """The model is afterwards on the device where it was."""
+    """Put the model back on its device."""
     first = None if model is None else next(model.parameters(), None)
     device = None if first is None else first.device
     try:
@@ -58,7 +58,7 @@ def device_kept(model: nn.Module | None) -> Iterator[None]:
 
 
 def cuts_and_padding(tokenizer: Any) -> Callable[[], None]:
-    """What puts a tokenizer's cutting and padding back as they are now: it saves those of its last call."""
+    """A function that restores the tokenizer's truncation and padding of now, which every call changes."""
     inner = tokenizer.backend_tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else None
     cut, padding = (None, None) if inner is None else (inner.truncation, inner.padding)
 
@@ -72,7 +72,7 @@ def cuts_and_padding(tokenizer: Any) -> Callable[[], None]:
 
 @contextmanager
 def random_kept() -> Iterator[None]:
-    """The state of the global random generators: a run's seed is its own."""
+    """Restore the state of the global random generators, which a run seeds."""
     python, numpy, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:

@@ -63,7 +63,7 @@ def check_same_run(checkpoint: str, was: dict[str, Any], now: dict[str, Any]) ->
         raise TriternError(
             f"{checkpoint} is of a run with other "
             + ", ".join(f"{n} ({was.get(n)}, now {now[n]})" for n in other)
-            + ": go on with what it was started with, or start a new run in another folder"
+            + ": resume with the settings it was started with, or start a new run in another folder"
         )
 
 

@@ -43,7 +43,7 @@ def gpu_count(gpus: int | None, kind: str, model: SentenceTransformer) -> int:
     """How many to use: of those asked for, or all if the model is on one."""
     faiss, on_gpu = kinds.import_faiss(), kinds.kind_of(kind, None).on_gpu
     found = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-    if gpus is None:  # of factory strings nobody knows before whether faiss can
+    if gpus is None:  # faiss may not have the index of a factory string for GPUs
         return found if model.device.type == "cuda" and on_gpu and kind in kinds.KINDS else 0
     gpus = whole_number(gpus, "gpus", 0)
     if gpus > found:

@@ -79,7 +79,7 @@ class Database:
         self._db.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", settings.items())
 
     def _check_settings(self) -> None:
-        """Refuse what was not written here; "kind" and "rescore" are seen to where they are used."""
+        """Refuse what was not written here; ``FaissIndex`` checks "kind" and "rescore"."""
         for name, types in {**dict.fromkeys(COUNTS, int), "similarity": str, "probes": bytes}.items():
             value = self[name]
             if type(value) is not types or (types is int and value < 0):
@@ -101,14 +101,14 @@ class Database:
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        """Say of a full disk or a damaged file what is lost (nothing) and what to do."""
+        """Turn errors of SQLite and the file system into ours, which say how to go on."""
         try:
             yield
         except (OSError, sqlite3.OperationalError) as error:
             free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
             raise TriternError(
                 f"{self.folder} cannot be written or read ({error}; {free / 1e6:,.0f} MB are free there). "
-                "What was written before is kept: mend that and run the same again"
+                "Rows written before are kept: fix this and rerun"
             ) from error
         except sqlite3.ProgrammingError as error:
             raise TriternError(

@@ -22,15 +22,15 @@ from .store import Store
 logger = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60
-"""Least time between savings while texts are added. What a file lacks is added to it on opening."""
+"""Seconds between two saves while texts are added, at least. Opening adds the rows that the file lacks."""
 SAVING_SHARE = 0.1
-"""Most of the time that is spent on it."""
+"""Largest share of the time spent on saving."""
 GROWTH = 4
-"""A trained index is trained anew once it holds so many times the rows that it was trained for."""
+"""An index is trained again once it holds this many times the rows that it was trained for."""
 
 
 class Shared:
-    """A lock that any number hold to read, or one to write."""
+    """A lock for any number of readers or one writer."""
 
     def __init__(self) -> None:
         self._free, self._readers = threading.Condition(threading.RLock()), 0
@@ -106,9 +106,9 @@ class FaissIndex:
             try:
                 index = kinds.import_faiss().read_index(str(self.file))
             except RuntimeError as error:
-                logger.warning("%s cannot be read and is made anew: %s", self.file, error)
+                logger.warning("%s cannot be read and is built again: %s", self.file, error)
         if index is not None and (index.d != self._store.width or index.ntotal > self._store.rows):
-            logger.warning("%s is not of these vectors and is made anew", self.file)
+            logger.warning("%s belongs to other vectors and is built again", self.file)
             index = None
         if index is not None:
             self._rows_saved = index.ntotal
@@ -119,7 +119,7 @@ class FaissIndex:
             self.catch_up(train)
         except TriternError as error:
             self._index = None
-            logger.warning("all vectors are compared, for there is no index of this kind: %s", error)
+            logger.warning("there is no index of this kind, so every search compares all vectors: %s", error)
 
     def refresh(self) -> None:
         """Take in what another writer has done."""
@@ -129,7 +129,7 @@ class FaissIndex:
                 self._forget()
 
     def compact(self) -> None:
-        """Number the rows anew, without the removed ones, and make the index of them."""
+        """Drop the removed rows, number the others again and build the index from them."""
         with self.lock.writing():
             self._store.compact()
             self._forget()

@@ -180,7 +180,7 @@ class SearchIndex(SearchableIndex):
                 self._faiss.catch_up()
 
     def remove(self, ids: Iterable[Id]) -> None:
-        """Remove texts: they are found no more. Their room is given back by ``compact``.
+        """Remove texts from the results. ``compact`` frees their disk space.
 
         Args:
             ids: in a list or another iterable, also a single one.
@@ -193,12 +193,12 @@ class SearchIndex(SearchableIndex):
             self._store.remove(ids)
 
     def compact(self) -> None:
-        """Give back the room of removed texts, and make the faiss index anew."""
+        """Free the disk space of removed texts, and build the faiss index again."""
         with self._writing():
             self._faiss.compact()
 
     def reindex(self, kind: str, *, rescore: int | None = None) -> None:
-        """Make the faiss index anew, of another kind, from the same vectors.
+        """Build the faiss index again, with another kind, from the same vectors.
 
         Args:
             kind, rescore: as in ``build``.

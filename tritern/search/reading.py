@@ -75,7 +75,7 @@ class StoredRows(Database):
         return vectors
 
     def refresh(self) -> None:
-        """Take in what another process may have written."""
+        """Read the rows that other processes have written."""
         with self._lock, self._failures():
             with self._transaction("DEFERRED"):  # so that all is of one state
                 self._check_settings()

@@ -1,4 +1,4 @@
-"""Texts, ids and vectors in a folder: what was written before a crash is there after it."""
+"""Texts, ids and vectors in a folder. Rows written before a crash are there after it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Store(StoredRows):
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the folder against other writers.
+        """Keep other writers out of the folder.
 
         Raises:
             Busy: there is one, or the folder cannot be written to.
@@ -62,7 +62,7 @@ class Store(StoredRows):
             yield
 
     def tidy(self) -> None:
-        """Delete what killed writers have left, and what is of older versions."""
+        """Delete the files of killed writers and of older versions."""
         kept = {"vectors-*": self.vectors_file.name, "index-*": f"index-{self.version}.faiss"}
         for pattern, name in kept.items():
             for file in self.folder.glob(pattern):
@@ -120,7 +120,7 @@ class Store(StoredRows):
             self.removed = np.union1d(self.removed, np.fromiter(rows.values(), np.int64, len(rows)))
 
     def compact(self) -> None:
-        """Give back the room of removed rows; the others are numbered anew, in the same order."""
+        """Free the disk space of removed rows. The others get new numbers, in the same order."""
         kept = np.setdiff1d(np.arange(self.rows), self.removed)
         generation = self.generation + 1
         with self._lock, self._failures():
