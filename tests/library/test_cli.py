@@ -185,7 +185,7 @@ def test_convert_says_what_it_made(tiny_path, tmp_path):
     assert measure == f"Measure it: tritern eval {tmp_path / 'out'} FILE --teacher {tiny_path}"
     assert train == f"Train one to serve: tritern distill {tiny_path} FILE FOLDER"
     stored = {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()}
-    assert stored == {torch.float16, torch.float32, torch.uint8}
+    assert stored == {torch.float16, torch.float32, torch.int8, torch.uint8}
 
 
 def test_convert_with_calibration(tiny, tiny_path, texts_file, tmp_path, sentences):
