@@ -38,7 +38,7 @@ def examples_on_the_path(monkeypatch):
 
 @pytest.fixture
 def documents():
-    return importlib.import_module("documents")
+    return importlib.import_module("search_page.documents")
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import runpy
@@ -24,6 +25,7 @@ import runpy, sys
 from pathlib import Path
 import ray
 script, folder, model, part_mb = sys.argv[1:]
+sys.path.insert(0, str(Path(script).parent))
 ray.init(num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, _temp_dir=folder)
 command = [script, "c/*", "--model", model, "--patch", "--output", "shards", "--index", "idx"]
 command += ["--actors", "2", "--part-mb", part_mb]
@@ -41,7 +43,11 @@ for sys.argv in (command, [*command, "--column", "said"], command):
 
 @pytest.fixture(scope="module")
 def script():
-    return runpy.run_path(str(SCRIPT))
+    """The names of the script and of its parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        parts = [importlib.import_module(f"embed_corpus.{n}") for n in ("texts", "shards", "cluster")]
+        return {n: value for part in parts for n, value in vars(part).items()} | runpy.run_path(str(SCRIPT))
 
 
 def test_a_corpus_on_two_actors(tiny_path, tiny, sentences, tmp_path):

@@ -17,7 +17,7 @@ def examples_on_the_path(monkeypatch):
 
 @pytest.fixture
 def passages():
-    import passages
+    from demo import passages
 
     return passages
 
@@ -139,7 +139,7 @@ def test_file_passages(passages, tmp_path):
 
 
 def test_sibling_recall_counts_other_passages_only(demo):
-    import comparison
+    from demo import comparison
 
     x = np.eye(4, dtype=np.float32)
     near, far = [x[0], 0.8 * x[0] + 0.6 * x[1]], [x[2], x[3]]
@@ -164,13 +164,13 @@ def test_sibling_recall_counts_other_passages_only(demo):
 def test_wrong_arguments(demo, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["quickstart.py", *arguments])
     with pytest.raises(SystemExit):
-        demo.parse()
+        demo.parse(None)
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("missing", "extra"), [("faiss", "search"), ("rich", "demo"), ("psutil", "demo")])
 def test_missing_packages_are_named(demo, monkeypatch, missing, extra):
-    for name in [n for n in sys.modules if n in (missing, "comparison") or n.startswith(missing + ".")]:
+    for name in [n for n in sys.modules if n.partition(".")[0] in (missing, "demo")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit, match=rf"{missing}.* is missing: pip install 'tritern\[{extra}\]'"):
@@ -222,7 +222,7 @@ def test_the_demo_without_arguments_but_small(demo, monkeypatch, tmp_path, capsy
 def test_unpacked_codes_are_counted_as_the_product_keeps_them(tiny, monkeypatch, product, each):
     for name in ("rich", "faiss"):
         pytest.importorskip(name)
-    import comparison
+    from demo import comparison
 
     import tritern
     from tritern_kernels import cpu

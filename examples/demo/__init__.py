@@ -1,0 +1,1 @@
+"""The parts of ``quickstart.py``: its texts, the comparison of two models, distillation, arguments."""
