@@ -107,3 +107,12 @@ def sentences() -> list[str]:
 
     generator = random.Random(0)
     return [" ".join(generator.choices(WORDS, k=generator.randint(3, 30))) for _ in range(400)]
+
+
+@pytest.fixture(scope="session")
+def ternary_path(tmp_path_factory, tiny_path):
+    from tests.library.cli import run
+
+    path = tmp_path_factory.mktemp("ternary") / "model"
+    assert run("convert", tiny_path, path).exit_code == 0
+    return path
