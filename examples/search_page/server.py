@@ -41,7 +41,6 @@ PAGE = r"""<!doctype html>
 body { margin: 0 auto; max-width: 76rem; padding: 1.25rem 1rem 3rem; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.25rem; margin: 0 0 .75rem; }
-h2 { font-size: 1rem; margin: 0; }
 form { display: flex; gap: .5rem; flex-wrap: wrap; }
 input, select, button { font: inherit; color: inherit; background: var(--card); padding: .55rem .75rem;
   border: 1px solid var(--line); border-radius: .5rem; }
@@ -53,13 +52,14 @@ button { background: var(--accent); color: var(--paper); font-weight: 600; curso
   grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
 dl, dl div, header { display: flex; flex-wrap: wrap; gap: .1rem .7rem; font-size: .85rem;
   color: var(--soft); }
-dl { margin: .25rem 0 .75rem; }
+dl { margin: .75rem 0 0; font-size: .75rem; }
+h2 { font-size: 1rem; margin: 0 0 .5rem; }
 dl div { gap: .3rem; }
 dd { margin: 0; color: var(--ink); }
 ol { list-style: none; margin: 0; padding: 0; display: grid; gap: .6rem; }
 li { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .6rem .8rem; }
 code { overflow-wrap: anywhere; }
-li p { margin: .25rem 0 0; white-space: pre-line; overflow-wrap: anywhere; font-size: .92rem;
+li p { margin: .25rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .92rem;
   max-height: 9.2em; overflow: auto; }
 </style></head><body><main><h1>Semantic search</h1>
 <form role="search"><input type="search" name="q" aria-label="Question" placeholder="Ask in your own words"
@@ -100,6 +100,7 @@ function show(answer) {
       if (!found.every(ids => ids.has(hit.id))) add(head, "span", "only here");
       if (text.scrollHeight > text.clientHeight) text.tabIndex = 0;  // so that keys can scroll it
     }
+    part.append(facts);  // below the hits
   }
   const shared = [...found[0]].filter(id => found.every(ids => ids.has(id))).length;
   said.textContent = `${answer.passages.toLocaleString("en")} passages, ${answer.total_ms.toFixed(1)} ms` +

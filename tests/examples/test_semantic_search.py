@@ -503,6 +503,7 @@ def test_the_page_answers_on_both_sides(page, built, tmp_path):
     for section in page.query_selector_all("section"):
         assert section.query_selector("li code").inner_text() == id
         assert section.query_selector("li b").inner_text() == "1.000"
+        assert section.query_selector("ol + dl")  # the figures stand below the hits
         facts = " ".join(section.query_selector("dl").inner_text().split())
         assert re.fullmatch(
             r"embed [\d.]+ ms search [\d.]+ ms weights [\d.]+ MB( \+ [\d.]+ MB unpacked)? index [\d.]+ MB",
@@ -520,6 +521,16 @@ def test_the_page_answers_on_both_sides(page, built, tmp_path):
     page.go_back()
     page.wait_for_selector("section + section li")
     assert page.input_value("input") == text
+
+
+def test_code_keeps_its_indentation(page):
+    shown = """() => {
+        show({passages: 1, total_ms: 1, batch: 1, resident_bytes: 1, sides: [{name: "n", embed_ms: 1,
+            search_ms: 1, weight_bytes: 1, unpacked_bytes: 0, index_bytes: 1,
+            hits: [{id: "a", score: 1, text: "if a:\\n    b"}]}]});
+        return document.querySelector("li p").innerText;
+    }"""
+    assert page.evaluate(shown) == "if a:\n    b"
 
 
 def test_markup_stays_text(page, server):
