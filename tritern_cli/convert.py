@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -78,6 +79,7 @@ def convert(
     settings = {name: value for name, value in {**settings, "calibration_texts": texts}.items() if value}
     preview = not is_ternary(loaded) and not texts
     if not is_ternary(loaded):
+        logging.getLogger("tritern.patch").setLevel(logging.ERROR)  # the last line says what it warns of
         tritern.patch(loaded, **settings)
     elif settings.keys() == {"embedding_bits"}:
         tritern.patch(loaded, embedding_bits=embedding_bits)

@@ -61,7 +61,6 @@ def ternary_linear(
     *,
     activation_bits: int = 8,
     clip: float = 1.0,
-    frozen: bool = False,
     backward_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``linear(x, scale * codes, bias)`` with gradients for x, weight, scale and bias.
@@ -74,22 +73,20 @@ def ternary_linear(
         dscale[n] = sum over k of dW^[n, k] * (codes[n, k] - inside * weight[n, k] / scale[n])
         dbias[n] = sum over m of G[m, n]
 
-    which for clip = 1 is learned step size quantization (arXiv:1902.08153) with levels -1, 0 and 1. Frozen
-    codes do not depend on weight: dweight is absent and dscale[n] = sum over k of dW^[n, k] * codes[n, k].
+    which for clip = 1 is learned step size quantization (arXiv:1902.08153) with levels -1, 0 and 1.
 
     Args:
         x: [..., K] fp32, fp16 or bf16.
         weight: latent weight [N, K]; only its gradient is used here, the values are in ``codes``.
         scale: float32 [N], positive.
         bias: [N] or None.
-        codes: of ``weight`` for ``scale``, by ``ternarize_given`` (or older ones, frozen).
+        codes: of ``weight`` for ``scale``, by ``ternarize_given``.
         activation_bits: 8 or 16, as in ``linear``.
         clip: see above.
-        frozen: see above.
         backward_dtype: of the operands of the products in dX and dW^; None: x's.
     """
     dtype = backward_dtype or x.dtype
-    return _TernaryLinear.apply(x, weight, scale, bias, codes, activation_bits, clip, frozen, dtype)
+    return _TernaryLinear.apply(x, weight, scale, bias, codes, activation_bits, clip, dtype)
 
 
 def blended_weight(weight: Tensor, scale: Tensor, codes: Codes, blend: float, clip: float = 1.0) -> Tensor:
@@ -106,17 +103,17 @@ def blended_weight(weight: Tensor, scale: Tensor, codes: Codes, blend: float, cl
 class _TernaryLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, scale, bias, codes, *options):  # noqa: ANN001, ANN002, ANN205
-        activation_bits, clip, frozen, dtype = options
+        activation_bits, clip, dtype = options
         N, K = weight.shape
         rows = x.reshape(-1, K)
-        if activation_bits == 8 and not frozen and rows.shape[0]:  # keep one byte a value, not four
+        if activation_bits == 8 and rows.shape[0]:  # keep one byte a value, not four
             kept, scale_x = _quantize(rows)
             y = _linear_int8(kept, scale_x, codes.packed, scale, bias, K, x.dtype).view(*x.shape[:-1], N)
         else:
             kept, scale_x = rows, None
             y = torch.ops.tritern.linear(x, codes.packed, scale, bias, K, activation_bits)
         ctx.save_for_backward(kept, scale_x, weight, scale, bias, *codes)
-        ctx.shape, ctx.activation_bits, ctx.clip, ctx.frozen = x.shape, activation_bits, clip, frozen
+        ctx.shape, ctx.clip = x.shape, clip
         ctx.x_dtype, ctx.dtype = x.dtype, dtype
         return y
 
@@ -131,14 +128,9 @@ class _TernaryLinear(torch.autograd.Function):
             dx = _input_gradient(low, scale, packed, transposed, K).to(ctx.x_dtype).view(ctx.shape)
         if bias is not None and ctx.needs_input_grad[3]:
             dbias = grad.sum(0, dtype=torch.float32).to(bias.dtype)
-        if ctx.frozen:
-            if ctx.needs_input_grad[2]:
-                ones = torch.ones_like(scale)
-                z = torch.ops.tritern.linear(kept, packed, ones, None, K, ctx.activation_bits)
-                dscale = (grad.float() * z).sum(0)
-        elif ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             dweight, dscale = _weight_gradients(low, kept, scale_x, weight, scale, packed, ctx.clip)
-        return dx, dweight, dscale, dbias, None, None, None, None, None
+        return dx, dweight, dscale, dbias, None, None, None, None
 
 
 def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
