@@ -213,3 +213,23 @@ def test_every_public_name_is_listed_without_importing_what_it_needs():
     script = "import sys, tritern; print(set(tritern.__all__) - set(dir(tritern)), 'peft' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "set() False", done.stderr
+
+
+def test_a_cpu_needs_no_triton():
+    """Torch's builds for CPUs bring none."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, tritern
+from tritern_kernels import linear, lookup, quantize_table, ternarize_weight
+weight = ternarize_weight(torch.randn(4, 128))
+assert linear(torch.randn(2, 128), weight).shape == (2, 4)
+assert lookup(torch.tensor([1]), *quantize_table(torch.randn(3, 40)), 40).shape == (1, 40)
+layer = tritern.TernaryLinear.from_linear(torch.nn.Linear(128, 4))
+assert layer(torch.randn(2, 128)).shape == (2, 4)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
