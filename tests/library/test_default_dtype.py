@@ -108,6 +108,12 @@ def models(path, texts):
     yield [state(made), bits(made.encode(texts[:9]))]
 
 
+def digested(path, texts):
+    """What this process gives."""
+    found = {"kernels": kernels(), "layers": layers(), "models": models(path, texts)}
+    return {name: list(values) for name, values in found.items()}
+
+
 def digests(dtype, path, texts):
     """What a process gives in which ``dtype`` is torch's default."""
     command = [sys.executable, __file__, str(dtype).removeprefix("torch."), path]
@@ -118,7 +124,8 @@ def digests(dtype, path, texts):
 
 @pytest.fixture(scope="module")
 def expected(tiny_path, sentences):
-    return digests(torch.float32, tiny_path, sentences[:128])
+    assert torch.get_default_dtype() == torch.float32
+    return json.loads(json.dumps(digested(tiny_path, sentences[:128])))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -141,6 +148,4 @@ def test_no_tensor_is_made_without_a_dtype():
 
 if __name__ == "__main__":
     torch.set_default_dtype(getattr(torch, sys.argv[1]))
-    texts = json.load(sys.stdin)
-    found = {"kernels": kernels(), "layers": layers(), "models": models(sys.argv[2], texts)}
-    print(json.dumps({name: list(values) for name, values in found.items()}))
+    print(json.dumps(digested(sys.argv[2], json.load(sys.stdin))))

@@ -121,7 +121,8 @@ def test_no_batch_that_fits(tiny, sentences, tmp_path, monkeypatch):
 
     monkeypatch.setattr(TernaryDistiller, "compute_loss", fail)
     with pytest.raises(TriternError, match="No executable batch size found.*Lower per_device_train_batch_s"):
-        tritern.distill(tiny, sentences, tmp_path, holdout=0, auto_find_batch_size=True, **SMALL)
+        settings = {**SMALL, "per_device_train_batch_size": 2}
+        tritern.distill(tiny, sentences, tmp_path, holdout=0, auto_find_batch_size=True, **settings)
 
 
 def test_students_and_teachers_that_do_not_fit(tiny, tiny_path, minilm, sentences, tmp_path):

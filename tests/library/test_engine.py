@@ -45,11 +45,13 @@ def cosines(one, other):
     return torch.nn.functional.cosine_similarity(one, other, dim=-1)
 
 
-@pytest.fixture
-def model(minilm):
-    attach(minilm)
-    minilm.prompts |= {"query": "query: ", "document": "passage: "}
-    return minilm
+@pytest.fixture(scope="module")
+def model(minilm_path):
+    """MiniLM with the engine and prompts; not to be changed."""
+    model = SentenceTransformer(minilm_path, device="cpu")
+    attach(model)
+    model.prompts |= {"query": "query: ", "document": "passage: "}
+    return model
 
 
 @pytest.fixture
@@ -107,8 +109,9 @@ def own_array(vectors):
 
 @pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
 @pytest.mark.parametrize("kind", [{}, {"convert_to_tensor": True}, {"convert_to_numpy": False}])
-def test_precisions(model, sentences, texts, precision, kind, never_elsewhere):
-    texts = texts + sentences[:120]
+def test_precisions(tiny, sentences, precision, kind, never_elsewhere):
+    model, texts = tiny, sentences[:200]
+    attach(model)
     expected = own(model, texts, precision=precision, **kind)
     never_elsewhere()
     found = model.encode(texts, precision=precision, **kind)

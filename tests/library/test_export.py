@@ -21,26 +21,33 @@ import sys
 from pathlib import Path
 import numpy
 from sentence_transformers import SentenceTransformer
-model = SentenceTransformer(sys.argv[1], device="cpu")
-numpy.save(sys.argv[2], model.encode(Path(sys.argv[3]).read_text().split("|")))
+for folder in map(Path, sys.argv[1:]):
+    model = SentenceTransformer(str(folder / "plain"), device="cpu")
+    numpy.save(folder / "vectors.npy", model.encode((folder / "texts").read_text().split("|")))
 assert not any(name.startswith("tritern") for name in sys.modules)
 """
 
 
-@pytest.mark.parametrize("embedding_bits", [4, 8, 16])
-def test_a_dequantized_model_loads_without_tritern(tiny, tmp_path, embedding_bits):
-    model = tritern.patch(tiny, activation_bits=16, embedding_bits=embedding_bits)
-    vectors = model.encode(TEXTS)
-    assert tritern.dequantize(model) is model
-    assert not any(isinstance(m, (TernaryLinear, QuantizedEmbedding)) for m in model.modules())
-    np.testing.assert_allclose(model.encode(TEXTS), vectors, rtol=0, atol=1e-5)
-    model.save_pretrained(str(tmp_path / "plain"))
-    (tmp_path / "texts").write_text("|".join(TEXTS))
+def test_dequantized_models_load_without_tritern(tiny_path, tmp_path):
+    """With tables of 4, 8 and 16 bits; one new process loads the three."""
+    expected = {}
+    for embedding_bits in (4, 8, 16):
+        folder = tmp_path / str(embedding_bits)
+        model = SentenceTransformer(tiny_path, device="cpu")
+        tritern.patch(model, activation_bits=16, embedding_bits=embedding_bits)
+        vectors = model.encode(TEXTS)
+        assert tritern.dequantize(model) is model
+        assert not any(isinstance(m, (TernaryLinear, QuantizedEmbedding)) for m in model.modules())
+        expected[folder] = model.encode(TEXTS)
+        np.testing.assert_allclose(expected[folder], vectors, rtol=0, atol=1e-5)
+        model.save_pretrained(str(folder / "plain"))
+        (folder / "texts").write_text("|".join(TEXTS))
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, "-c", LOAD, *(str(tmp_path / n) for n in ("plain", "vectors.npy", "texts"))]
+    command = [sys.executable, "-c", LOAD, *map(str, expected)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert np.array_equal(np.load(tmp_path / "vectors.npy"), model.encode(TEXTS))
+    for folder, vectors in expected.items():
+        assert np.array_equal(np.load(folder / "vectors.npy"), vectors)
 
 
 def test_no_trace_of_the_format_is_saved(tiny, tmp_path):
