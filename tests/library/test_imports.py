@@ -170,8 +170,9 @@ assert "faiss" not in sys.modules and "matplotlib" not in sys.modules
 KERNELS = Path(sys.prefix) / "optional"  # where `make setup` puts the PyPI package of that name
 
 
-@pytest.mark.parametrize("order", [("transformers", "tritern"), ("tritern", "transformers")])
-@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize(
+    ("order", "installed"), [(("transformers", "tritern"), False), (("tritern", "transformers"), True)]
+)
 def test_transformers_works_from_the_repository_root(order, installed):
     """The top-level folder ``kernels`` must not pass for the PyPI package of that name, present or not."""
     paths = [str(ROOT / "kernels")]

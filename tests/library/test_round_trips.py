@@ -195,6 +195,7 @@ def test_encode_options(ternary, saved, sentences):
         assert np.array_equal(found, ternary.encode(texts, precision=precision))
 
 
+@pytest.mark.parametrize("embedding_bits", [4], indirect=True)
 def test_several_processes(saved, ternary, sentences):
     model = SentenceTransformer(str(saved), device="cpu")
     pool = model.start_multi_process_pool(["cpu", "cpu"])
