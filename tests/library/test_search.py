@@ -357,9 +357,16 @@ from sentence_transformers import SentenceTransformer
 from tritern.search import SearchIndex, adding, store
 torch.set_num_threads(1)
 adding.WINDOW["cpu"] = 64
-model, folder, where, count = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-corpus = open(sys.argv[5]).read().splitlines()
-calls = 0
+corpus = open("corpus").read().splitlines()
+for line in sys.stdin:  # each build in a process of its own, forked here before any other work
+    where, count = line.split()
+    child = os.fork()
+    if not child:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+count, calls = int(count), 0
 def killed_at(plain):
     def function(*args, **kwargs):
         global calls
@@ -374,8 +381,8 @@ elif where == "write":  # before the vectors
     store._bytes = killed_at(store._bytes)
 elif where == "commit":
     store.Store._set = killed_at(store.Store._set)
-model = tritern.patch(SentenceTransformer(model, device="cpu"), embedding_bits=16)
-SearchIndex.build(folder, model, corpus, kind="hnsw").close()
+model = tritern.patch(SentenceTransformer(sys.argv[1], device="cpu"), embedding_bits=16)
+SearchIndex.build("index", model, corpus, kind="hnsw").close()
 """
 
 
@@ -384,17 +391,20 @@ def test_a_killed_build_goes_on(tiny_path, model, corpus, tmp_path):
     (tmp_path / "corpus").write_text("\n".join(corpus[:600]))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
 
-    def build(where, count):
-        command = [sys.executable, "build.py", tiny_path, "index", where, str(count), "corpus"]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
-        return done.returncode, store.Store(tmp_path / "index").rows
+    command = [sys.executable, "build.py", tiny_path]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as builder:
 
-    assert build("commit", 6) == (-signal.SIGKILL, 192)
-    assert build("fsync", 3) == (-signal.SIGKILL, 256)
-    assert (tmp_path / "index/vectors-0.f32").stat().st_size == 320 * 32 * 4  # the last 64 of no row yet
-    assert build("write", 1) == (-signal.SIGKILL, 256)
-    code, rows = build("never", 0)
-    assert (code, rows) == (0, 600)
+        def build(where, count):
+            builder.stdin.write(f"{where} {count}\n")
+            builder.stdin.flush()
+            return int(builder.stdout.readline()), store.Store(tmp_path / "index").rows
+
+        assert build("commit", 6) == (-signal.SIGKILL, 192)
+        assert build("fsync", 3) == (-signal.SIGKILL, 256)
+        assert (tmp_path / "index/vectors-0.f32").stat().st_size == 320 * 32 * 4  # the last 64 of no row yet
+        assert build("write", 1) == (-signal.SIGKILL, 256)
+        assert build("never", 0) == (0, 600)
     with SearchIndex.open(tmp_path / "index", model) as index:
         index.verify()
         assert np.array_equal(index.vectors, embed(model, corpus[:600]).numpy())
