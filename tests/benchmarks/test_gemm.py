@@ -21,7 +21,7 @@ import gpu_tables
 import report
 import tables
 import timing
-from models import encode, encode_gpu, train
+from models import encode, encode_gpu, passes, train
 from ops import cpu_ops, instruction_sets
 from quality import ablation
 
@@ -153,8 +153,8 @@ def test_a_gpu_measures_fp16_in_all_kinds():
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
 def test_whole_models_are_compiled_afresh_for_every_shape(kind, monkeypatch, tmp_path, capsys):
     small = {"type": kind, "hidden": 64, "layers": 2, "heads": 16, "intermediate": 128}
-    monkeypatch.setattr(encode_gpu, "MODELS", {"small": small})
-    monkeypatch.setattr(encode_gpu, "SECONDS", 0.01)
+    monkeypatch.setitem(encode_gpu.MODELS, "small", small)
+    monkeypatch.setattr(passes, "SECONDS", 0.01)
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compiled.append(how))
     file = tmp_path / "rows.json"

@@ -8,8 +8,10 @@ from torch import nn
 
 import tritern
 from tritern import Int8Embedding, TernaryLinear, TriternError
+from tritern.calibration import codes as codes_module
 from tritern.calibration import fitting
-from tritern.calibration.fitting import _measure, _token_weights, descend, search
+from tritern.calibration.codes import descend, search
+from tritern.calibration.fitting import _measure, _token_weights
 from tritern.calibration.stream import Group, Stream, trace
 
 
@@ -58,7 +60,7 @@ def quadratic():
 
 
 def test_descent_ends_where_no_single_code_and_no_scale_can_be_better(quadratic, monkeypatch):
-    monkeypatch.setattr(fitting, "SWEEPS", 100)
+    monkeypatch.setattr(codes_module, "SWEEPS", 100)
     start, H, C = quadratic
     codes, scale = descend(start, torch.ones(20), H, C)
     assert set(codes.unique().tolist()) <= {-1.0, 0.0, 1.0} and (scale > 0).all()
@@ -77,7 +79,7 @@ def test_descent_ends_where_no_single_code_and_no_scale_can_be_better(quadratic,
 def test_starting_again_makes_rows_better_and_none_worse(quadratic, monkeypatch):
     _, H, C = quadratic
     again = objective(*search(torch.ones(20), H.double(), C.double()), H, C)
-    monkeypatch.setattr(fitting, "KICKS", ())
+    monkeypatch.setattr(codes_module, "KICKS", ())
     once = objective(*search(torch.ones(20), H.double(), C.double()), H, C)
     assert (again <= once + 1e-3).all() and (again < once - 0.1).sum() > 10
 

@@ -20,7 +20,7 @@ def inputs(minilm, texts):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_minilm_equals_eager(minilm, inputs, backend):
-    model = tritern.patch(minilm)[0].auto_model.eval()
+    model = tritern.patch(minilm, embedding_bits=16)[0].auto_model.eval()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         expected = model(**inputs).last_hidden_state

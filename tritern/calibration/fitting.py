@@ -35,7 +35,7 @@ from ..modes import evaluating
 from ..nn.embedding import embedding_of
 from ..nn.linear import TernaryLinear
 from ..progress import bar
-from .search import search
+from .codes import search
 from .stream import Batch, Group, Stream, trace
 
 LEAST_TEXTS = 16
