@@ -1,4 +1,4 @@
-"""How a model is ternarized."""
+"""Settings of the conversion to ternary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def bits(value: int, name: str, allowed: tuple[int, ...] = ACTIVATION_BITS) -> i
     """One of the numbers allowed, as an int.
 
     Raises:
-        TriternError: another number, or no whole number.
+        TriternError: another number, or not a whole number.
     """
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)
@@ -34,11 +34,13 @@ def bits(value: int, name: str, allowed: tuple[int, ...] = ACTIVATION_BITS) -> i
 
 @dataclass(frozen=True)
 class TernaryConfig:
-    """Settings of ``tritern.patch``, also taken as ``quantization_config`` by transformers'
-    ``from_pretrained`` and in the ``model_kwargs`` of a SentenceTransformer, to patch while loading.
+    """Settings of ``tritern.patch``.
+
+    To patch while loading, pass them as ``quantization_config`` to transformers' ``from_pretrained`` or in
+    the ``model_kwargs`` of a SentenceTransformer.
 
     Args:
-        rule: how codes and scales come from a weight matrix. ``"mse"``: per row, the smallest squared error.
+        rule: how a weight matrix becomes codes and scales. ``"mse"``: per row, the smallest squared error.
             ``"absmean"``: one scale for the matrix, mean|W| (BitNet b1.58). ``"twn"``: per row, threshold 0.7
             mean|w| (Ternary Weight Networks).
         activation_bits: 8 quantizes activations per token to int8 (fastest, exact sums); 16 leaves them as
@@ -58,7 +60,7 @@ class TernaryConfig:
     skip: tuple[str, ...] = ()
 
     quant_method: ClassVar[str] = "tritern"
-    """Tells transformers which quantizer these settings are for."""
+    """The name of tritern's quantizer in transformers."""
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -71,5 +73,5 @@ class TernaryConfig:
         object.__setattr__(self, "skip", skip)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values, which transformers shows as part of a model's config."""
+        """The settings as plain values; transformers shows them in a model's config."""
         return {"quant_method": self.quant_method, **asdict(self)}

@@ -1,4 +1,4 @@
-"""Which of a model's layers become ternary, every check beforehand, and the replacement itself."""
+"""The conversion of a model: select its layers, check them, replace them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def convert(model: nn.Module, config: TernaryConfig, texts: Sequence[Any] | None
     Args:
         model: the model.
         config: settings.
-        texts: what ``calibration.fitting.checked`` gives; None: weights are not fitted.
+        texts: from ``calibration.fitting.checked``; None: weights are not fitted.
 
     Raises:
         TriternError: as ``patch``. The model is then unchanged.
@@ -41,7 +41,7 @@ def convert(model: nn.Module, config: TernaryConfig, texts: Sequence[Any] | None
     linears, tables = selected(model, config)
     _warn_of_the_rest(model, linears)
 
-    first: dict[int, str] = {}  # layers with the very same weight share what the first of them is packed to
+    first: dict[int, str] = {}  # layers with the very same weight share the packed weight of the first
     sources = [(c.names, first.setdefault(id(c.module.weight), c.name)) for c in linears]
     table_names = [c.names for c in tables]
     fitted: dict[str, TernaryLinear] = {}
@@ -71,7 +71,7 @@ def convert(model: nn.Module, config: TernaryConfig, texts: Sequence[Any] | None
 
 
 def selected(model: nn.Module, config: TernaryConfig) -> tuple[list[Selection], list[Selection]]:
-    """The linear layers and the embedding tables to convert, after every check that can be made beforehand.
+    """The linear layers and the embedding tables to convert, after all checks.
 
     Raises:
         TriternError: as ``patch``.
@@ -88,7 +88,7 @@ def selected(model: nn.Module, config: TernaryConfig) -> tuple[list[Selection], 
 
 
 def _warn_of_the_rest(model: nn.Module, linears: list[Selection]) -> None:
-    """Say so if the layers that become ternary are the smaller part of a model's matrices."""
+    """Warn if most of the model's matrix weights do not become ternary."""
     ternary = sum({id(w): w.numel() for c in linears if isinstance(w := c.module.weight, Tensor)}.values())
     matrices = [c for c in others(model) if not isinstance(c.module, nn.EmbeddingBag)]  # that is a table
     sizes = [sum(p.numel() for p in matrices_of(c.module).values()) for c in matrices]
@@ -108,7 +108,7 @@ def _warn_of_the_rest(model: nn.Module, linears: list[Selection]) -> None:
 def _check(
     model: nn.Module, config: TernaryConfig, linears: list[Selection], tables: list[Selection]
 ) -> None:
-    """Everything that can be wrong, before anything is changed."""
+    """Raise for everything that can be wrong, before anything is changed."""
     method = _foreign_quantization(model)
     if method:
         raise TriternError(
@@ -118,7 +118,7 @@ def _check(
     if ternary:
         raise TriternError(
             f"the model is already ternary ({ternary} TernaryLinear layers); patch a full-precision one "
-            "(with embedding_bits alone its tables can be changed)"
+            "(patch with embedding_bits alone changes the tables of a ternary model)"
         )
     for pattern in config.skip:
         if not any(c.reason == f"skip={pattern!r}" for c in linears + tables):
@@ -172,7 +172,7 @@ def refuse_adapters(model: nn.Module) -> None:
 
 
 def _reasons(choices: list[Selection]) -> str:
-    """Why layers are left, for the first five kinds of them."""
+    """Why layers stay in full precision, for the first five kinds of them."""
     groups: dict[tuple[str, str], list[str]] = {}
     for c in choices:
         groups.setdefault((starred(c.name), c.reason), []).append(c.name)
@@ -180,7 +180,7 @@ def _reasons(choices: list[Selection]) -> str:
 
 
 def _foreign_quantization(model: nn.Module) -> str | None:
-    """Name of another quantization method that a transformers model inside carries, or None."""
+    """Name of another quantization method in the config of a transformers model inside, or None."""
     for module in model.modules():
         config = getattr(getattr(module, "config", None), "quantization_config", None)
         if config is not None and isinstance(module, PreTrainedModel):

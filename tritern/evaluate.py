@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 
 SAME = 1e-6
-"""Cosines that differ by less are the same: the rounding of float32."""
+"""Cosines that differ by less count as equal: float32 rounds that much."""
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Closeness of a model to its teacher on a set of texts; 1.0 is identical everywhere.
+    """Closeness of a model to its teacher on a set of texts; 1.0 means identical.
 
     Attributes:
         cosine: mean cosine between the two vectors of a text.
         cosine_p5: its 5th percentile.
         overlap: mean share of a text's k nearest other texts that both models find.
-        rank_correlation: mean over texts of Spearman's correlation between the two models' similarities to
-            all other texts.
+        rank_correlation: Spearman's correlation between the two models' similarities of a text to all other
+            texts, averaged over the texts.
         k: neighbours counted in ``overlap``.
         texts: number of texts.
     """
@@ -65,22 +65,22 @@ def evaluate(
     show_progress_bar: bool = False,
     prompt: str | None = None,
 ) -> Fidelity:
-    """Compare a model with a teacher on texts; cosine, top-k overlap and rank correlation.
+    """Compare a model with a teacher on texts: cosine, top-k overlap and rank correlation.
 
     Args:
-        model: the model to judge, or its name or folder. It is left as it is, in its mode too.
-        teacher: the model it should agree with, its name or folder, or its vectors [len(texts), any width].
+        model: the model to judge, or its name or folder. It is not changed; its mode stays.
+        teacher: the model to agree with, its name or folder, or its vectors [len(texts), any width].
         texts: at least k + 2 different texts, none empty. Time and memory grow with the square of their
-            number for the neighbours.
+            number.
         k: neighbours to compare.
         batch_size, show_progress_bar, prompt: passed to ``encode``; a prompt of None is the model's default.
 
     Returns:
-        The closeness. ``cosine`` and ``cosine_p5`` are NaN where the widths differ.
+        The closeness. ``cosine`` and ``cosine_p5`` are NaN if the widths differ.
 
     Raises:
-        TriternError: too few texts, or some that are no strings or empty; a model that cannot be loaded;
-            vectors of the wrong number, not finite, all zeros, or all alike, whose neighbours say nothing.
+        TriternError: too few texts; a text that is empty or not a string; a model that cannot be loaded;
+            vectors of the wrong number, not finite, all zeros, or all alike (these have no nearest ones).
     """
     k, batch_size = whole_number(k, "k", 1), whole_number(batch_size, "batch_size", 1)
     show_progress_bar = true_or_false(show_progress_bar, "show_progress_bar")
@@ -116,7 +116,7 @@ def text_list(texts: Iterable[str]) -> list[str]:
     """The texts, checked.
 
     Raises:
-        TriternError: no iterable, or something in it that is no string or is empty.
+        TriternError: not an iterable; a text that is empty or not a string.
     """
     if isinstance(texts, (str, Path)):
         raise TriternError(
@@ -129,13 +129,13 @@ def text_list(texts: Iterable[str]) -> list[str]:
 
 
 def encoded(model: Any, texts: list[str], **options: Any) -> np.ndarray:
-    """A model's vectors, [len(texts), width]; the model stays in its mode, which ``encode`` would change."""
+    """A model's vectors [len(texts), width]. ``encode`` would change the model's mode; this keeps it."""
     with evaluating(model) if isinstance(model, nn.Module) else nullcontext():
         return np.asarray(encode(model, texts, convert_to_numpy=True, **options))
 
 
 def fidelity(ours: np.ndarray, theirs: np.ndarray, k: int) -> Fidelity:
-    """Closeness of normalized vectors [N, any width], N at least k + 2. What is not defined is NaN."""
+    """Closeness of normalized vectors [N, any width], N at least k + 2. Undefined figures are NaN."""
     cosine = (ours * theirs).sum(1) if ours.shape == theirs.shape else np.full(len(ours), np.nan)
     overlap, correlation = [], []
     for i in range(len(ours)):
@@ -155,7 +155,7 @@ def fidelity(ours: np.ndarray, theirs: np.ndarray, k: int) -> Fidelity:
 
 
 def normalized(vectors: np.ndarray) -> np.ndarray:
-    """float32 [N, width] of length 1; zeros stay zeros. In float64 no length overflows or vanishes."""
+    """float32 [N, width] of length 1; zeros stay zeros. Lengths are computed in float64: none overflows."""
     vectors = vectors.astype(np.float64)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.where(lengths == 0, 1, lengths)).astype(np.float32)

@@ -1,5 +1,5 @@
-"""Checks of what users pass in: texts, other iterables, whole numbers, vectors, folders. Every entrance uses
-these.
+"""Checks of users' arguments: texts, other iterables, whole numbers, vectors, folders. All public functions
+use these.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Item = TypeVar("Item")
 
 
 def many(values: Iterable[Item], name: str) -> Iterable[Item]:
-    """``values``, if they are an iterable of single things: no string, no bytes, no mapping, no table.
+    """``values``, if they are an iterable of single things.
 
     Args:
-        values: an argument of the user's.
+        values: a user's argument.
         name: of that argument, for the error.
 
     Raises:
-        TriternError: iterating would give characters, numbers of bytes, keys, columns, or is not possible.
+        TriternError: a string, bytes, a mapping, a table, or not an iterable.
     """
     if isinstance(values, (str, bytes, bytearray, memoryview)):
         kind = "string" if isinstance(values, str) else type(values).__name__
@@ -52,37 +52,37 @@ def many(values: Iterable[Item], name: str) -> Iterable[Item]:
 
 
 def check_texts(texts: Sequence[Any], first: int = 0, *, name: str = "texts", empty: bool = False) -> None:
-    """Refuse what has no meaningful vector.
+    """Refuse texts that have no meaningful vector.
 
     Args:
-        texts: what should be strings.
-        first: number of the first of them, for the error.
-        name: of the argument that they came in, a plural.
+        texts: they should be strings.
+        first: number of the first text, for the error.
+        name: of the argument, a plural.
         empty: accept empty strings and white space.
 
     Raises:
-        TriternError: a text is no string, is empty, or holds lone surrogates. The error names its number.
+        TriternError: a text is not a string, is empty, or holds lone surrogates. The error names its number.
     """
     for number, text in enumerate(texts, first):
         if not isinstance(text, str):
             hint = " (decode it, such as with text.decode('utf-8'))" if isinstance(text, bytes) else ""
             raise TriternError(f"{name} must be strings; number {number} is {type(text).__name__}{hint}")
         if not empty and not text.strip():
-            raise TriternError(f"{name}: number {number} is empty: it has no meaningful vector; leave it out")
+            raise TriternError(f"{name}: number {number} is empty and has no meaningful vector; leave it out")
         try:
             text.encode()
         except UnicodeEncodeError:
             raise TriternError(
-                f"{name}: number {number} holds what is no character ({text[:40]!a}): read the file as "
-                "UTF-8, with errors='replace' if it must be"
+                f"{name}: number {number} holds an invalid character ({text[:40]!a}): read the file as "
+                "UTF-8, if necessary with errors='replace'"
             ) from None
 
 
 def check_model(model: Any, name: str = "model") -> None:
-    """Refuse what is no model.
+    """Refuse anything but a model.
 
     Args:
-        model: what should be an ``nn.Module``.
+        model: it should be an ``nn.Module``.
         name: of the argument, for the error.
 
     Raises:
@@ -106,12 +106,12 @@ def whole_number(value: Any, name: str, least: int, most: int | None = None) -> 
     """``value`` as an int.
 
     Args:
-        value: an int, or what stands for one exactly, such as a NumPy integer.
+        value: an int or an equivalent, such as a NumPy integer.
         name: of the argument, for the error.
         least, most: the range allowed, both ends included.
 
     Raises:
-        TriternError: it is a bool, a float, a string or another type; or it lies outside the range.
+        TriternError: a bool, a float, a string or another type; a number outside the range.
     """
     allowed = f"at least {least}" if most is None else f"from {least} to {most}"
     try:
@@ -135,7 +135,7 @@ def true_or_false(value: Any, name: str) -> bool:
         name: of the argument, for the error.
 
     Raises:
-        TriternError: another type: every string but the empty one, "False" too, would be true.
+        TriternError: another type. (As a condition, even the string "False" would be true.)
     """
     if not isinstance(value, (bool, np.bool_)):
         raise TriternError(f"{name} must be True or False; received {value!r} ({type(value).__name__})")
@@ -146,11 +146,11 @@ def check_vectors(vectors: Any, name: str, count: int, first: int = 0, *, zeros:
     """Refuse an array that does not hold ``count`` vectors with a direction each.
 
     Args:
-        vectors: what should be a NumPy array of floats or integers [count, width].
+        vectors: it should be a NumPy array of floats or integers [count, width].
         name: of the argument, for the error.
-        count: vectors that there must be.
-        first: number of the first of them, for the error.
-        zeros: accept vectors of zeros, which have no direction.
+        count: required number of vectors.
+        first: number of the first vector, for the error.
+        zeros: accept vectors of zeros, though they have no direction.
 
     Raises:
         TriternError: another type, dtype or shape; a vector that is not finite in float32, or all zeros. The
@@ -174,10 +174,10 @@ def check_vectors(vectors: Any, name: str, count: int, first: int = 0, *, zeros:
 
 
 def check_folder(folder: Any, name: str) -> Path:
-    """Refuse a folder that cannot be made or written, before work is done for it. Nothing is made.
+    """Refuse a folder that cannot be made or written, before the work starts. Nothing is made.
 
     Raises:
-        TriternError: no path, something else is there, or nothing can be written there.
+        TriternError: not a path; the path is a file or a dead link; the folder cannot be written.
     """
     if not isinstance(folder, (str, PathLike)) or not str(folder):
         raise TriternError(f"{name} must be the name of a folder; received {folder!r}")
@@ -197,20 +197,20 @@ def check_folder(folder: Any, name: str) -> Path:
     if not os.access(there, os.W_OK | os.X_OK):
         raise TriternError(f"{name}: no permission to write {path} in {there}: name another, or allow it")
     try:
-        with TemporaryFile(dir=there):  # permission alone says little, as on file systems of the kernel's
+        with TemporaryFile(dir=there):  # a permission is not enough, for example in /proc
             pass
     except OSError as error:
         raise TriternError(
-            f"{name}: nothing can be written in {there} ({error.strerror}): name another than {path}"
+            f"{name}: cannot write in {there} ({error.strerror}): name another folder than {path}"
         ) from error
     return path
 
 
 def check_file(file: Any, name: str) -> Path:
-    """Refuse a file that cannot be made or written, before work is done for it. Nothing is made.
+    """Refuse a file that cannot be made or written, before the work starts. Nothing is made.
 
     Raises:
-        TriternError: no path, a folder is there, its folder is not there, or nothing can be written there.
+        TriternError: not a path; the path is a folder; its folder is missing or cannot be written.
     """
     if not isinstance(file, (str, PathLike)) or not str(file):
         raise TriternError(f"{name} must be the name of a file; received {file!r}")
@@ -218,19 +218,19 @@ def check_file(file: Any, name: str) -> Path:
     if path.is_dir():
         raise TriternError(f"{name} must be a file; {path} is a folder: name a file in it")
     if not path.parent.exists():
-        raise TriternError(f"{name}: the folder {path.parent} is not there: make it, or name another")
+        raise TriternError(f"{name}: the folder {path.parent} does not exist: make it, or name another")
     check_folder(path.parent, f"the folder of {name}")
     return path
 
 
 def near(name: str, known: Iterable[str]) -> list[str]:
-    """At most four of the known names that a user may have meant: those that hold it, those spelt like it."""
+    """At most four known names that a user may have meant: first those that contain it, then similar ones."""
     known = list(known)
     holding = sorted((k for k in known if name in k), key=len)
     return list(dict.fromkeys([*holding, *difflib.get_close_matches(name, known, 3)]))[:4]
 
 
 def named(name: str, known: Iterable[str]) -> str:
-    """An unknown name, with those that may have been meant, for an error."""
+    """An unknown name with the known names it may stand for, for an error."""
     meant = near(name, known)
     return f"{name} (did you mean {' or '.join(meant)}?)" if meant else name

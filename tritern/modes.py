@@ -1,4 +1,4 @@
-"""Modes that a model runs in for as long as a context lasts."""
+"""Contexts that change the mode of a model while they last."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """torch takes another attention for as long as the context lasts: cuDNN plans 10 ms or more for every new
-    shape of a batch.
+    """Keep torch from cuDNN's attention while the context lasts. cuDNN plans 10 ms or more for every new
+    batch shape.
     """
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -24,7 +24,7 @@ def without_cudnn_attention() -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients for as long as the context lasts."""
+    """No dropout and no gradients while the context lasts."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:

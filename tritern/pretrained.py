@@ -1,4 +1,4 @@
-"""``tritern.load``: ternary models, those that come with the package among them."""
+"""``tritern.load``: ternary models by name or folder; some come with the package."""
 
 from __future__ import annotations
 
@@ -28,14 +28,12 @@ def shipped() -> list[str]:
 
 
 def resolve(name: str | Path) -> str:
-    """What ``SentenceTransformer`` can load: the folder of a shipped model, anything else as it is.
+    """A name that ``SentenceTransformer`` can load: the folder of a shipped model, any other name unchanged.
 
-    A model in a folder of that name in the working directory comes first, as everywhere in
-    sentence-transformers.
+    A folder of that name in the working directory comes first, as everywhere in sentence-transformers.
 
     Raises:
-        TriternError: no name at all, or one spelt almost like that of a shipped model, which the hub is not
-            asked for.
+        TriternError: not a name, or a misspelt name of a shipped model; the hub is not asked for that.
     """
     if not isinstance(name, (str, Path)) or not str(name):
         raise TriternError(f"name must be the name or folder of a model; received {name!r}")
@@ -52,14 +50,15 @@ def resolve(name: str | Path) -> str:
 
 
 def device_with_kernels(device: str | torch.device | None) -> str | None:
-    """The device for a ternary model: ``device``; None, where sentence-transformers' own choice has kernels;
-    "cpu" where it has none, as "mps" on a Mac.
+    """The device for a ternary model: ``device`` if given, otherwise sentence-transformers' choice (None).
+
+    It is "cpu" if that choice has no kernels, such as "mps" on a Mac.
 
     Raises:
-        TriternError: ``device`` is none, or has no kernels.
+        TriternError: ``device`` is not a device, or has no kernels.
 
     Warns:
-        UserWarning: it is the CPU because sentence-transformers' choice has no kernels.
+        UserWarning: the CPU is taken because sentence-transformers' choice has no kernels.
     """
     if device is None:
         from sentence_transformers.util import get_device_name
@@ -67,7 +66,7 @@ def device_with_kernels(device: str | torch.device | None) -> str | None:
         chosen = get_device_name()
         if (why := unsupported(torch.device(chosen))) is None:
             return None
-        warnings.warn(f"the model is put on the CPU, not on {chosen}: {why}; {SUPPORTED}", stacklevel=3)
+        warnings.warn(f"the model runs on the CPU, not on {chosen}: {why}; {SUPPORTED}", stacklevel=3)
         return "cpu"
     try:
         where = torch.device(device)
@@ -83,8 +82,9 @@ def device_with_kernels(device: str | torch.device | None) -> str | None:
 
 
 def in_float32_on_cpu(model: SentenceTransformer, dtype: Any) -> SentenceTransformer:
-    """A model that was loaded with this ``dtype``: in float32 if it is ternary, on a CPU, and None was named.
-    Loading sees to it where there is no GPU, but is not told of ``device="cpu"`` beside one.
+    """Cast a ternary model on a CPU to float32, unless it was loaded with a ``dtype``.
+
+    Loading itself does so on a machine without a GPU; with one it does not learn of ``device="cpu"``.
     """
     if dtype in (None, "auto") and model.device.type == "cpu" and is_ternary(model):
         model.float()
@@ -92,12 +92,12 @@ def in_float32_on_cpu(model: SentenceTransformer, dtype: Any) -> SentenceTransfo
 
 
 def model_of(given: Any, argument: str, *, encoder: bool = False) -> SentenceTransformer:
-    """The model given, or the one of the name given, ternary or not.
+    """The given model, ternary or not, loaded if its name is given.
 
     Args:
         given: a SentenceTransformer, or the folder or name of one.
-        argument: that it was given as, for the error.
-        encoder: anything with an ``encode`` will do.
+        argument: its name, for the error.
+        encoder: accept anything with an ``encode``.
 
     Raises:
         TriternError: another type, or no such model. CheckpointError: a file is not what was saved.
@@ -128,13 +128,13 @@ def model_of(given: Any, argument: str, *, encoder: bool = False) -> SentenceTra
 
 
 def _refuse_missing(path: str) -> None:
-    """Refuse what can be no name on the hub, and is no folder."""
+    """Refuse a path that is not a folder and cannot be a name on the hub."""
     if not Path(path).exists() and (path[0] in "./~" or path[-1] == "/" or path.count("/") > 1):
         raise OSError(f"there is no folder {path!r}")
 
 
 def _first_line(error: Exception) -> str:
-    """What went wrong, without the advice of transformers and huggingface_hub that follows."""
+    """The first line of an error: the cause, without the advice of transformers and huggingface_hub."""
     return str(error).strip().partition("\n")[0]
 
 
@@ -144,12 +144,12 @@ def load(
     """A ternary sentence-transformer, ready to encode.
 
     Args:
-        name: ``"minilm-l6-ternary"``, which comes with the package and needs no network, or the folder or
-            hub name of a saved ternary model.
-        device: as of ``SentenceTransformer``; by default a CUDA GPU with kernels, otherwise the CPU.
+        name: the folder or hub name of a saved ternary model, or ``"minilm-l6-ternary"``. That one comes with
+            the package and needs no network.
+        device: as for ``SentenceTransformer``; by default a CUDA GPU with kernels, otherwise the CPU.
         fuse: fuse blocks on a CUDA GPU (``tritern.fuse``).
-        **settings: further arguments of ``SentenceTransformer``, such as ``cache_folder``. What was saved in
-            16 bits is float32 on a CPU, unless ``model_kwargs`` name a ``dtype``.
+        **settings: further arguments of ``SentenceTransformer``, such as ``cache_folder``. On a CPU a model
+            saved in 16 bits becomes float32, unless ``model_kwargs`` name a ``dtype``.
 
     Raises:
         CheckpointError: a file is not what was saved. TriternError: no such model, or one that is not

@@ -35,19 +35,19 @@ _SMALL_AND_SENSITIVE = {
     "router": "router of experts",
     "shared_expert_gate": "router of experts",
 }
-"""Parts of a model that are left alone, by a component of their name: few weights, directly at the input, at
-the output, or deciding which weights are used. Heads of transformers models are found under any name.
+"""Parts of a model to leave alone, by a component of their name. They have few weights and lie at the input,
+at the output, or decide which weights are used. Heads of transformers models are found under any name.
 """
 
 SMALLEST_TABLE = 1024
-"""Rows from which an embedding is a word table; positions, types and T5's relative positions have fewer and
-are worth little.
+"""An embedding with at least this many rows is a word table. Tables of positions, types and T5's relative
+positions have fewer; rounding them would save little.
 """
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What happens to one layer or table: ``reason`` says why it is skipped, or is empty."""
+    """The decision on one layer or table: ``reason`` says why it is skipped; empty if it is not."""
 
     names: tuple[str, ...]
     module: nn.Module
@@ -84,8 +84,8 @@ def select_tables(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[Sele
 
 
 def others(model: nn.Module) -> Iterator[Selection]:
-    """Every module with a floating-point matrix of its own that is no linear layer, embedding table or norm:
-    ``Conv1D`` of GPT-2, fused experts, attention with ``in_proj_weight``, convolutions and whatever is new.
+    """Every module with its own floating-point matrix, except linear layers, embedding tables and norms:
+    GPT-2's ``Conv1D``, fused experts, attention with ``in_proj_weight``, convolutions and unknown kinds.
     """
     for names, module in _named(dict(model.named_modules(remove_duplicate=False)), nn.Module):
         kind = type(module)
@@ -104,8 +104,8 @@ def matrices_of(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """A model's transformer blocks by name: members of the outermost ModuleLists all of whose members hold
-    linear layers.
+    """A model's transformer blocks by name: the members of its outermost ModuleLists. A list counts if every
+    member holds linear layers.
     """
     found: dict[str, nn.Module] = {}
     prefixes: list[str] = []
@@ -126,12 +126,12 @@ def starred(name: str) -> str:
 
 
 def common_name(names: Sequence[str]) -> str:
-    """A name for layers that differ in numbers only: ``starred``, but the layer's own if it is one."""
+    """A name for layers that differ in numbers only: ``starred``; a single layer's own name."""
     return names[0] if len(set(names)) == 1 else starred(names[0])
 
 
 class _Context:
-    """What the decisions on a model's layers depend on."""
+    """Facts about the model that decide on its layers."""
 
     def __init__(self, model: nn.Module, skip: tuple[str, ...]) -> None:
         self.skip = skip
@@ -146,7 +146,7 @@ class _Context:
             if isinstance(module, PreTrainedModel):
                 inside = {id(m) for m in module.modules()}
                 self.in_transformers |= inside
-                if module.base_model is not module:  # what no model inside holds either is a head
+                if module.base_model is not module:  # a layer outside the model inside it is a head
                     nested = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
                     self.heads |= inside - {id(m) for n in nested if n is not module for m in n.modules()}
             if isinstance(base := getattr(module, "base_layer", None), nn.Module) and of_peft(module):
@@ -162,13 +162,13 @@ class _Context:
         return ""
 
     def shared(self, module: Any, harmless: type | tuple[()] = ()) -> str:
-        """The reason, if others than ``module`` and ``harmless`` ones hold its weight."""
+        """The reason, if modules other than ``module`` and ``harmless`` ones hold its weight."""
         holders = self.owners.get(id(module.weight), ())
         others = [o for o in holders if o is not module and not isinstance(o, harmless)]
         return f"weight shared with {', '.join(sorted({type(o).__name__ for o in others}))}" if others else ""
 
     def saved_elsewhere(self, names: tuple[str, ...], module: nn.Module) -> str:
-        """The reason, if a module loads the weight that is not a transformers model: as values, not codes."""
+        """The reason, if the weight is not loaded by a transformers model: only those load codes."""
         parent = type(self.modules[names[0].rpartition(".")[0]])
         if parent.__module__.startswith("sentence_transformers."):
             return f"sentence-transformers {parent.__name__}"
@@ -178,7 +178,7 @@ class _Context:
 
 
 def of_peft(module: nn.Module) -> bool:
-    """Whether peft made the module, which need not be installed."""
+    """Whether the module comes from peft; peft need not be installed."""
     return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
@@ -221,8 +221,8 @@ def _linear_reason(names: tuple[str, ...], module: nn.Linear, context: _Context)
 
 @cache
 def _weights_read(kind: type) -> frozenset[str]:
-    """Attributes whose ``.weight`` a module's methods read, other than to initialize it: packed codes are
-    not what they expect there.
+    """Attributes whose ``.weight`` a module's methods read, except to initialize it. Those methods expect
+    values there, not packed codes.
     """
     found: set[str] = set()
     for base in kind.__mro__:

@@ -1,4 +1,4 @@
-"""``tritern.summary``: what is ternary in a model, what is not and why, and what it weighs."""
+"""``tritern.summary``: a model's ternary layers, its other layers with the reasons, and its size."""
 
 from __future__ import annotations
 
@@ -33,13 +33,12 @@ from .summary_types import LayerSummary, SkippedLayer, Summary, TableSummary, ze
 
 
 def summary(model: nn.Module | str | Path) -> Summary:
-    """Summarize a model: of a ternary one what it is, of any other also what ``patch`` would make of it.
+    """Summarize a model; of a model that is not ternary, also what ``patch`` would make of it.
 
-    The latter takes as long as patching does. Weights may be on the meta device.
+    The latter takes as long as patching does. Weights may be on the meta device. The model is not changed.
 
     Args:
-        model: a SentenceTransformer or any ``nn.Module``, which is not changed; or the folder or name of a
-            SentenceTransformer.
+        model: a SentenceTransformer or any ``nn.Module``, or the folder or name of a SentenceTransformer.
 
     Raises:
         TriternError: not a model, or no such model.
@@ -67,7 +66,7 @@ def summary(model: nn.Module | str | Path) -> Summary:
 def _summary(
     model: nn.Module, layers: list[LayerSummary], tables: list[TableSummary], dtype: torch.dtype
 ) -> Summary:
-    """With these layers and tables in the model."""
+    """The summary of a model with these layers and tables."""
     skipped = [
         SkippedLayer(
             c.name, c.reason or ("named in skip" if layers else "not patched"), _bytes([c.module.weight])
@@ -100,7 +99,7 @@ def _summary(
 
 
 def _planned(model: nn.Module, dtype: torch.dtype, counted: bool) -> Summary | None:
-    """What ``patch`` would make of a model; ``counted``: with shares of zeros."""
+    """The summary of the model that ``patch`` would make; with shares of zeros if ``counted``."""
     linears = _first((c.name, c.module) for c in select_linears(model) if not c.reason)
     if not linears:
         return None
@@ -153,7 +152,7 @@ def _ternary(name: str, layer: TernaryLinear, dtype: torch.dtype) -> LayerSummar
 
 
 def _products(layers: Iterable[tuple[Any, int]]) -> dict[str, Any]:
-    """What multiplies layers with these bits of activations where they are, and what it keeps of them."""
+    """The products of layers with these bits of activations on their devices, and the bytes these keep."""
     lines: dict[str, None] = {}
     unpacked = 0
     for layer, bits in layers:

@@ -1,4 +1,4 @@
-"""What a summary holds, and how it is printed."""
+"""The parts of a summary, and its text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .selection import (
 
 
 def zero_fraction_of(layers: Sequence[LayerSummary]) -> float | None:
-    """Share of zeros among all codes of layers; None if that of one is not known."""
+    """Share of zeros among all codes of the layers; None if it is unknown for one of them."""
     weights = [la.shape[0] * la.shape[1] for la in layers]
     known = [la.zero_fraction * n for la, n in zip(layers, weights) if la.zero_fraction is not None]
     return sum(known) / max(sum(weights), 1) if len(known) == len(layers) else None
@@ -22,8 +22,8 @@ def zero_fraction_of(layers: Sequence[LayerSummary]) -> float | None:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One ternary layer: shape (N, K), bytes before (in the model's dtype) and after (codes and scales),
-    share of zeros (None where the weights are on the meta device).
+    """One ternary layer: shape (N, K), bytes before (in the model's dtype) and after (codes and scales), and
+    the share of zeros (None if the weights are on the meta device).
     """
 
     name: str
@@ -55,17 +55,18 @@ class SkippedLayer:
 
 @dataclass(frozen=True)
 class Summary:
-    """Layers and sizes of a model; ``print`` shows it as a table. Sizes are of parameters and buffers,
-    without biases for the linears, in bytes; ``before`` assumes the dtype of the model's remaining
-    parameters. Shares of zeros are None where weights are on the meta device.
+    """Layers and sizes of a model; ``print`` shows it as a table.
+
+    Sizes are bytes of parameters and buffers; those of linears leave out biases. ``before`` assumes the dtype
+    of the model's remaining parameters. Shares of zeros are None if weights are on the meta device.
 
     Attributes:
-        planned: of a model without ternary layers and rounded tables: what ``patch`` would make of it with
-            its defaults; None if there is nothing to patch.
-        refusal: why ``patch`` would refuse such a model as it is, or empty.
-        products: what multiplies the ternary layers on the devices where they are.
-        unpacked_bytes: kept besides for the layers on a CPU, from the first use on.
-        path: of a SentenceTransformer, the way its texts take to their vectors when it is ternary, and why.
+        planned: the summary after ``patch`` with its defaults, of a model without ternary layers and rounded
+            tables; None if there is nothing to patch.
+        refusal: why ``patch`` would refuse such a model, or empty.
+        products: the code that multiplies the ternary layers on their devices.
+        unpacked_bytes: further memory of the layers on a CPU, from the first use on.
+        path: how a SentenceTransformer embeds texts when it is ternary, and why.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -87,8 +88,8 @@ class Summary:
 
     def __str__(self) -> str:
         if self.planned is not None:
-            until = f", once it is mended ({self.refusal})" if self.refusal else ""
-            return f"Not ternary; this is what tritern.patch would make of it{until}:\n{self.planned}"
+            until = f", once this is fixed ({self.refusal})" if self.refusal else ""
+            return f"Not ternary; tritern.patch would make this of it{until}:\n{self.planned}"
         rows = [("layers", "count", "shape", "before", "after", "zeros"), *self._rows()]
         widths = [max(len(r[i]) for r in rows) for i in range(6)]
         lines = [
@@ -114,7 +115,7 @@ class Summary:
     __repr__ = __str__  # a session shows the table
 
     def _rows(self) -> Iterator[tuple[str, str, str, str, str, str]]:
-        """Of each kind of layers, of each table and of the whole."""
+        """Rows for each kind of layers, each table and the whole."""
         groups: dict[tuple[str, tuple[int, int]], list[LayerSummary]] = {}
         for layer in self.layers:
             groups.setdefault((starred(layer.name), layer.shape), []).append(layer)
@@ -139,7 +140,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _skipped_lines(kind: str, skipped: tuple[SkippedLayer, ...]) -> list[str]:
-    """A line for each name and reason, ``*`` standing for the numbers of several."""
+    """A line for each name and reason; ``*`` in a name stands for the numbers of several layers."""
     groups: dict[tuple[str, str], list[SkippedLayer]] = {}
     for layer in skipped:
         groups.setdefault((starred(layer.name), layer.reason), []).append(layer)

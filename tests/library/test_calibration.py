@@ -226,9 +226,9 @@ def test_refusals_leave_the_model_as_it_was(tiny, sentences):
         ([*sentences[:20], None], "calibration_texts must be strings; number 20 is NoneType"),
         ((text.encode() for text in sentences[:20]), "number 0 is bytes .decode it"),
         (np.array([*sentences[:20], np.nan], object), "number 20 is float"),
-        ([*sentences[:20], "a\ud800"], "number 20 holds what is no character"),
-        ([*sentences[:20], (sentences[0], "a\ud800")], "number 20 holds what is no character"),
-        ([*sentences[:20], {"text": "a\ud800"}], "number 20 holds what is no character"),
+        ([*sentences[:20], "a\ud800"], "number 20 holds an invalid character"),
+        ([*sentences[:20], (sentences[0], "a\ud800")], "number 20 holds an invalid character"),
+        ([*sentences[:20], {"text": "a\ud800"}], "number 20 holds an invalid character"),
         ([*sentences[:20], (sentences[0], None)], "the model does not take them: Unsupported input type"),
     ):
         with pytest.raises(TriternError, match=match):

@@ -175,7 +175,7 @@ def test_json(read):
         ('\n[\n{"text": "a"}\n{"text": "b"}]', "line 4: not JSON .Expecting ',' delimiter"),
         ('"a"\n"b"\n', "line 1: must be an object such as .*received str"),
         ('[{"text": "a"}, 3]', "row 2: must be an object such as .*received int"),
-        ('{"text": "\\ud800x"}\n', r"line 1: column 'text' holds what is no character .'.ud800x'"),
+        ('{"text": "\\ud800x"}\n', r"line 1: column 'text' holds an invalid character .'.ud800x'"),
         ("[" * 100_000, "line 1: JSON that cannot be read"),
         (
             '{"data": [{"text": "a"}], "version": "1"}',

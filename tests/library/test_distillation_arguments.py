@@ -64,7 +64,7 @@ def test_texts_of_any_iterable(tiny, sentences, tmp_path, stopped, form):
         ([*["fine"] * 5, b"x"], "texts must be strings; number 5 is bytes .decode it"),
         ([*["fine"] * 5, float("nan")], "texts must be strings; number 5 is float"),
         ([*["fine"] * 5, {"text": "x"}], "texts must be strings; number 5 is dict"),
-        ([*["fine"] * 5, "x\ud800y"], "texts: number 5 holds what is no character .*read the file as UTF-8"),
+        ([*["fine"] * 5, "x\ud800y"], "texts: number 5 holds an invalid character .*read the file as UTF-8"),
     ],
 )
 def test_texts_that_are_none(tiny, tmp_path, texts, message):

@@ -82,7 +82,7 @@ def test_texts_of_any_iterable(form):
         (["a", None, "c", "d"], "number 1 is NoneType"),
         (["a", "b", float("nan"), "d"], "number 2 is float"),
         (["a", "b", b"c", "d"], "number 2 is bytes .decode it"),
-        (["a", "b", "c\ud800", "d"], "number 2 holds what is no character"),
+        (["a", "b", "c\ud800", "d"], "number 2 holds an invalid character"),
         (["a", "b", "c", " "], "number 3 is empty"),
     ],
 )

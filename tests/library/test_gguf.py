@@ -159,7 +159,7 @@ def test_a_file_that_is_there_stays_until_the_new_one_is_whole(tmp_path, monkeyp
     model[0].model.encoder.layer[0].output.dense.weight_scale.mul_(2)
     export_gguf(model, path)
     assert path.read_bytes() != before and list(path.parent.iterdir()) == [path]
-    with pytest.raises(TriternError, match="path: the folder .*nowhere is not there: make it"):
+    with pytest.raises(TriternError, match="path: the folder .*nowhere does not exist: make it"):
         export_gguf(model, tmp_path / "nowhere" / "model.gguf")
     with pytest.raises(TriternError, match="path must be a file; .* is a folder"):
         export_gguf(model, path.parent)

@@ -40,7 +40,7 @@ def test_iterables_pass():
         (3.5, "number 6 is float"),
         (b"x", "number 6 is bytes .decode it"),
         (" \n", "number 6 is empty"),
-        ("a\ud800", "number 6 holds what is no character"),
+        ("a\ud800", "number 6 holds an invalid character"),
     ],
 )
 def test_texts_that_have_no_vector_are_named(text, reason):
@@ -135,8 +135,8 @@ def test_files_that_cannot_be_written(tmp_path):
     assert check_file(str(tmp_path / "new.gguf"), "path") == tmp_path / "new.gguf"
     for path, match in [
         (tmp_path, "path must be a file; .* is a folder: name a file in it"),
-        (tmp_path / "new" / "file", "path: the folder .*new is not there: make it, or name another"),
-        ("/proc/file", "the folder of path: nothing can be written in /proc"),
+        (tmp_path / "new" / "file", "path: the folder .*new does not exist: make it, or name another"),
+        ("/proc/file", "the folder of path: cannot write in /proc"),
         (None, "path must be the name of a file; received None"),
     ]:
         with pytest.raises(TriternError, match=match):

@@ -279,7 +279,7 @@ def test_minilm_summary(minilm):
     before = tritern.summary(minilm)
     assert before.layers == () and before.model_bytes_before == before.model_bytes_after
     planned = before.planned
-    assert str(before) == f"Not ternary; this is what tritern.patch would make of it:\n{planned}"
+    assert str(before) == f"Not ternary; tritern.patch would make this of it:\n{planned}"
     summary = tritern.summary(tritern.patch(minilm))
     assert planned == summary and summary.planned is None
     assert len(summary.layers) == 36 and [s.reason for s in summary.skipped] == ["pooler"]
@@ -322,7 +322,7 @@ def test_summary_says_why_a_model_would_be_refused(tiny):
     tiny[0].auto_model.encoder.layer[0].output.dense.weight.data[0, 0] = torch.nan
     before = [id(m) for m in tiny.modules()]
     damaged = tritern.summary(tiny)
-    assert "once it is mended (0.model.encoder.layer.0.output.dense.weight holds NaN" in str(damaged)
+    assert "once this is fixed (0.model.encoder.layer.0.output.dense.weight holds NaN" in str(damaged)
     assert damaged.planned.zero_fraction is None and [id(m) for m in tiny.modules()] == before
     with pytest.raises(TriternError, match="bare nn.Linear"):
         raise TriternError(tritern.summary(nn.Linear(8, 8)).refusal)

@@ -394,7 +394,7 @@ def test_what_cannot_be_patched_while_loading(tiny_path, tmp_path):
     [
         ("file", "must be a folder; .*file is a file: name another"),
         ("file/model", "must be a folder; .*file is a file: name another"),
-        ("/proc/none/model", "nothing can be written in /proc .*: name another than /proc/none/model"),
+        ("/proc/none/model", "cannot write in /proc .*: name another folder than /proc/none/model"),
         ("", "must be the name of a folder; received ''"),
         (3, "must be the name of a folder; received 3"),
     ],

@@ -182,7 +182,7 @@ def test_models_whose_features_cannot_be_cut(sentences):
         (["good", 3], "texts must be strings; number 1 is int"),
         ([b"bytes"], r"number 0 is bytes \(decode it"),
         (["good", " \n"], "texts: number 1 is empty"),
-        (["\udcff"], "texts: number 0 holds what is no character"),
+        (["\udcff"], "texts: number 0 holds an invalid character"),
     ],
 )
 def test_texts_without_a_meaningful_vector_are_refused(ternary, texts, message):

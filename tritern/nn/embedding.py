@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 
 class QuantizedEmbedding(nn.Module):
-    """What ``Int8Embedding`` and ``Int4Embedding`` have in common: they stand in for ``nn.Embedding``.
+    """Base of ``Int8Embedding`` and ``Int4Embedding``, which stand in for ``nn.Embedding``.
 
-    Ids [...] give rows [..., embedding_dim], times ``embed_scale`` in place of tables that multiply what they
-    look up, such as Gemma's, in the dtype of ``weight_scale``, which follows the module when it is cast.
+    Ids [...] give rows [..., embedding_dim] in the dtype of ``weight_scale``. That dtype changes when the
+    module is cast. The rows are multiplied by ``embed_scale``, for tables such as Gemma's.
 
     Attributes:
         bits: class attribute, bits of a value: 8 or 4.
         weight, weight_scale: buffers, the codes and their scales.
-        embed_scale: multiplies the output, rounded to its dtype first; 1 for an ``nn.Embedding``.
-        original: class of the table that this one stands for.
+        embed_scale: factor of the output, first rounded to its dtype; 1 for an ``nn.Embedding``.
+        original: class of the table that this one replaces.
 
     Args:
         num_embeddings: rows.
         embedding_dim: values in a row.
-        padding_idx: kept for those who ask; it changes nothing in inference.
+        padding_idx: kept as an attribute; it changes nothing in inference.
         device: where the buffers live.
         dtype: of the scales and of the output; torch's default if None.
 
@@ -70,27 +70,27 @@ class QuantizedEmbedding(nn.Module):
 
     @staticmethod
     def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and scales, in weight's dtype, of rows [rows, embedding_dim]: what the buffers hold."""
+        """Rows [rows, embedding_dim] -> codes and scales as in the buffers, scales in weight's dtype."""
         raise NotImplementedError
 
     @staticmethod
     def dequantize(ids: Tensor, packed: Tensor, scale: Tensor, width: int) -> Tensor:
-        """The rows [..., width] of these ids [...] in scale's dtype."""
+        """Ids [...] -> rows [..., width] in scale's dtype."""
         raise NotImplementedError
 
     @classmethod
     def like(cls, embedding: nn.Embedding) -> Self:
-        """One without values, on the meta device, that can stand in for a table.
+        """A stand-in for a table, without values, on the meta device.
 
         Raises:
             TriternError: a subclass of ``nn.Embedding`` that may do more than multiply by its
-                ``embed_scale``; another dtype than float32, float16, bfloat16.
+                ``embed_scale``; another dtype than float32, float16 or bfloat16.
         """
         scale = multiplier(embedding)
         if scale is None:
             raise TriternError(
-                f"a {type(embedding).__name__} cannot be made int{cls.bits}: only nn.Embedding and tables of "
-                "transformers that do no more than multiply by their embed_scale can"
+                f"a {type(embedding).__name__} cannot be made int{cls.bits}: only nn.Embedding and "
+                "tables of transformers that just multiply by their embed_scale can"
             )
         shape = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
         new = cls(*shape, device="meta", dtype=embedding.weight.dtype)
@@ -102,15 +102,15 @@ class QuantizedEmbedding(nn.Module):
         """Round a table.
 
         Raises:
-            TriternError: as ``like``; no ``nn.Embedding``, one with ``max_norm``, on the meta device, or with
-                NaN or infinity.
+            TriternError: as ``like``; not an ``nn.Embedding``; a table with ``max_norm``, on the meta device,
+                or with NaN or infinity.
         """
         if not isinstance(embedding, nn.Embedding):
             raise TriternError(f"embedding must be an nn.Embedding; received {type(embedding).__name__}")
         weight = embedding.weight.detach()
         if embedding.max_norm is not None:
             raise TriternError(
-                f"an embedding with max_norm={embedding.max_norm} cannot be made int{cls.bits}, as reading "
+                f"an embedding with max_norm={embedding.max_norm} cannot be made int{cls.bits}: each lookup "
                 "rescales its rows; rescale them beforehand and set max_norm to None"
             )
         if weight.is_meta:
@@ -147,7 +147,7 @@ class QuantizedEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}{scale}"
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Refused when True: rounded tables have no gradient."""
+        """Refuse True: rounded tables have no gradient."""
         if requires_grad:
             raise TriternError(
                 f"an {type(self).__name__} cannot be trained; train `table.to_embedding()` instead"
@@ -179,11 +179,11 @@ class QuantizedEmbedding(nn.Module):
 
 
 class Int8Embedding(QuantizedEmbedding):
-    """A table of one byte a value and one scale a row: row i is ``weight_scale[i] * weight[i]``.
+    """A table with one byte per value and one scale per row: row i is ``weight_scale[i] * weight[i]``.
 
-    Arguments, attributes and errors as in ``QuantizedEmbedding``; ``weight`` is int8 [num_embeddings,
-    embedding_dim], each row's values / scale, rounded, and ``weight_scale`` [num_embeddings], each row's
-    absmax / 127, as ``reference.quantize_activations`` has it.
+    Arguments, attributes and errors are those of ``QuantizedEmbedding``. ``weight`` is int8 [num_embeddings,
+    embedding_dim]: values / scale, rounded. ``weight_scale`` is [num_embeddings]: absmax / 127 of each row
+    (``reference.quantize_activations``).
     """
 
     bits = 8
@@ -201,12 +201,14 @@ class Int8Embedding(QuantizedEmbedding):
 
 
 class Int4Embedding(QuantizedEmbedding):
-    """A table of 4 bits a value and a scale for every 32 values of a row, 4.5 bits a value in 16-bit dtypes:
-    the numbers of llama.cpp's Q4_0, with scales of a smaller squared error (``tritern_kernels.embedding``).
-    On a GPU an id that is no row gives a row of NaN, not an error.
+    """A table with 4 bits per value and one scale per 32 values of a row.
 
-    Arguments, attributes and errors as in ``QuantizedEmbedding``; ``weight`` is uint8 [num_embeddings, 16 *
-    groups] and ``weight_scale`` [num_embeddings, groups], groups being embedding_dim / 32, rounded up.
+    That makes 4.5 bits per value with 16-bit scales. The codes are those of llama.cpp's Q4_0; the scales give
+    a smaller squared error (``tritern_kernels.embedding``). On a GPU an id out of range gives a row of NaN,
+    not an error.
+
+    Arguments, attributes and errors are those of ``QuantizedEmbedding``. ``weight`` is uint8 [num_embeddings,
+    16 * groups] and ``weight_scale`` [num_embeddings, groups]; groups = embedding_dim / 32, rounded up.
     """
 
     bits = 4
@@ -220,8 +222,8 @@ def embedding_of(bits: int) -> type[QuantizedEmbedding]:
 
 
 def multiplier(table: nn.Embedding) -> float | None:
-    """What a table multiplies its rows by: 1 for an ``nn.Embedding``, None for a subclass that may do more
-    than that.
+    """The factor of a table's rows: 1 for an ``nn.Embedding``, None for a subclass that may do more than
+    multiply.
     """
     if type(table) is nn.Embedding:
         return 1.0
@@ -231,14 +233,15 @@ def multiplier(table: nn.Embedding) -> float | None:
 
 
 def multiplied(values: Tensor, scale: float) -> Tensor:
-    """Values times a multiplier, which is rounded to their dtype first, as transformers does."""
+    """Values times a factor that is first rounded to their dtype, as transformers does."""
     return values if scale == 1 else values * torch.full((), scale, dtype=values.dtype, device=values.device)
 
 
 @cache
 def _multiplies(kind: type[nn.Embedding]) -> bool:
-    """Whether a table's class, one of transformers', only multiplies by its buffer ``embed_scale``: seen from
-    its arguments and from what it does to three rows.
+    """Whether a table class of transformers only multiplies by its buffer ``embed_scale``.
+
+    Its arguments and a trial on three rows tell.
     """
     arguments = ["num_embeddings", "embedding_dim", "padding_idx", "embed_scale"]
     of_transformers = kind.__module__.startswith("transformers.")

@@ -23,9 +23,8 @@ from ..inputs import whole_number
 class RMSNorm(nn.Module):
     """``weight * x / rms(x)`` over the last dimension; shape and dtype of x are kept.
 
-    As in Llama, Qwen3 and BitNet, the mean square and the division are in float32, the product with the
-    weight in x's dtype. (``nn.RMSNorm`` rounds only once in half precision, which gives other int8
-    activations.)
+    The mean square and the division are in float32, the product with the weight in x's dtype, as in Llama,
+    Qwen3 and BitNet. (``nn.RMSNorm`` rounds only once in half precision and so gives other int8 activations.)
 
     Attributes:
         weight: parameter [features].
@@ -55,7 +54,7 @@ class RMSNorm(nn.Module):
 
 
 def autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype, where its device has autocast (the meta device has none) and it is on."""
+    """x in autocast's dtype if autocast is on for its device (the meta device has none)."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
@@ -65,16 +64,15 @@ def autocast(x: Tensor) -> Tensor:
 class TernaryLinear(nn.Module):
     """y = x W^T + bias with ``W[n] = weight_scale[n] * codes[n]``, codes in {-1, 0, +1}.
 
-    Takes x [..., in_features] in float32, float16 or bfloat16 and returns [..., out_features] in x's dtype
-    (autocast's dtype where autocast is on). With ``activation_bits=8`` each token is quantized to int8 on the
-    way in and the sums are exact int32; with 16 the activations are used as they are
-    (``tritern_kernels.linear`` has the details).
+    Takes x [..., in_features] in float32, float16 or bfloat16. Returns [..., out_features] in x's dtype
+    (autocast's dtype where autocast is on). ``activation_bits=8`` quantizes each token to int8 and sums
+    exactly in int32; 16 uses the activations as they are. ``tritern_kernels.linear`` has the details.
 
     Attributes:
         weight: buffer, uint8 [out_features, padded_k(in_features) / 4], the packed codes.
         weight_scale: buffer, float32 [out_features]; stays float32 when the module is cast.
         bias: parameter [out_features] or None.
-        norm: an ``RMSNorm`` through which x goes first, before it is quantized, or None.
+        norm: an ``RMSNorm`` applied to x before quantization, or None.
 
     Args:
         in_features: K, from 1 to ``tritern_kernels.MAX_K``.
@@ -125,7 +123,7 @@ class TernaryLinear(nn.Module):
         copied.
 
         Raises:
-            TriternError: no ``nn.Linear``; weights on the meta device, of another dtype, or holding NaN or
+            TriternError: not an ``nn.Linear``; weights on the meta device, of another dtype, or with NaN or
                 infinity; unknown rule.
         """
         if not isinstance(linear, nn.Linear):
@@ -162,7 +160,7 @@ class TernaryLinear(nn.Module):
         """The ``nn.Linear`` with the same ternary weights in ``dtype``; its parameters can be trained.
 
         Raises:
-            TriternError: the layer has a norm, which no ``nn.Linear`` can hold.
+            TriternError: the layer has a norm; an ``nn.Linear`` cannot hold one.
         """
         if self.norm is not None:
             raise TriternError(
@@ -187,7 +185,7 @@ class TernaryLinear(nn.Module):
         return torch.ops.tritern.linear(x, *arguments)
 
     def _fits(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> bool:
-        """Whether the operator's checks would pass, on a device with kernels; plain tensors only."""
+        """Whether these tensors would pass the operator's checks: plain ones, on a device with kernels."""
         device = x.device
         return (
             type(x) is Tensor
@@ -208,7 +206,7 @@ class TernaryLinear(nn.Module):
         )
 
     def requires_grad_(self, requires_grad: bool = True) -> TernaryLinear:
-        """Refused when True: packed codes have no gradient."""
+        """Refuse True: packed codes have no gradient."""
         if requires_grad:
             raise TriternError(
                 "the codes of a TernaryLinear are constants and cannot be trained. Train `layer.to_linear()` "
@@ -218,7 +216,7 @@ class TernaryLinear(nn.Module):
         return super().requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TernaryLinear:
-        """Move both buffers with the module, but never change their dtype: .half() leaves scales float32."""
+        """Move both buffers with the module but keep their dtypes: .half() leaves scales float32."""
         weight, scale = self.weight, self.weight_scale
         super()._apply(fn, recurse)
         if self.weight.dtype != torch.uint8:

@@ -16,16 +16,16 @@ _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
-"""Where torch keeps a module's forward hooks, and which of them want keyword arguments."""
+"""The attributes where torch keeps a module's forward hooks and which of them want keyword arguments."""
 
 
 def is_ternary(model: nn.Module) -> bool:
-    """Whether any layer or table is in one of the forms of this package."""
+    """Whether the model has a ternary layer or a rounded table."""
     return any(isinstance(m, (TernaryLinear, QuantizedEmbedding)) for m in model.modules())
 
 
 def put(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
-    """Replace what has these names by ``module``, which takes over its forward hooks."""
+    """Put ``module`` in the place of the module with these names; it takes over the forward hooks."""
     for name in names:
         old = model.get_submodule(name)
         for hooks in _HOOKS:
@@ -34,7 +34,7 @@ def put(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
 
 
 def replace_by_plain(model: nn.Module, dtype: torch.dtype) -> int:
-    """Replace ternary layers and rounded tables, in place; the number of layers.
+    """Replace ternary layers and rounded tables by plain ones, in place; return the number of layers.
 
     Raises:
         TriternError: as ``dequantize``.
@@ -52,7 +52,7 @@ def replace_by_plain(model: nn.Module, dtype: torch.dtype) -> int:
     for name, module in found:
         if isinstance(module, TernaryLinear) and module.norm is not None:
             raise TriternError(
-                f"{name} has an RMSNorm of its own, which a plain {type(model).__name__} has no place for; "
+                f"{name} has an RMSNorm of its own; a plain {type(model).__name__} has no place for it; "
                 "save the ternary model instead"
             )
     plain: dict[int, nn.Module] = {}  # by layer, so that a layer with two names stays one
