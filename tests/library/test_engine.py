@@ -283,7 +283,7 @@ def test_packed_families_give_the_vectors_of_encode(name, tmp_path, device):
 
 
 @pytest.mark.parametrize("name", ["bert", "qwen3", "mpnet", "roberta"])
-@pytest.mark.filterwarnings("ignore:the fused blocks run unfused where the model is now")
+@pytest.mark.filterwarnings("ignore:the blocks run unfused for now")
 def test_packed_ternary_models_run_fused(name, tmp_path, device, on_gpu):
     model = tritern.patch(families.build(name, tmp_path)).to(device)
     texts = [*families.TEXTS, "be"]

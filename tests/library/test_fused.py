@@ -31,7 +31,7 @@ from tritern.engine.fused import block as fused_block
 from tritern.nn import linear
 from tritern_kernels import blocks, internals, reference
 
-pytestmark = pytest.mark.filterwarnings("ignore:the fused blocks run unfused where the model is now")
+pytestmark = pytest.mark.filterwarnings("ignore:the blocks run unfused for now")
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "intermediate_size": 64, "initializer_range": 0.2, "max_position_embeddings": 70, "pad_token_id": 0,
@@ -439,7 +439,7 @@ def test_blocks_that_transformers_has_changed_are_not_fused(change, make, device
 
 def test_fuse_says_where_nothing_runs_fused(monkeypatch):
     model = bert("cpu")
-    with pytest.warns(UserWarning, match=r"it is on the CPU\..*model\.to\('cuda'\), need not be fused again"):
+    with pytest.warns(UserWarning, match=r"it is on the CPU\..*model\.to\('cuda'\) they run fused"):
         assert len(fused.fused_blocks(tritern.fuse(model))) == 2
     monkeypatch.setattr(fused, "unsupported", lambda device: "there are no kernels for 'mps' devices")
     with pytest.warns(UserWarning, match="where the model is now: there are no kernels for 'mps' devices"):

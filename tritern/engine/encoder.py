@@ -21,11 +21,11 @@ from .pipeline import INLINE, Finish, Way, embed_here, embed_windows
 from .runner import Packed
 
 _BATCH_SIZE = 32
-"""sentence-transformers' default; larger ones ask for no more memory than the engine takes anyway."""
+"""sentence-transformers' default. A larger one changes nothing: the engine takes that memory anyway."""
 
 
 class Encoder(Extended):
-    """What the class of a SentenceTransformer is extended by."""
+    """Extends the class of a SentenceTransformer."""
 
     _tritern_base: Any
 
@@ -45,9 +45,9 @@ class Encoder(Extended):
         truncate_dim: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """``SentenceTransformer.encode``, of whose arguments each means here what it means there; texts go
-        through tritern's engine, whose results differ in last bits alone. ``batch_size`` is a hint: below 32
-        runs are smaller, in proportion.
+        """``SentenceTransformer.encode`` through tritern's engine, with the same arguments.
+
+        Results differ in last bits only. ``batch_size`` is a hint: below 32, runs shrink in proportion.
         """
         given = {
             "prompt_name": prompt_name,
@@ -66,11 +66,11 @@ class Encoder(Extended):
 
 
 def encode(model: Any, inputs: Any, **given: Any) -> Any:
-    """``model.encode`` by the engine where that can be, of any model that has it, ternary or not.
+    """``model.encode``, through the engine where possible, for any model, ternary or not.
 
     Args:
         model: anything with an ``encode``.
-        inputs, **given: what is handed to it.
+        inputs, **given: its arguments.
     """
     known = _known()
     if known is None or not isinstance(model, known) or type(model).encode is not known.encode:
@@ -81,7 +81,7 @@ def encode(model: Any, inputs: Any, **given: Any) -> Any:
 _DEFAULTS = {
     name: p.default for name, p in signature(Encoder.encode).parameters.items() if p.default is not p.empty
 }
-"""Of ``encode``'s arguments."""
+"""Defaults of ``encode``'s arguments."""
 
 
 def _encode(model: Any, inputs: Any, given: dict[str, Any]) -> Any:
@@ -104,17 +104,17 @@ def _encode(model: Any, inputs: Any, given: dict[str, Any]) -> Any:
     try:
         found = embed(way, texts, finish, to_numpy, _shown(given["show_progress_bar"]))
     except UnicodeEncodeError:
-        return kind.encode(model, inputs, **given)  # which says what is wrong with a text
+        return kind.encode(model, inputs, **given)  # its error says what is wrong with a text
     found = _converted(found, given["precision"], to_numpy, to_tensor)
     return found[0] if isinstance(inputs, str) else found
 
 
 def attach(model: Any, *, fuse: bool | None = None) -> None:
-    """Put the engine behind ``encode`` of a SentenceTransformer; of other models nothing changes.
+    """Put the engine behind ``encode`` of a SentenceTransformer; other models do not change.
 
     Args:
         model: any module.
-        fuse: fuse what can be fused when the model first runs on a GPU; None: as it was, at first True.
+        fuse: fuse blocks when the model first runs on a GPU; None: keep the setting, at first True.
     """
     if is_sentence_transformer(model):
         if cast(Any, type(model)).encode is _known().encode:
@@ -131,8 +131,8 @@ def detach(model: Any) -> None:
 
 
 def attach_to_loading() -> None:
-    """``attach`` to the SentenceTransformer whose transformer is being loaded now, on this thread, if any: it
-    is under construction somewhere up the stack, and its parts do not know it.
+    """``attach`` to the SentenceTransformer that is being loaded on this thread, if any. It is found on the
+    call stack, because its parts do not know it.
     """
     frame = sys._getframe() if _known() is not None else None
     while frame is not None:
@@ -145,17 +145,17 @@ def attach_to_loading() -> None:
 
 
 def _known() -> Any:
-    """The class, if anybody has imported it."""
+    """The class, if its package has been imported."""
     return getattr(sys.modules.get("sentence_transformers"), "SentenceTransformer", None)
 
 
 def is_sentence_transformer(model: Any) -> bool:
-    """Whether a model is one; nobody has imported the package otherwise."""
+    """Whether a model is a SentenceTransformer. If the package is not imported, it is not."""
     return (known := _known()) is not None and isinstance(model, known)
 
 
 def prepare(model: nn.Module) -> None:
-    """Make a model ready to run: in evaluation mode and on a GPU fused, unless the user did not want that."""
+    """Put a model in evaluation mode and fuse it on a GPU, unless the user turned fusing off."""
     if model.training:
         model.eval()
     own = vars(model)
@@ -166,7 +166,7 @@ def prepare(model: nn.Module) -> None:
 
 
 def capture(model: Any, tokens: Iterable[int]) -> None:
-    """Capture the runs of a model that hold so many tokens each, if its texts are packed."""
+    """Capture a model's runs of each of these numbers of tokens, if its texts are packed."""
     prepare(model)
     way = way_of(model)
     if isinstance(way, Packed):
@@ -177,13 +177,13 @@ def capture(model: Any, tokens: Iterable[int]) -> None:
 def embed(
     way: Way, texts: Sequence[str], finish: Finish, to_cpu: bool = False, shown: bool = False
 ) -> Tensor:
-    """Vectors [len(texts), width], of one text at least.
+    """Vectors [len(texts), width] of at least one text.
 
     Args:
-        way: how.
+        way: how texts become vectors.
         texts: strings.
-        finish: what is done to each batch of vectors.
-        to_cpu: give them on the CPU.
+        finish: called on each batch of vectors.
+        to_cpu: return them on the CPU.
         shown: show a progress bar.
     """
     if len(texts) <= INLINE and not shown:
@@ -193,7 +193,7 @@ def embed(
 
 
 def unit_length(vectors: Tensor) -> Tensor:
-    """Vectors [N, width] of length 1, each the same whatever N is."""
+    """Vectors [N, width] of length 1; each result is independent of N."""
     if not vectors.is_cuda:
         return torch.nn.functional.normalize(vectors)
     from tritern_kernels.pooling import normalize
@@ -210,7 +210,7 @@ def _finish(width: int | None, of_length_1: bool) -> Finish:
 
 
 def _plain(given: dict[str, Any]) -> bool:
-    """Whether these arguments of ``encode`` ask for vectors of texts on one device, and are right."""
+    """Whether these arguments of ``encode`` are valid and ask for vectors of texts on one device."""
     others = {k: v for k, v in given.items() if k not in _KNOWN and v is not None}
     return (
         not others
@@ -235,7 +235,7 @@ _KNOWN = {
 
 
 def _texts(inputs: Any) -> list[str] | None:
-    """The strings in what ``encode`` was given; None where there is anything else, or nothing."""
+    """The strings among ``encode``'s inputs; None if there is anything else, or nothing."""
     if isinstance(inputs, str):
         return [inputs]
     if not isinstance(inputs, (list, tuple, np.ndarray)):
@@ -245,7 +245,7 @@ def _texts(inputs: Any) -> list[str] | None:
 
 
 def _tokens(model: Any, batch_size: int) -> int | None:
-    """Most tokens in a run, where the user wants small batches."""
+    """Most tokens in a run, if the user wants small batches."""
     if batch_size >= _BATCH_SIZE or model.device.type == "cpu":
         return None
     return batch_size * min(model.max_seq_length or 512, 512)

@@ -1,4 +1,4 @@
-"""Objects whose class is extended by another at run time, and stay what they are in copies and pickles."""
+"""Extend an object's class at run time; copies and pickles keep the extension."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from functools import cache
 from typing import Any
 
 
-class _Type(ABCMeta):  # as sentence-transformers' are
-    """Of extended classes: these are pickled by the classes that they are made of."""
+class _Type(ABCMeta):  # sentence-transformers' classes have this metaclass
+    """Metaclass of extended classes: they are pickled as the two classes that they consist of."""
 
 
 class Extended:
-    """What an object's class is extended by; ``extend`` does it."""
+    """Base of classes that ``extend`` adds to an object's class."""
 
     _tritern_base: type
     _tritern_unsaved: tuple[str, ...] = ()
-    """Attributes that copies and pickles go without."""
+    """Attributes that copies and pickles leave out."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # the class is made at run time: copies and pickles name the classes that it is made of
+        # the class is made at run time: copies and pickles name its two parts
         reduced: Any = super().__reduce_ex__(protocol)
         state, *rest = reduced[2:]
         state = {name: value for name, value in state.items() if name not in self._tritern_unsaved}
@@ -34,7 +34,7 @@ def _new(kind: type[Extended], base: type) -> Any:
 
 @cache
 def extended_class(kind: type[Extended], base: type) -> type:
-    """``base`` extended by ``kind``; it goes by base's name."""
+    """``base`` extended by ``kind``, under base's name."""
     names = {"__module__": base.__module__, "__doc__": base.__doc__, "_tritern_base": base}
     return _Type(base.__name__, (kind, base), names)
 

@@ -1,4 +1,4 @@
-"""Which of transformers' models run on packed texts, and how: texts end to end, attention within each."""
+"""The models of transformers that run on packed texts: texts end to end, attention within each."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from .packing import Positions
 
 NAME = "tritern_packed"
-"""Under which transformers finds the attention."""
+"""The name of this attention in transformers."""
 _FARTHEST = 128
-"""Distance from which MPNet's relative position bias stays the same."""
+"""MPNet's relative position bias is constant from this distance on."""
 _tiles: ContextVar[Tensor] = ContextVar("tiles")
 
 
@@ -27,8 +27,8 @@ class Family:
 
     Attributes:
         types: whether ``forward`` takes token_type_ids; they are zeros.
-        run: from the model, ids, positions (int32 [1, tokens]) and its further arguments to hidden states
-            [tokens, hidden]; attention is under ``NAME``.
+        run: takes the model, ids and positions (int32 [1, tokens]) and further arguments of the model;
+            returns hidden states [tokens, hidden]. Attention is registered under ``NAME``.
     """
 
     types: bool = False
@@ -44,7 +44,7 @@ def _decoder(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
 
 
 def _mpnet(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
-    """Its own attention makes a bias for every pair of tokens of a run."""
+    """Replaces MPNet's bias, which its own code computes for every pair of tokens of a run."""
     from tritern_kernels.attention import packed_attention
 
     encoder, hidden = model.encoder, model.embeddings(input_ids=ids, position_ids=positions)
@@ -89,7 +89,7 @@ def attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' blocks call: query, key, value [1, heads, T, width] -> [1, T, heads, width]."""
+    """Called by transformers' blocks: query, key, value [1, heads, T, width] -> [1, T, heads, width]."""
     from tritern_kernels.attention import packed_attention
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -101,7 +101,7 @@ def attention(
 
 
 def family_of(model: Any) -> Family | str:
-    """The family of a transformers model; or, as a string, why its texts cannot be packed."""
+    """The family of a transformers model, or a string that says why its texts cannot be packed."""
     kind = type(model)
     base = getattr(kind, "_tritern_base", kind)
     name = base.__name__
@@ -122,7 +122,7 @@ def family_of(model: Any) -> Family | str:
 
 
 def positions_of(model: nn.Module) -> Positions:
-    """How a model counts tokens."""
+    """The way a model numbers tokens."""
     for module in model.modules():
         padding, table = getattr(module, "padding_idx", None), getattr(module, "position_embeddings", None)
         if isinstance(padding, int) and isinstance(table, nn.Module) and not isinstance(module, nn.Embedding):
@@ -134,10 +134,10 @@ def hidden_states(model: Any, family: Family, ids: Tensor, positions: Tensor, ti
     """The last hidden states [tokens, hidden] of packed texts.
 
     Args:
-        model: of transformers.
+        model: a model of transformers.
         family: its family.
         ids, positions: int32 [tokens].
-        tiles: int32 [tiles, 3], as ``packed_attention`` takes them.
+        tiles: int32 [tiles, 3], as for ``packed_attention``.
     """
     run = family.run or partial(
         _forward, **({"token_type_ids": torch.zeros_like(ids)[None]} if family.types else {})
@@ -152,7 +152,7 @@ def hidden_states(model: Any, family: Family, ids: Tensor, positions: Tensor, ti
 
 @contextmanager
 def _packed(model: nn.Module) -> Iterator[None]:
-    """Attention as registered under ``NAME`` for as long as the context lasts."""
+    """Switch a model to the attention ``NAME`` while the context lasts."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)

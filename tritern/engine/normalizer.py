@@ -1,4 +1,4 @@
-"""BERT's normalizer of texts in Python, where Python gives the same characters in less time."""
+"""BERT's text normalizer in Python, for texts where Python is faster and gives the same characters."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 class BertNormalizer:
-    """BERT's normalizer in Python, where that is simple: Rust's takes a third of the time.
+    """BERT's normalizer in Python for simple texts. (In Rust it takes a third of the tokenizer's time.)
 
-    Lower case is Python's for ASCII. Every other character is what the Rust normalizer makes of it alone,
-    asked once. ``rust`` tokenizes what comes out.
+    ASCII is lowered by Python. Every other character is normalized alone by Rust, once, and then kept.
+    ``rust`` tokenizes the result.
     """
 
     def __init__(self, rust: Any, known: Any) -> None:
@@ -28,7 +28,7 @@ class BertNormalizer:
 
     @classmethod
     def of(cls, rust: Any) -> BertNormalizer | None:
-        """For a Rust tokenizer; None where it has another normalizer, or tokens that are found behind it."""
+        """For a Rust tokenizer; None if it has another normalizer or finds added tokens after normalizing."""
         from tokenizers import normalizers
 
         known = rust.normalizer
@@ -40,7 +40,7 @@ class BertNormalizer:
         return cls(plain, known)
 
     def __call__(self, texts: Sequence[str]) -> list[str | None]:
-        """The texts as Rust would normalize them; None where Rust has to, as with special tokens in one."""
+        """The texts as Rust would normalize them; None for one that Rust must do (it has a special token)."""
         start, lower = self._start, self._lower
         return [
             (text.lower() if lower else text)
@@ -63,7 +63,7 @@ class BertNormalizer:
         character = match.group()
         if character not in self._known:
             given = self._ask(character)
-            # marks may change their order among others, and what Python would lower is not Rust's
+            # unsafe: marks can change places among others; Python and Rust can lower characters differently
             safe = given.lower() == given or not self._lower
             self._known[character] = given if safe and not any(map(unicodedata.combining, given)) else None
         known = self._known[character]
@@ -73,4 +73,4 @@ class BertNormalizer:
 
 
 class _Unsafe(Exception):
-    """A character that depends on others."""
+    """A character's normal form depends on its neighbours."""

@@ -1,4 +1,4 @@
-"""Texts laid end to end in runs of few sizes."""
+"""Texts laid end to end in runs; runs have few sizes."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from tritern_kernels.config import QUERY_ROWS
 from .tokens import Tokens
 
 SMALLEST, LARGEST = 16, 16384
-"""Tokens that the smallest run holds, and the largest but for texts that are longer: it keeps a GPU busy."""
+"""Tokens of the smallest and the largest run. The largest keeps a GPU busy. A longer text gets its own size."""
 TOKENS_A_TEXT = 8
-"""A run holds a text for every so many of its tokens: shorter ones are rare."""
+"""A run holds one text per this many tokens; shorter texts are rare."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a run: most tokens and texts. All arrays of a run are parts of one of int32."""
+    """Most tokens and texts of a run. All arrays of a run are parts of one int32 array."""
 
     tokens: int
     texts: int
 
     @classmethod
     def holding(cls, tokens: int, texts: int) -> Size:
-        """The smallest size for so many."""
+        """The smallest size for these numbers of tokens and texts."""
         least = max(tokens, TOKENS_A_TEXT * texts, SMALLEST)
         most = 1 << (least - 1).bit_length()
         return cls(most, most // TOKENS_A_TEXT)
 
     @property
     def tiles(self) -> int:
-        """Blocks of query rows, of which each belongs to one text."""
+        """Number of blocks of query rows; each block belongs to one text."""
         return self.tokens // QUERY_ROWS + self.texts
 
     def places(self) -> tuple[slice, slice, slice, slice]:
-        """Where ids, positions, starts of texts and tiles are, each from a multiple of 16 bytes on."""
+        """The places of ids, positions, starts of texts and tiles; each starts at a multiple of 16 bytes."""
         ids, positions = slice(self.tokens), slice(self.tokens, 2 * self.tokens)
         starts = slice(2 * self.tokens, 2 * self.tokens + self.texts + 1)
         first = starts.stop + 3 & -4
@@ -45,14 +45,14 @@ class Size:
 
     @property
     def length(self) -> int:
-        """Numbers in all."""
+        """Number of int32 values in all."""
         return self.places()[-1].stop
 
 
 @dataclass(frozen=True)
 class Positions:
-    """How a model counts tokens: from ``first``. Where ``padding`` is an id, tokens of that id do not count,
-    and have the position before the first (RoBERTa and its kin).
+    """The way a model numbers tokens: from ``first`` on. If ``padding`` is an id, tokens with that id do not
+    count and have the position before the first (RoBERTa and its kin).
     """
 
     first: int = 0
@@ -60,7 +60,7 @@ class Positions:
 
 
 def runs(lengths: np.ndarray, most: int = LARGEST) -> Iterator[slice]:
-    """Which texts, in their order, go into each run of at most ``most`` tokens; a longer one is alone."""
+    """Divide texts, in their order, into runs of at most ``most`` tokens. A longer text gets its own run."""
     ends = np.cumsum(lengths)
     texts = max(1, most // TOKENS_A_TEXT)
     begin = 0
@@ -75,8 +75,8 @@ def runs(lengths: np.ndarray, most: int = LARGEST) -> Iterator[slice]:
 def filled(tokens: Tokens, size: Size, positions: Positions, out: np.ndarray) -> None:
     """Write a run's arrays to ``out``, int32 [size.length].
 
-    Positions count from each text's begin. Unused texts begin where the last one ends. Unused tokens have id
-    0 and belong to no text. A tile is its first row, and where its text begins and ends.
+    Positions count from the start of each text. Unused texts start at the end of the last one. Unused tokens
+    have id 0 and belong to no text. A tile holds its first row and the start and end of its text.
     """
     ids, places, starts, tiles = (out[part] for part in size.places())
     lengths = tokens.lengths

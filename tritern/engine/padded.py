@@ -1,4 +1,4 @@
-"""Batches of texts of one length, or padded to one: on CPUs, and for models that have no packed form."""
+"""Batches of texts of one length or padded to one, for CPUs and for models without a packed form."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .tokens import FastTokenizer, Tokens
 class Padded:
     """Texts of one call as batches, and their vectors.
 
-    On a CPU a thread per core, up to 8, has a batch each: small models gain nothing from several cores in one
-    layer. There texts of one length share a batch and nothing is padded, so that a text has the same vector
-    whatever it is embedded with.
+    On a CPU each core, up to 8, runs a batch of its own: small models gain nothing from several cores in one
+    layer. Texts of one length share a batch there and nothing is padded, so a text's vector does not depend
+    on the texts beside it.
 
     Args:
         model: the model.
         tokenizer: the Rust part of its tokenizer.
         prompt: put before every text.
-        task: handed to the modules.
+        task: passed to the modules.
         tokens: most in a batch, unless one text has more; None: 1,024 on a CPU and 16,384 on a GPU.
     """
 
@@ -41,7 +41,7 @@ class Padded:
         self.workers = min(8, torch.get_num_threads()) if self.on_cpu else 1
         self.tokens = tokens or (1024 if self.on_cpu else 16384)
         self.chunk = 1024 if self.on_cpu else 8192
-        # on a GPU shorter texts join a batch if that adds no more padding: so much is a batch less worth
+        # on a GPU shorter texts join a batch if they add at most this much padding: it is worth a batch less
         self.round_to, self.most_padding = (1, 0) if self.on_cpu else (8, 1024)
         transformer = model[0]
         self.side, pad = model.tokenizer.padding_side, model.tokenizer.pad_token_id
@@ -53,7 +53,7 @@ class Padded:
             self.features["prompt_length"] = transformer._get_prompt_length(prompt, **own)
 
     def batches(self, texts: Sequence[str]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Numbers of texts and their features, longest texts first: a lack of memory shows at once."""
+        """Numbers of texts and their features, longest texts first, so a lack of memory shows at once."""
         order = np.argsort([-len(text) for text in texts], kind="stable")
         for start in range(0, len(order), self.chunk):
             numbers = order[start : start + self.chunk]
@@ -63,7 +63,7 @@ class Padded:
                 yield torch.from_numpy(numbers[rows]), self._features(tokens, rows, width)
 
     def _groups(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-        """Texts that share a batch, longest first, and how wide it is."""
+        """Texts that share a batch, longest first, and the width of the batch."""
         longest_of_all = int(max(lengths, default=0))
         limit = max(longest_of_all, min(self.model.max_seq_length or 0, 1 << 20))
         rounded = np.minimum(-(-lengths // self.round_to) * self.round_to, limit)
@@ -82,7 +82,7 @@ class Padded:
         self, group: np.ndarray, lengths: np.ndarray, rounded: np.ndarray
     ) -> Iterator[tuple[np.ndarray, int]]:
         texts = max(1, self.tokens // max(int(rounded[group[0]]), 1))
-        # padding on the left may move positions: there is no more of it than the texts' own
+        # padding on the left may move positions, so no more is added than the longest text needs
         widths = rounded if self.side == "right" else lengths
         for first in range(0, len(group), texts):
             part = group[first : first + texts]

@@ -1,4 +1,4 @@
-"""Which way a model's texts take to their vectors, and why."""
+"""How a model's texts become vectors, and why."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Path:
     Attributes:
         kind: "packed" (CUDA graphs over texts laid end to end), "padded" (batches of texts of one length) or
             "sentence-transformers" (its own ``encode``).
-        reason: why not packed; why not padded either.
+        reason: why the texts are not packed, or not padded either.
     """
 
     kind: str
@@ -46,7 +46,7 @@ class Path:
 
 
 def path_of(model: nn.Module, task: str | None = None) -> Path:
-    """The path of a sentence-transformers model as it is now.
+    """The path of a sentence-transformers model in its present state.
 
     Args:
         model: the model.
@@ -65,12 +65,12 @@ def way_of(
     task: str | None = None,
     tokens: int | None = None,
 ) -> Way | str:
-    """How this model makes vectors of texts now; or, as a string, why only its own ``encode`` does.
+    """The engine's way from texts to vectors, or a string that says why only the model's ``encode`` works.
 
     Args:
         model: a sentence-transformers model. It is put in evaluation mode.
         prompt: put before every text.
-        task: handed to the model's modules.
+        task: passed to the model's modules.
         tokens: most in a batch or run; None: the device's default.
     """
     state, tokenizer = state_of(model), _tokenizer(model, task)
@@ -91,7 +91,7 @@ _packing = threading.Lock()
 
 
 def _packed_model(model: nn.Module, family: Family, state: State) -> PackedModel:
-    """What is kept of a model's runs; made anew where its modules or tensors are others now."""
+    """The model's kept runs. They are made anew if its modules or tensors have changed."""
     with _packing:
         known = _packed.get(model)
         if known is None or known.places != state.places:
@@ -105,7 +105,7 @@ def _tokenizer(model: Any, task: str | None) -> FastTokenizer | str:
 
 
 def _elsewhere(model: Any, state: State, tokenizer: FastTokenizer | str) -> str:
-    """Why the engine does not take a model's texts; or nothing."""
+    """Why the engine does not take a model's texts, or an empty string."""
     if model.device.type not in ("cpu", "cuda"):
         return unsupported(model.device) or f"its weights are on the {model.device} device"
     if state.hooked:
@@ -134,11 +134,11 @@ def _changed(kind: type) -> bool:
 
 _ORIGINS = ("torch.", "transformers.", "sentence_transformers.", "tritern.")
 _TRAINED = "tritern.distillation."
-"""Where the layers of a model in training come from: they keep what they made of weights that change."""
+"""The package of layers in training. These keep values computed from weights that still change."""
 
 
 def _family(model: Any, state: State) -> Family | str:
-    """The family of a model that runs packed; or, as a string, why it does not."""
+    """The family of a model that runs packed, or a string that says why it does not."""
     first, *others = modules_of(model)
     if model.device.type != "cuda":
         return "it is on a CPU"

@@ -1,4 +1,4 @@
-"""Vectors of many texts: a thread tokenizes while others run the model."""
+"""Vectors of many texts: one thread tokenizes while others run the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import TriternError
 from ..inputs import many
 
 INLINE = 64
-"""Up to so many texts are embedded on the calling thread: starting threads takes longer than a query."""
+"""Up to this many texts are embedded on the calling thread. Starting threads takes longer than a query."""
 
 
 class Way(Protocol):
@@ -25,7 +25,7 @@ class Way(Protocol):
     workers: int
 
     def batches(self, texts: Sequence[str]) -> Iterator[tuple[Tensor, Any]]:
-        """Numbers of texts, and what ``vectors`` takes for them."""
+        """Numbers of texts, and their batch for ``vectors``."""
         ...
 
     def vectors(self, batch: Any) -> Tensor:
@@ -34,7 +34,7 @@ class Way(Protocol):
 
 
 Finish = Callable[[Tensor], Tensor]
-"""What is done to a batch of vectors where they are."""
+"""A function of a batch of vectors, run on their device."""
 
 
 def embed_windows(
@@ -45,14 +45,14 @@ def embed_windows(
     to_cpu: bool = False,
     advance: Callable[[int], object] = lambda texts: None,
 ) -> Iterator[Tensor]:
-    """The vectors [len(window), width] of each window in turn; the next ones are under way meanwhile.
+    """The vectors [len(window), width] of each window in turn. The next windows are computed meanwhile.
 
     Args:
-        way: how.
-        windows: lists of strings, none empty, taken on another thread. If it raises, the vectors of what came
-            before are still given.
-        finish: what is done to each batch of vectors.
-        to_cpu: bring them to the CPU, each while the next are made.
+        way: how texts become vectors.
+        windows: lists of strings, none empty, read on another thread. If reading raises, the vectors of the
+            earlier windows still come.
+        finish: called on each batch of vectors.
+        to_cpu: copy them to the CPU while the next are computed.
         advance: called with the number of texts done.
     """
     pipeline = _Pipeline(way, windows, finish, to_cpu)
@@ -63,7 +63,7 @@ def embed_windows(
 
 
 def embed_here(way: Way, texts: Sequence[str], finish: Finish, *, to_cpu: bool = False) -> Tensor:
-    """The vectors of a few texts, one at least, on the calling thread."""
+    """The vectors of at least one text, on the calling thread."""
     places: Tensor | None = None
     for rows, batch in way.batches(texts):
         with torch.inference_mode():
@@ -77,13 +77,13 @@ def embed_here(way: Way, texts: Sequence[str], finish: Finish, *, to_cpu: bool =
 
 
 class _Done(NamedTuple):
-    """Vectors, on their way to the CPU perhaps."""
+    """Vectors, perhaps still being copied to the CPU."""
 
     vectors: Tensor
     arrived: torch.cuda.Event | None = None
 
     def tensor(self) -> Tensor:
-        """The vectors, arrived."""
+        """The vectors, after waiting for the copy."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.vectors
@@ -107,7 +107,7 @@ class _ToCpu:
 
 
 _setting_up = threading.Lock()
-"""Held while the number of torch's threads is another: what one thread sets, later ones start with."""
+"""Held while torch's number of threads is changed: threads that start meanwhile inherit the number."""
 
 
 class _Stopped(Exception):
@@ -115,7 +115,7 @@ class _Stopped(Exception):
 
 
 class _Pipeline:
-    """A thread tokenizes, some run the model, the caller's puts vectors in their places."""
+    """One thread tokenizes, some run the model, the caller's puts the vectors in their places."""
 
     def __init__(self, way: Way, windows: Iterable[Sequence[str]], finish: Finish, to_cpu: bool) -> None:
         self.way, self.windows, self.finish = way, windows, finish
@@ -173,9 +173,9 @@ class _Pipeline:
 
     def stop(self) -> None:
         self.stopping.set()
-        self.set_up.abort()  # those that wait where another could not be started
+        self.set_up.abort()  # frees threads that wait for one that could not start
         for thread in self.threads:
-            if thread.ident is not None:  # the first may wait for texts; with the next it ends
+            if thread.ident is not None:  # the reader may wait for texts; it ends when the next come
                 thread.join(timeout=1 if thread is self.threads[0] else None)
 
     def _guarded(self, job: Callable[[], None]) -> None:
@@ -183,7 +183,7 @@ class _Pipeline:
             job()
         except (_Stopped, threading.BrokenBarrierError):
             pass
-        except BaseException as error:  # noqa: BLE001 - raised again where the vectors are waited for
+        except BaseException as error:  # noqa: BLE001 - raised again on the caller's thread
             try:
                 self._put(self.results, error)
             except _Stopped:
@@ -218,7 +218,7 @@ class _Pipeline:
             self._forward_there()
 
     def _forward_there(self) -> None:
-        torch.get_num_threads()  # which torch sets for a thread when it is first asked
+        torch.get_num_threads()  # torch sets a thread's number when first asked
         torch.set_num_threads(max(1, self.torch_threads // self.way.workers))
         self.set_up.wait()
         while not self.stopping.is_set():
@@ -234,7 +234,7 @@ class _Pipeline:
 
 def _put_in_place(places: Tensor, rows: Tensor, vectors: Tensor) -> None:
     if places.device.type == "cpu" and places.dtype != torch.bfloat16:
-        # by numpy: torch's threads would wait for cores that the model is on
+        # by numpy: torch's threads would wait for cores that run the model
         places.numpy()[rows.numpy()] = vectors.numpy()
     else:
         places[rows.to(places.device, non_blocking=True)] = vectors

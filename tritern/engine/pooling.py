@@ -1,4 +1,4 @@
-"""What follows the transformer: pooling of packed texts, and sentence-transformers' modules behind it."""
+"""The steps after the transformer: pooling of packed texts, then the other sentence-transformers modules."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 ROWS = 256
-"""Modules get so many vectors at a time, always: how torch's kernels add up depends on the number of rows."""
+"""Modules always get this many vectors at a time, because torch's rounding depends on the number of rows."""
 _PER_TEXT = ("Dense", "LayerNorm", "Dropout", "Normalize")
 
 
 def why_not(modules: Sequence[nn.Module]) -> str:
-    """Why the modules behind the transformer cannot run on packed texts; or nothing."""
+    """Why the modules after the transformer cannot run on packed texts, or an empty string."""
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     if not modules or type(modules[0]) is not Pooling:
@@ -34,13 +34,14 @@ def _in_and_out(module: Any) -> bool:
 
 
 def vectors(modules: Sequence[Any], hidden: Tensor, starts: Tensor) -> Tensor:
-    """Vectors [texts, width] of hidden states [tokens, hidden] of packed texts, by the modules behind the
-    transformer. A text's vector depends on its own tokens alone, to the last bit.
+    """Pool the hidden states of packed texts and run the further modules: vectors [texts, width].
+
+    A text's vector depends on its own tokens alone, to the last bit.
 
     Args:
-        modules: those that ``why_not`` says nothing of.
-        hidden: of the transformer.
-        starts: int32 [texts + 1], where each text begins.
+        modules: the modules after the transformer; ``why_not`` must be empty for them.
+        hidden: hidden states [tokens, hidden] of the transformer.
+        starts: int32 [texts + 1], the start of each text, then the end of the last.
     """
     from tritern_kernels.pooling import normalize, pool
 

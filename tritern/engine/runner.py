@@ -17,11 +17,11 @@ from .packing import LARGEST, Size, filled, runs
 from .tokens import FastTokenizer, Tokens
 
 CHUNK = 4096
-"""Texts tokenized at a time: what a GPU does next is ready before it has done the last."""
+"""Texts tokenized at a time. The next run is ready before the GPU has finished the last."""
 
 
 class Run(NamedTuple):
-    """Packed texts: the arrays of ``packing.filled`` in one tensor, and how many texts there are."""
+    """Packed texts: the arrays of ``packing.filled`` in one tensor, and the number of texts."""
 
     size: Size
     arrays: Tensor
@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """A captured run: where its arrays are copied to, and where its vectors are then."""
+    """A captured run: the tensor that takes its arrays, and the tensor that then holds its vectors."""
 
     replay: Callable[[], None]
     arrays: Tensor
@@ -37,16 +37,16 @@ class Graph(NamedTuple):
 
 
 class PackedModel:
-    """A sentence-transformers model's runs on packed texts. The model itself comes with each call: what is
-    kept here lives as long as the model.
+    """A sentence-transformers model's runs on packed texts. It lives as long as the model, so it holds no
+    reference to it: each call gets the model.
 
     Args:
-        model: its modules as they are now.
+        model: the model with its present modules.
         family: of the transformer.
-        capture: makes the graph of a run; None: every run is launched kernel by kernel.
+        capture: makes the graph of a run; None: every run launches its kernels one by one.
 
     Attributes:
-        places: of the model's tensors, as graphs read them.
+        places: addresses of the model's tensors; graphs read from these.
     """
 
     def __init__(self, model: Any, family: Family, capture: Callable[..., Graph] | None) -> None:
@@ -57,7 +57,7 @@ class PackedModel:
         self.over: Any = None
 
     def packed(self, tokens: Tokens, most: int = LARGEST) -> Iterator[tuple[slice, Run]]:
-        """Runs of at most ``most`` tokens each, in the order of the texts, and which texts each has."""
+        """Runs of at most ``most`` tokens each, in the order of the texts, each with a slice of the texts."""
         ends = np.concatenate(([0], np.cumsum(tokens.lengths)))
         for part in runs(tokens.lengths, most):
             ids = tokens.ids[ends[part.start] : ends[part.stop]]
@@ -77,7 +77,7 @@ class PackedModel:
                 return found[: run.texts]
             current = torch.cuda.current_stream(device)
             if self.over is not None:
-                current.wait_event(self.over)  # the run before may be on another thread's stream
+                current.wait_event(self.over)  # the last run may be on another thread's stream
             graph.arrays.copy_(run.arrays, non_blocking=True)
             graph.replay()
             found = graph.vectors[: run.texts].clone()
@@ -85,7 +85,7 @@ class PackedModel:
             return found
 
     def warm(self, model: Any, size: Size) -> None:
-        """Compile and capture what a run of this size needs."""
+        """Compile the kernels of a run of this size and capture its graph."""
         arrays = torch.empty(size.length, dtype=torch.int32)
         tokens = Tokens(np.zeros(size.tokens, np.int32), np.full(size.texts, size.tokens // size.texts))
         filled(tokens, size, self.positions, arrays.numpy())
@@ -111,7 +111,7 @@ class PackedModel:
 
 
 class CudaGraphs:
-    """Captures runs. Graphs share their memory: one of a model's runs is over before the next begins."""
+    """Captures runs. Graphs share their memory, because a model's runs never overlap."""
 
     def __init__(self) -> None:
         self.pool: Any = None
@@ -119,7 +119,7 @@ class CudaGraphs:
     def __call__(self, run: Callable[[], Tensor], arrays: Tensor) -> Graph:
         """The graph of a run that reads ``arrays``.
 
-        The run goes twice beforehand, on a stream of its own: kernels are compiled and products merged then.
+        The run first goes twice on a stream of its own, to compile kernels and merge products.
         """
         device, current = arrays.device, torch.cuda.current_stream(arrays.device)
         stream = torch.cuda.Stream(device)
@@ -131,7 +131,7 @@ class CudaGraphs:
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # of other threads, which read and tokenize meanwhile, nothing is captured or forbidden
+        # capture only this thread: others read and tokenize meanwhile
         with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
             vectors = run()
         current.wait_stream(stream)
@@ -148,12 +148,12 @@ def _transformer(model: Any) -> Any:
 
 
 class State(NamedTuple):
-    """What a model is now.
+    """The present state of a model.
 
     Attributes:
-        places: which modules there are and where their tensors are: a captured graph depends on these.
+        places: its modules and the addresses of their tensors; a captured graph depends on these.
         kinds: the modules' classes.
-        hooked: somebody hooks into a module, which a graph would not run.
+        hooked: a module has hooks; a graph would not run them.
         training: some module is in training mode.
     """
 
@@ -164,7 +164,7 @@ class State(NamedTuple):
 
 
 def state_of(model: nn.Module) -> State:
-    """The state of a model, in about a microsecond a module: it is looked up in every call."""
+    """The state of a model. It takes about a microsecond per module, since every call looks it up."""
     places: list[int] = []
     kinds: set[type] = set()
     hooked, training, modules = False, False, [model]
@@ -183,8 +183,10 @@ def state_of(model: nn.Module) -> State:
 
 
 def _watched(module: nn.Module) -> bool:
-    """Whether anybody hooks in, but transformers, which collects outputs on request; or has put another
-    forward in the place of the class's, as accelerate does in training, which later puts the class's there.
+    """Whether a module has foreign hooks or a replaced forward.
+
+    transformers' hooks that collect outputs on request do not count. accelerate replaces forward in training
+    and later puts the class's own back; that one does not count either.
     """
     hooks = module._forward_hooks.values()
     known = all(getattr(h, "__module__", "").startswith("transformers.utils.output_capturing") for h in hooks)
@@ -213,7 +215,7 @@ class Packed:
         self.tokens = LARGEST if tokens is None else tokens
 
     def batches(self, texts: Sequence[str]) -> Iterator[tuple[Tensor, Run]]:
-        """Numbers of texts, and the run that holds them."""
+        """Numbers of texts, and their run."""
         for first in range(0, len(texts), CHUNK):
             chunk = [self.prompt + text for text in texts[first : first + CHUNK]]
             for part, run in self.runs.packed(self.tokenizer(chunk), self.tokens):

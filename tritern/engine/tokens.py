@@ -1,4 +1,4 @@
-"""Texts to token ids, by a tokenizer's own Rust part: what ``preprocess`` gives, without its Python lists."""
+"""Texts to token ids by a tokenizer's Rust part: the same as ``preprocess``, without its Python lists."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ import numpy as np
 from .normalizer import BertNormalizer
 
 _NO_LIMIT = 10**20
-"""What transformers takes for "any length" where a tokenizer names none."""
+"""transformers' number for "any length", if a tokenizer names none."""
 CHARACTERS = 6
-"""Of a long text, so many characters for each token that counts are tokenized at first: English has 4 to 5.
-Few texts are then tokenized again, whole.
+"""A long text is first cut to this many characters per token of the maximum (English has 4 to 5). Few texts
+must then be tokenized again, whole.
 """
 _LOCAL = ("BertPreTokenizer", "ByteLevel", "Metaspace", "WhitespaceSplit", "Whitespace(")
-"""Rust's ways of splitting a text before its tokens are looked up which never join words across a space."""
+"""Rust's pre-tokenizers that never join words across a space."""
 
 
 class Tokens(NamedTuple):
-    """Texts end to end: their ids, int32 [tokens], and how many of them each has, int64 [texts]."""
+    """Texts end to end: ids, int32 [tokens], and the number of tokens of each text, int64 [texts]."""
 
     ids: np.ndarray
     lengths: np.ndarray
 
 
 class FastTokenizer:
-    """A copy of a tokenizer's Rust part which truncates as the tokenizer does and never pads.
+    """A copy of a tokenizer's Rust part. It truncates like the tokenizer and never pads.
 
-    A copy, because others may use the tokenizer meanwhile, and change how it pads. Threads may share it.
+    It is a copy because other code may use the tokenizer meanwhile and change its padding. Threads may share
+    it.
 
     Args:
-        tokenizer: of transformers, with a Rust part.
+        tokenizer: a tokenizer of transformers, with a Rust part.
         max_length: most tokens of a text, special ones included; None: any number.
 
     Raises:
@@ -53,14 +54,14 @@ class FastTokenizer:
         side = getattr(tokenizer, "truncation_side", "right")
         self._before, self._after = _around(self._rust)
         added = len(self._before) + len(self._after)
-        if max_length is not None and max_length <= added:  # Rust knows what is left of special tokens then
+        if max_length is not None and max_length <= added:  # then Rust decides which special tokens stay
             self._before, self._after, added = [], [], 0
-        self._specials = not added  # whether Rust adds them, which takes it a tenth longer
+        self._specials = not added  # whether Rust adds them; that takes a tenth longer
         self._most = None if max_length is None else max_length - added
         if self._most is not None:
             self._rust.enable_truncation(self._most, stride=0, strategy="longest_first", direction=side)
         self._max_length = max_length
-        # no character outlives max_length tokens that comes after this many
+        # characters after this many are always cut by max_length
         self._characters = (
             CHARACTERS * max_length if max_length and side == "right" and _local(self._rust) else 0
         )
@@ -71,7 +72,7 @@ class FastTokenizer:
         """Tokens of strings, with special tokens, truncated.
 
         Raises:
-            TypeError: a string that Rust does not take, as one with lone surrogates.
+            TypeError: a string that Rust does not take, such as one with lone surrogates.
         """
         most = self._characters or sys.maxsize
         cut = [text if len(text) <= most else self._cut(text) for text in texts]
@@ -85,7 +86,7 @@ class FastTokenizer:
         )
 
     def _with_specials(self, ids: np.ndarray, lengths: np.ndarray) -> Tokens:
-        """The texts with what stands before and after each."""
+        """The texts with the special tokens before and after each."""
         before, after = len(self._before), len(self._after)
         if not before + after:
             return Tokens(ids, lengths)
@@ -116,7 +117,7 @@ class FastTokenizer:
         return [e.ids for e in rust.encode_batch_fast(texts, add_special_tokens=self._specials)]
 
     def _cut(self, text: str) -> str:
-        """The text up to a space between two words, behind the most tokens that can count; or as it is."""
+        """The text cut at a space between words, after all tokens that can count, or the whole text."""
         end = self._characters
         for _ in range(8):
             end = text.rfind(" ", 1, end)
@@ -149,7 +150,7 @@ class FastTokenizer:
 
 
 def _around(rust: Any) -> tuple[list[int], list[int]]:
-    """The special tokens before and after every text; none where Rust has to add them."""
+    """The special tokens before and after every text; none if Rust has to add them."""
     alone, whole = rust.encode("a", add_special_tokens=False).ids, rust.encode("a").ids
     for i in range(len(whole) - len(alone) + 1):
         before, after = whole[:i], whole[i + len(alone) :]
@@ -164,7 +165,7 @@ def _local(rust: Any) -> bool:
 
 
 def _state(tokenizer: Any) -> tuple[Any, ...]:
-    """What a copy of the Rust part depends on. Cheap: it is compared before every use."""
+    """The settings that a copy of the Rust part depends on. It is cheap, for a check before every use."""
     rust = tokenizer.backend_tokenizer
     return (
         rust,
@@ -180,7 +181,7 @@ _making = threading.Lock()
 
 
 def fast_tokenizer(transformer: Any, task: str | None = None) -> FastTokenizer | str:
-    """For a Transformer module of sentence-transformers; or, as a string, why that needs its ``preprocess``.
+    """For a Transformer module of sentence-transformers, or a string that says why it needs ``preprocess``.
 
     Args:
         transformer: the module.
@@ -206,7 +207,7 @@ def fast_tokenizer(transformer: Any, task: str | None = None) -> FastTokenizer |
 
 
 def _unlike(transformer: Any, task: str | None) -> str:
-    """What in a Transformer module has more to do with texts than its tokenizer's Rust part; or nothing."""
+    """Why a Transformer module needs more than its tokenizer's Rust part, or an empty string."""
     from sentence_transformers.base.modules import Transformer
 
     tokenizer = getattr(transformer, "tokenizer", None)

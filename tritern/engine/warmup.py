@@ -1,4 +1,4 @@
-"""Compiling the kernels of a model before the first text comes."""
+"""Compile the kernels of a model before the first text comes."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def warmup(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Model:
-    """Compile and load every kernel that the model's ternary layers and fused blocks call, and capture the
-    CUDA graphs that its ``encode`` replays, so that no later call has to.
+    """Compile and load the kernels of the model's ternary layers and fused blocks. Capture the CUDA graphs of
+    its ``encode``. Later calls then need no compiling.
 
-    Kernels are chosen by the number of tokens (texts times their padded length), rounded up to a power of
-    two from 16 to 16,384; larger numbers use the kernels of 16,384. Compiled kernels are kept on disk (in
-    Triton's cache), so a second process warms up in a moment.
+    The number of tokens (texts times their padded length) selects the kernels. It is rounded up to a power of
+    two from 16 to 16,384; larger numbers use the kernels of 16,384. Triton's cache keeps compiled kernels on
+    disk, so a second process warms up in a moment.
 
     Args:
         model: on its GPU. On a CPU there is nothing to compile.
-        max_tokens: of the largest batch that will come.
+        max_tokens: tokens of the largest batch to expect.
         dtype: of the activations; default: that of the model's parameters.
         progress: show a progress bar.
 
@@ -44,7 +44,7 @@ def warmup(
         The model.
 
     Raises:
-        TriternError: not a model, or ``max_tokens`` is no whole number of at least 1.
+        TriternError: not a model, or ``max_tokens`` is not a whole number of at least 1.
     """
     check_model(model)
     max_tokens = whole_number(max_tokens, "max_tokens", 1)
@@ -56,7 +56,7 @@ def warmup(
             bias = None if layer.bias is None else layer.bias.dtype
             size = layer.out_features, layer.in_features
             kinds.setdefault((*size, bias, layer.activation_bits, layer.weight.device), layer)
-    blocks: dict[tuple, Fused] = {}  # of each kind the first: it runs as those that another follows
+    blocks: dict[tuple, Fused] = {}  # the first of each kind: another block follows it
     for block in fused_blocks(model):
         if (kind := kind_of(block))[1].type == "cuda":
             blocks.setdefault(kind, block)

@@ -70,7 +70,7 @@ def _string(value: Any, column: str, where: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise TriternError(
-            f"texts: {where}: column {column!r} holds what is no character ({value[:40]!a}): remove the row"
+            f"texts: {where}: column {column!r} holds an invalid character ({value[:40]!a}): remove the row"
         ) from None
     return value
 

@@ -1,8 +1,9 @@
 """Transformer blocks with their steps fused, for serving on a GPU.
 
-Between its products a block adds, normalizes, applies an activation and quantizes: each a pass over memory
-and a launch, together longer than the products. Fused, layers with the same input are one product on one
-quantization, and each norm and each activation gives the next product's int8 activations in the same pass.
+Between its products a block adds, normalizes, applies an activation and quantizes. Each step is a launch and
+a pass over memory; together they take longer than the products. In a fused block, layers with the same input
+are one product on one quantization. Each norm and activation writes the next product's int8 activations in
+the same pass.
 """
 
 from __future__ import annotations
@@ -31,16 +32,21 @@ _KINDS = FusedBert, FusedDecoder
 
 def fuse(model: Model) -> Model:
     """Fuse the steps of ternary transformer blocks, in place, for faster inference on a CUDA GPU. ``patch``,
-    loading and ``encode`` do so by themselves where the model is on a GPU.
+    loading and ``encode`` do so themselves if the model is on a GPU.
 
-    For blocks of BERT, RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA (MiniLM, E5, BGE, GTE, LaBSE and many more
-    are these) with exact GELU, and of Qwen3, Qwen2, Mistral and Llama (Qwen3-Embedding, E5-Mistral) with
-    SwiGLU and heads of a power of two, all with int8 activations and at most 8,192 hidden features; others
-    stay as they are. Parameters and saved files stay the same.
-    Results differ from the unfused model's in last bits of norms and activations, which int8 rounding can
-    turn into one quantization step, so embed queries and documents the same way. In training, on a CPU, under
-    autocast, ``torch.compile``, ``torch.jit.trace`` or an export, with eager attention, a cache of keys and
-    values or hooks inside a block, it runs unfused.
+    Two kinds of blocks are fused, both with int8 activations and at most 8,192 hidden features:
+
+    - BERT, RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA (MiniLM, E5, BGE, GTE, LaBSE and many more) with exact
+      GELU;
+    - Qwen3, Qwen2, Mistral and Llama (Qwen3-Embedding, E5-Mistral) with SwiGLU and a head width that is a
+      power of two.
+
+    Other blocks do not change. Parameters and saved files stay the same. Results differ from the unfused
+    model's in last bits of norms and activations. int8 rounding can turn these into one quantization step, so
+    embed queries and documents the same way.
+
+    Blocks run unfused in training, on a CPU, under autocast, ``torch.compile``, ``torch.jit.trace`` or an
+    export, with eager attention, a cache of keys and values, or hooks inside a block.
 
     Args:
         model: a model that ``tritern.patch`` or loading made ternary.
@@ -61,15 +67,15 @@ def fuse(model: Model) -> Model:
     elif not any(_kind_by_name(m) and not _as_known(m) for m in model.modules()):
         raise TriternError(
             "the model has no block to fuse: fuse() takes blocks of BERT, RoBERTa, XLM-RoBERTa, CamemBERT or "
-            "ELECTRA with GELU, and of Qwen3, Qwen2, Mistral or Llama with SwiGLU and heads as wide as a "
-            "power of two, whose linear layers are ternary with activation_bits=8. Call tritern.patch() "
-            "first, if it is not; other models run without fuse()."
+            "ELECTRA with GELU, and of Qwen3, Qwen2, Mistral or Llama with SwiGLU and a head width that is a "
+            "power of two. Their linear layers must be ternary with activation_bits=8: call tritern.patch() "
+            "first. Other models run without fuse()."
         )
     return model
 
 
 def fuse_what_fits(model: nn.Module) -> int:
-    """Fuse the blocks that can be fused, and give their number, which may be 0."""
+    """Fuse the blocks that can be fused; return their number, which may be 0."""
     found = [(m, kind) for m in model.modules() if (kind := _kind(m))]
     for block, kind in found:
         if not isinstance(block, Fused):
@@ -87,19 +93,19 @@ def _warn_without_kernels(device: torch.device) -> None:
     why = "it is on the CPU" if device.type == "cpu" else unsupported(device)
     if why:
         warnings.warn(
-            f"the fused blocks run unfused where the model is now: {why}. Fused ones need an NVIDIA GPU; a "
-            "model that is moved there later, with model.to('cuda'), need not be fused again.",
+            f"the blocks run unfused for now: {why}. Fused ones need an NVIDIA GPU. After a move there with "
+            "model.to('cuda') they run fused; no second fuse() is needed.",
             stacklevel=3,
         )
 
 
 def fused_blocks(model: nn.Module) -> list[Fused]:
-    """The blocks that ``fuse`` has made what they are, and that still consist of ternary layers."""
+    """The blocks that ``fuse`` has changed and that still consist of ternary layers."""
     return [m for m in model.modules() if isinstance(m, Fused) and _kind(m)]
 
 
 def kind_of(block: Fused) -> tuple[tuple[Any, ...], torch.device]:
-    """What tells a fused block's kernels from another's, but for the dtype, and the block's device."""
+    """A key for a fused block's kernels, apart from the dtype, and the block's device."""
     parts = block._tritern_family.parts(block)
     layers, norms = parts.layers, parts.norms
     shapes = tuple((x.in_features, x.out_features, x.bias is None) for x in layers)
@@ -109,7 +115,7 @@ def kind_of(block: Fused) -> tuple[tuple[Any, ...], torch.device]:
 
 
 def run_on_zeros(block: Fused, texts: int, tokens: int, dtype: torch.dtype) -> None:
-    """One run of a block, for what is compiled then."""
+    """Run a block once, to compile its kernels."""
     layer = block._tritern_family.parts(block).layers[0]
     x = torch.zeros(texts, tokens, layer.in_features, dtype=dtype, device=layer.weight.device)
     block(x, **block._tritern_family.example(block, x))
@@ -132,9 +138,7 @@ def _kind_by_name(block: nn.Module) -> type[Fused] | None:
 
 
 def _as_known(block: nn.Module) -> bool:
-    """Whether a block has the modules, and its ``forward`` the parameters, that its family's fused one
-    has.
-    """
+    """Whether a block has the modules of its family, and its ``forward`` the parameters of the fused one."""
     kind = _kind_by_name(block)
     assert kind is not None
     own = getattr(block, "_tritern_base", type(block))

@@ -11,7 +11,7 @@ from .block import LONGEST_ROW, Family, Fused, Parts, hand_on, handed_on, ready,
 
 
 class Bert(Family):
-    """An addition and a LayerNorm behind attention and behind the feed-forward part, with exact GELU."""
+    """Blocks with an addition and a LayerNorm after attention and after the feed-forward part; exact GELU."""
 
     blocks = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer")
 
@@ -85,7 +85,7 @@ class FusedBert(Fused):
 def run(
     block: Any, parts: Parts, hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """The block's output; None where the kernels do not take the tensors as they are."""
+    """The block's output; None if the kernels do not take the tensors as they are."""
     if hidden.is_cuda and hidden.device.index != torch.cuda.current_device():
         with torch.cuda.device(hidden.device):
             return run(block, parts, hidden, mask, kwargs)

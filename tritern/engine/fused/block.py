@@ -1,4 +1,4 @@
-"""What fused blocks of all families have in common: when they run, merged products, what is handed on."""
+"""The common part of fused blocks: when they run, merged products, int8 activations for the next block."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Tensors = tuple[Tensor, ...]
 Weights = tuple[Tensor, Tensor, Tensor | None]
 """Packed codes, scale and bias of a product."""
 Int8 = tuple[Tensor, Tensor]
-"""Activations as the kernels hand them on: int8 in packed order, and scales."""
+"""Activations between kernels: int8 in packed order, and scales."""
 Layers = tuple[TernaryLinear, ...]
 LONGEST_ROW = 8192
 """Most hidden features of a fused block: a row of them fits into a GPU's registers."""
@@ -27,9 +27,11 @@ _merging = threading.Lock()
 
 
 class Parts(NamedTuple):
-    """A block's modules: the layers, those with the same input together, for each group is one product; the
-    norms; the activation of the feed-forward part; the module that attention's functions are called with; and
-    the other modules that do not run themselves when the block runs fused.
+    """A block's modules.
+
+    These are the layers, grouped by their input (each group is one product); the norms; the activation of the
+    feed-forward part; the module to pass to attention's functions; and the other modules that the fused block
+    does not run.
     """
 
     groups: tuple[Layers, ...]
@@ -44,7 +46,7 @@ class Parts(NamedTuple):
         return tuple(layer for group in self.groups for layer in group)
 
     def are_ternary(self) -> bool:
-        """Whether all layers are as the kernels take them, and those of a group alike."""
+        """Whether the kernels take all layers, and the layers of each group are alike."""
         layers = self.layers
         return (
             all(type(x) is TernaryLinear and x.activation_bits == 8 and x.norm is None for x in layers)
@@ -53,12 +55,12 @@ class Parts(NamedTuple):
         )
 
     def kinds(self) -> tuple[type, ...]:
-        """Classes of all that is not a layer."""
+        """Classes of all modules but the layers."""
         return tuple(type(m) for m in (*self.norms, self.activation, self.attention, *self.others))
 
 
 class Family(ABC):
-    """Blocks of one kind: where their parts are, and what the kernels have to know.
+    """Blocks of one kind: their parts, and the facts that the kernels need.
 
     Attributes:
         blocks: names of the blocks' classes in transformers.
@@ -72,23 +74,23 @@ class Family(ABC):
 
     @abstractmethod
     def fits(self, block: Any, parts: Parts) -> bool:
-        """Whether the kernels do what this block of ternary layers does."""
+        """Whether the kernels can replace this block of ternary layers."""
 
     def norms(self, parts: Parts) -> Tensors:
         """The norms' parameters."""
         return tuple(p for norm in parts.norms for p in norm.parameters())
 
     def first_norm(self, block: Any) -> nn.Module | None:
-        """The norm that the block begins with, if it does."""
+        """The norm at the start of the block, if there is one."""
         return None
 
     def example(self, block: Any, x: Tensor) -> dict[str, Any]:
-        """What the block's ``forward`` needs besides x [texts, tokens, hidden]."""
+        """Further arguments of the block's ``forward`` for x [texts, tokens, hidden]."""
         return {}
 
 
 class Fused(Extended, nn.Module):
-    """What a block's class is extended by; the block's own ``forward`` stays for everything but serving."""
+    """Extends a block's class. The block's own ``forward`` still does everything but serving."""
 
     _tritern_family: Family
     _tritern_unsaved = ("_tritern_merged",)
@@ -96,19 +98,19 @@ class Fused(Extended, nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._apply(*args, **kwargs)
         if not _merged(self, self._tritern_family.parts(self)):
-            vars(self).pop("_tritern_merged", None)  # of the place before
+            vars(self).pop("_tritern_merged", None)  # it belongs to the former device
         return result
 
 
 def prepare(block: Any, following: Any) -> None:
-    """Make a block ready to run before another, or None. On a GPU its products are merged here, where no
-    other stream or captured graph uses the layers' tensors.
+    """Make a block ready to run before ``following``, a block or None. On a GPU its products are merged here,
+    because no other stream or captured graph uses the layers' tensors yet.
     """
     family: Family = block._tritern_family
     parts = family.parts(block)
     block._tritern_kinds, block._tritern_next = parts.kinds(), None
     if following is not None and following._tritern_family is family:
-        block._tritern_next = (family.first_norm(following),)  # in a tuple: not as a submodule
+        block._tritern_next = (family.first_norm(following),)  # a tuple, or it would be a submodule
     if on_gpu(parts.layers[0].weight):
         weights(block, parts)
 
@@ -122,7 +124,7 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def serves(block: Any, x: Tensor) -> Parts | None:
-    """The block's parts, if the fused steps can stand for its own."""
+    """The block's parts, if the fused steps can replace its own."""
     if (
         recorded()
         or type(x) is not Tensor
@@ -148,7 +150,7 @@ def serves(block: Any, x: Tensor) -> Parts | None:
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether anybody but transformers, which leaves hooks that collect outputs on request, hooks in here."""
+    """Whether a module has hooks, except those of transformers that collect outputs on request."""
     return bool(module._forward_pre_hooks) or any(
         not getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing")
         for hook in module._forward_hooks.values()
@@ -156,8 +158,8 @@ def watched(module: nn.Module) -> bool:
 
 
 def _nothing_else_wanted(config: Any) -> bool:
-    """Whether attention is not eager, nobody collects attentions and nobody hooks into all modules. False
-    where that cannot be told.
+    """Whether attention is not eager, no attentions are collected and there are no global hooks. False if
+    unknown.
     """
     try:
         from transformers.utils import output_capturing
@@ -177,15 +179,16 @@ def _nothing_else_wanted(config: Any) -> bool:
 
 
 class Run(NamedTuple):
-    """What a fused block runs with: attention's function and its products."""
+    """Attention's function and the products of a fused block."""
 
     attend: Callable[..., Any]
     products: tuple[Weights, ...]
 
 
 def ready(block: Any, parts: Parts, x: Tensor) -> Run | None:
-    """All that a run on x [M, hidden] needs; None where the kernels do not take the tensors as they are:
-    contiguous and on x's device, biases and norms of its dtype.
+    """All that a run on x [M, hidden] needs; None if the kernels do not take the tensors as they are.
+
+    They must be contiguous and on x's device; biases and norms must have its dtype.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -207,8 +210,8 @@ def _capturing(x: Tensor) -> bool:
 
 
 class _HandedOn(NamedTuple):
-    """The int8 form of a block's output, or of its norm by a weight, and when it is right: for that version
-    of the output, and on the stream and in or out of the graph that it was made on.
+    """The int8 form of a block's output, or of its norm by a weight, and the conditions of its use: the same
+    version of the output, the same stream, and the same graph or none.
     """
 
     int8: Int8
@@ -222,8 +225,8 @@ def _stream(x: Tensor) -> tuple[int, bool]:
 
 
 def handed_on(block: Any, hidden: Tensor, norm: Tensor | None = None) -> Int8 | None:
-    """The int8 form of the block's input [texts, tokens, hidden], or of its norm by that weight, as the block
-    before has left it, if it is still right.
+    """The int8 form of the block's input [texts, tokens, hidden], or of its norm by that weight. The block
+    before has left it; None if it is no longer valid.
     """
     known: _HandedOn | None = vars(hidden).pop("_tritern", None)
     if known is None or watched(block):
@@ -233,7 +236,7 @@ def handed_on(block: Any, hidden: Tensor, norm: Tensor | None = None) -> Int8 | 
 
 
 def hand_on(block: Any, hidden: Tensor, int8: Int8 | None, norm: Tensor | None = None) -> Tensor:
-    """The block's output, with its int8 form for the next block, if that is handed this very tensor."""
+    """The block's output, with its int8 form attached. The next block uses it if it gets this very tensor."""
     if int8 is not None and block._tritern_next and not watched(block):
         known = _HandedOn(int8, norm, hidden._version, _stream(hidden))
         hidden._tritern = known  # pyright: ignore[reportAttributeAccessIssue]
@@ -241,7 +244,7 @@ def hand_on(block: Any, hidden: Tensor, int8: Int8 | None, norm: Tensor | None =
 
 
 def weights(block: Any, parts: Parts) -> tuple[Weights, ...]:
-    """The block's products; they are merged anew where a layer's tensors have moved."""
+    """The block's products; they are merged anew if a layer's tensors have moved."""
     if not _merged(block, parts):
         with _merging:
             if not _merged(block, parts):
@@ -268,7 +271,7 @@ def _single(layer: TernaryLinear) -> Weights:
 
 
 def _merge(layers: Layers) -> Weights:
-    """Packed weights, scales and bias of layers in one. What the layers hold becomes parts of it, so that it
+    """Packed weights, scales and bias of several layers in one. The layers' tensors become views of it, so it
     changes with them.
     """
     with torch.inference_mode(False), torch.no_grad():
@@ -276,7 +279,7 @@ def _merge(layers: Layers) -> Weights:
         scale = torch.cat([layer.weight_scale for layer in layers])
         biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         bias = torch.cat(biases) if biases else None
-        if packed.is_cuda:  # before what was copied from is freed, perhaps for another stream
+        if packed.is_cuda:  # before the copied tensors are freed and another stream reuses their memory
             torch.cuda.current_stream(packed.device).synchronize()
         row = 0
         for layer in layers:

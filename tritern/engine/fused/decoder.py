@@ -11,7 +11,7 @@ from .block import LONGEST_ROW, Family, Fused, Parts, hand_on, handed_on, ready,
 
 
 class Decoder(Family):
-    """An RMSNorm before attention and before the feed-forward part; Qwen3 has one of its heads, too."""
+    """Blocks with an RMSNorm before attention and before the feed-forward part; Qwen3 norms heads, too."""
 
     blocks = ("Qwen3DecoderLayer", "Qwen2DecoderLayer", "MistralDecoderLayer", "LlamaDecoderLayer")
 
@@ -87,7 +87,7 @@ def run(
     sin: Tensor,
     kwargs: dict[str, Any],
 ) -> Tensor | None:
-    """The block's output; None where the kernels do not take the tensors as they are."""
+    """The block's output; None if the kernels do not take the tensors as they are."""
     if hidden.is_cuda and hidden.device.index != torch.cuda.current_device():
         with torch.cuda.device(hidden.device):
             return run(block, parts, hidden, mask, cos, sin, kwargs)
@@ -121,14 +121,14 @@ def run(
 
 
 def _turns(cos: Tensor, sin: Tensor, x: Tensor, shape: tuple[int, int, int]) -> bool:
-    """Whether cos and sin are one for all texts or one for each, of x's kind."""
+    """Whether cos and sin have x's dtype and device, and are shared by all texts or given for each."""
     return cos.shape == sin.shape in (shape, (1, *shape[1:])) and all(
         t.dtype == x.dtype and t.device == x.device for t in (cos, sin)
     )
 
 
 def _window(block: Any) -> dict[str, Any]:
-    """The sliding window, as each family hands it to attention."""
+    """The sliding window in the form that each family passes to attention."""
     if type(block).__name__ == "LlamaDecoderLayer":
         return {}
     holds_it = block.self_attn.config if type(block).__name__ == "MistralDecoderLayer" else block.self_attn
@@ -136,7 +136,7 @@ def _window(block: Any) -> dict[str, Any]:
 
 
 def _next_weight(block: Any, x: Tensor, eps: float) -> Tensor | None:
-    """Of the next block's first norm, if the kernels take it."""
+    """The weight of the next block's first norm, if the kernels take it."""
     if not block._tritern_next or block._tritern_next[0].variance_epsilon != eps:
         return None
     weight = block._tritern_next[0].weight
