@@ -38,7 +38,7 @@ class TernaryLoraLinear(Linear):
         if config.use_dora:
             raise TriternError("use_dora must be False on ternary layers: DoRA reads the base weight")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Unsupported layer type")  # peft's, of every other type
+            warnings.filterwarnings("ignore", message="Unsupported layer type")  # peft warns of unknown types
             super().__init__(base_layer, adapter_name, config, **kw)
         if self.lora_variant:
             variant = type(self.lora_variant[adapter_name]).__name__
@@ -47,7 +47,7 @@ class TernaryLoraLinear(Linear):
             )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused as long as the layer is ternary: the sum of codes and an adapter is not."""
+        """Refuse to merge: the sum of ternary weights and an adapter is not ternary."""
         if isinstance(self.get_base_layer(), TernaryLinear):
             raise TriternError(
                 "an adapter cannot be merged into ternary weights: keep it beside them, or merge it into the "
@@ -59,10 +59,10 @@ class TernaryLoraLinear(Linear):
 def lora(config: LoraConfig) -> LoraConfig:
     """Let a peft configuration apply to ternary layers; returns it.
 
-    peft knows which layers it can adapt by their type, and a saved configuration does not remember that more
-    were registered: pass every configuration through here, a loaded one too. A model with adapters saves the
-    adapters only and the name it was itself loaded from: save the ternary model, load it, then adapt it.
-    Adapters of one that was made ternary in memory are not saved.
+    Pass every configuration through this function, a loaded one too: a saved configuration does not keep the
+    registration of ternary layers. A model with adapters saves only the adapters and the name that it was
+    loaded from. So save the ternary model, load it, then adapt it. Adapters of a model that was made ternary
+    in memory are not saved.
 
         model = SentenceTransformer("minilm-ternary")
         model.add_adapter(tritern.adapters.lora(LoraConfig(target_modules=["query", "value"])))
@@ -91,7 +91,7 @@ def _check_targets(targets: Any) -> None:
 
 @cache
 def explain() -> None:
-    """From now on, what peft cannot adapt in a ternary model is refused with what can be done."""
+    """From now on, peft's refusals for ternary models say what to do."""
     plain = BaseTuner.inject_adapter
 
     @wraps(plain)
@@ -119,7 +119,7 @@ def explain() -> None:
 
 @cache
 def _extend_save() -> None:
-    """peft's own ``save_pretrained`` refuses as that of transformers and sentence-transformers does."""
+    """Let peft's own ``save_pretrained`` refuse like that of transformers and sentence-transformers."""
     plain = PeftModel.save_pretrained
 
     @wraps(plain)

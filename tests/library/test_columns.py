@@ -169,7 +169,7 @@ def test_json(read):
     assert read("a.json", '\n[\n{"text": "a"},\n{"text": "b"}\n]') == ["a", "b"]
     assert read("a.jsonl", '[{"text": "a"}]') == ["a"]
     for content, message in (
-        ('{"text": "a"}\n\n{"text": "b\n', "line 3: not JSON .Unterminated string.*one object a line"),
+        ('{"text": "a"}\n\n{"text": "b\n', "line 3: not JSON .Unterminated string.*one object per line"),
         ('{"text": "a"}\n{"text": "b"\n', "line 2: not JSON .Expecting ',' delimiter"),
         ('{"text": "a"}{"text": "b"}', "line 1: not JSON .Extra data at character 14"),
         ('\n[\n{"text": "a"}\n{"text": "b"}]', "line 4: not JSON .Expecting ',' delimiter"),

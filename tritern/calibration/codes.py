@@ -1,4 +1,4 @@
-"""Codes and scales that fit a layer to what it should give."""
+"""Codes and scales that fit a layer to its wanted outputs."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import torch
 from torch import Tensor
 
 FIRST_SCALE, KICKS = 0.8, (0.85, 1.15)
-"""Of the rule's scales, by which the first codes are rounded, and of the best ones found, where the search
-starts again: together a tenth less squared error than one descent from the rule's codes (MiniLM).
+"""Factors of the rule's scales for rounding the first codes, and of the best scales for each restart.
+Together they give a tenth less squared error than one descent from the rule's codes (MiniLM).
 """
 COLUMNS = 128
-"""Codes of so many inputs are revised before what follows from them is passed on to the rest of the row."""
+"""The codes of this many inputs are revised before the rest of the row is updated."""
 
 
 SWEEPS = 8
-"""Times that a descent goes through all codes; more lower the error by less than a hundredth (MiniLM)."""
+"""Passes of a descent through all codes. More would lower the error by less than a hundredth (MiniLM)."""
 
 
 def search(scale: Tensor, H: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes float32 [N, K] in {-1, 0, +1} and positive scales float32 [N] with, in every row, a low
-    ``scale^2 codes H codes^T - 2 scale codes C^T``.
+    """Codes float32 [N, K] in {-1, 0, +1} and positive scales float32 [N] with a low
+    ``scale^2 codes H codes^T - 2 scale codes C^T`` in every row.
 
-    A descent from the best real-valued weights, rounded; then others from there, with scales too small or too
-    large for one sweep, of which each row keeps what is lower.
+    The first descent starts at the best real-valued weights, rounded. Further ones start at its result, with
+    scales that are too small or too large for one sweep. Each row keeps the lowest result.
 
     Args:
         scale: float32 [N], about as large as the result.
@@ -41,8 +41,8 @@ def search(scale: Tensor, H: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def descend(codes: Tensor, scale: Tensor, H: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales that no change of one code or of the scale makes better, or ``SWEEPS`` sweeps towards
-    such, from those given; shapes and objective as in ``search``, all float32.
+    """Descend from these codes and scales until no change of one code or scale helps, at most ``SWEEPS``
+    sweeps. Shapes and objective are as in ``search``; all float32.
     """
     codes, diagonal = codes.clone(), H.diagonal()
     for _ in range(SWEEPS):
@@ -68,11 +68,11 @@ def descend(codes: Tensor, scale: Tensor, H: Tensor, C: Tensor) -> tuple[Tensor,
 
 
 def _best_scale(codes: Tensor, scale: Tensor, H: Tensor, C: Tensor) -> Tensor:
-    """Scales [N] that minimise the objective for these codes; the given ones where that is not positive."""
+    """Scales [N] that minimise the objective for these codes; the given scale if that is not positive."""
     along, length = (codes * C).sum(1), ((codes @ H) * codes).sum(1)
     return torch.where((along > 0) & (length > 0), along / length.clamp(min=1e-30), scale)
 
 
 def _objective(codes: Tensor, scale: Tensor, H: Tensor, C: Tensor) -> Tensor:
-    """What ``search`` minimises, [N]."""
+    """The objective of ``search``, [N]."""
     return scale**2 * ((codes @ H) * codes).sum(1) - 2 * scale * (codes * C).sum(1)

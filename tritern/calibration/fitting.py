@@ -1,18 +1,18 @@
-"""Ternary weights fitted to texts: layer by layer, each making up for the errors of those before it.
+"""Ternary weights fitted to texts, layer by layer. Each layer compensates the errors of those before it.
 
-Nothing is trained: there are no gradients and no labels. For a layer y = W x of the original, whose inputs x'
-now come from layers that are ternary already, the codes t and the scale s of a row w are chosen to minimise
+Nothing is trained: there are no gradients and no labels. Let y = W x be a layer of the original, and x' its
+inputs in the ternary model, where earlier layers are ternary. The codes t and the scale s of a row w minimise
 
     sum over tokens of (w x + b - s t x' - b')^2
 
-(of every text the same weight), with b' free where the layer has a bias. Where a residual stream is added to
-what the layer gives, it counts as part of both outputs, so that its errors so far are made up for too. With
-H = sum of x' x'^T and c = sum of (w x) x', both about their means where there is a bias, this is
-s^2 t H t^T - 2 s t c^T and a constant: a quadratic that is lowered one code at a time, over and over until no
-code changes, with the best scale in between.
+Every text has the same weight; b' is free if the layer has a bias. If a residual stream is added to the
+layer's output, it counts as part of both outputs, so its errors are compensated, too. Let H = sum of x' x'^T
+and c = sum of (w x) x', both about their means if there is a bias. The objective is then
+s^2 t H t^T - 2 s t c^T plus a constant. The descent lowers it one code at a time, with the best scale in
+between, until no code changes.
 
-The objective is that of GPTQ (arXiv:2210.17323), with the original's outputs on its own inputs as the target
-(as in GPTAQ, arXiv:2504.02692). GPTQ rounds each weight once; the descent revises codes until they rest.
+The objective is that of GPTQ (arXiv:2210.17323). The target is the original's output on its own inputs, as in
+GPTAQ (arXiv:2504.02692). GPTQ rounds each weight once; this descent revises codes until they rest.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ from .codes import search
 from .stream import Batch, Group, Stream, trace
 
 LEAST_TEXTS = 16
-"""Fewer say next to nothing about the inputs of a layer."""
+"""Fewer texts say too little about the inputs of a layer."""
 
 DAMPING, SCARCITY = 0.01, 0.3
-"""Share of the inputs' mean square that is added to all of them, independently, so that directions that the
-texts hardly use keep the original's weights; and how much more of it, times in_features / tokens.
+"""Share of the inputs' mean square to add to the diagonal of H, and a further share per in_features / tokens.
+Directions that the texts hardly use then keep the original's weights.
 """
 
 
 _NO_INPUTS = (bytes, bytearray, int, float, type(None))
-"""Of these types no model takes an input: a text is missing or was not decoded."""
+"""Types that no model takes as an input: a text is missing or was not decoded."""
 
 
 def checked(inputs: Iterable[Any]) -> list[Any]:
-    """What is calibrated on: different texts that are not empty, then other inputs, as they are.
+    """The inputs to calibrate on: the different texts that are not empty, then all other inputs.
 
     Args:
-        inputs: texts, or what else ``model.preprocess`` takes, such as pairs of texts, images or dicts. It is
-            read once.
+        inputs: texts or other inputs of ``model.preprocess``, such as pairs of texts, images or dicts. They
+            are read once.
 
     Raises:
-        TriternError: not an iterable of inputs, something that is no input or holds what is no character, or
-            too few.
+        TriternError: not an iterable of inputs; a value that is not an input; an invalid character; too few
+            inputs.
     """
     found = list(many(inputs, "calibration_texts"))
     for number, value in enumerate(found):
@@ -77,7 +77,7 @@ def checked(inputs: Iterable[Any]) -> list[Any]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """The texts in an input: itself, or parts of a pair, a dict or a message."""
+    """The texts in an input: the input itself, or the parts of a pair, a dict or a message."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, tuple, dict)):
@@ -92,17 +92,17 @@ def calibrate(
     inputs: Sequence[Any],
     config: TernaryConfig,
 ) -> dict[str, TernaryLinear]:
-    """Ternary layers for linear ones, fitted to what the model makes of the inputs. It is left as it is.
+    """Ternary layers fitted to the outputs of a model's linear layers. The model is not changed.
 
-    Not among the results are layers that no input reaches, as those of a model's image half, and those whose
-    runs cannot be compared or fitted: experts that see other tokens than before, inputs that are all zero.
+    Some layers are left out: those that no input reaches, such as a model's image half, and those whose runs
+    cannot be compared or fitted (experts that see other tokens than before, inputs that are all zero).
 
     Args:
         model: a sentence-transformers model, in full precision.
         layers: all names of each ``nn.Linear``.
-        tables: all names of each ``nn.Embedding`` that will be rounded, so that layers make up for that too.
-        inputs: as ``checked`` gives them.
-        config: ``rule`` says by which scales the first codes are rounded.
+        tables: all names of each ``nn.Embedding`` to be rounded; layers compensate that error, too.
+        inputs: from ``checked``.
+        config: its ``rule`` gives the scales by which the first codes are rounded.
 
     Returns:
         The layers by their first names.
@@ -124,7 +124,7 @@ def calibrate(
         for group in bar(groups, desc="Calibrating", unit="step", delay=2, leave=False):
             original.advance(group.names[0])
             ternary.advance(group.names[0])
-            # later runs of a shared layer would be fitted to inputs that its own first runs will change
+            # a shared layer's own first runs change the inputs of its later runs, so those are not fitted
             moments = _measure(original, original if group.times > 1 else ternary, group)
             if moments is None:
                 continue
@@ -142,10 +142,10 @@ def _put(model: nn.Module, names: Sequence[str], module: nn.Module) -> None:
 
 
 def _batches(model: Any, inputs: Sequence[Any], size: int = 32) -> list[Batch]:
-    """Preprocessed batches, the shortest first; the model's prompts, if any, before the texts in turn."""
+    """Preprocessed batches, the shortest first. The model's prompts, if any, are put before texts in turn."""
     if not hasattr(model, "preprocess"):
         raise TriternError(
-            f"calibration_texts need a sentence-transformers model, which takes texts; received "
+            f"calibration_texts need a sentence-transformers model; received "
             f"{type(model).__name__}. Patch it inside a SentenceTransformer, or without calibration_texts."
         )
     prompts = list(dict.fromkeys(p or "" for p in (getattr(model, "prompts", None) or {}).values())) or [""]
@@ -159,13 +159,15 @@ def _batches(model: Any, inputs: Sequence[Any], size: int = 32) -> list[Batch]:
     return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()} for b in batches]
 
 
-# ---------------------------------------------------------------- what is minimised
+# ---------------------------------------------------------------- the objective
 
 
 @dataclass
 class Moments:
-    """Sums over tokens, float64: of x' x'^T [K + 1, K + 1], where a 1 is put behind every x', and for each
-    layer of y x'^T [N, K + 1], y being what the layer should give; and how many tokens there were.
+    """Sums over tokens, float64, and the number of tokens.
+
+    The sums are x' x'^T [K + 1, K + 1], with a 1 after every x', and for each layer y x'^T [N, K + 1], where
+    y is the wanted output of the layer.
     """
 
     squares: Tensor
@@ -174,7 +176,7 @@ class Moments:
 
 
 def _measure(original: Stream, ternary: Stream, group: Group) -> Moments | None:
-    """Moments of a group's outputs in one stream and inputs in the other; None where runs do not match."""
+    """Moments of a group's outputs in one stream and its inputs in the other; None if runs do not match."""
     found: Moments | None = None
     for i, batch in enumerate(original.batches):
         wanted, given = original.calls(i, group), ternary.calls(i, group)
@@ -202,7 +204,7 @@ def _measure(original: Stream, ternary: Stream, group: Group) -> Moments | None:
 
 
 def _token_weights(batch: Batch, x: Tensor) -> Tensor:
-    """Weights for the rows of x [..., K]: a text's tokens share a weight of 1 and padding has none; rows that
+    """Weights for the rows of x [..., K]: the tokens of a text share a weight of 1, padding has 0. Rows that
     are not tokens share the weight of all texts.
     """
     rows = x.shape[:-1].numel()
@@ -218,7 +220,7 @@ def _token_weights(batch: Batch, x: Tensor) -> Tensor:
 
 
 def _fit(layer: Any, name: str, moments: Moments, config: TernaryConfig) -> TernaryLinear | None:
-    """The ternary layer for these moments; None where they say nothing."""
+    """The ternary layer for these moments; None if they say nothing."""
     total, squares, product = moments.squares[-1, -1], moments.squares, moments.products[name]
     mean, given = squares[-1, :-1] / total, product[:, -1] / total
     H, C = squares[:-1, :-1] / total, product[:, :-1] / total

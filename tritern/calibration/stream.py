@@ -1,4 +1,4 @@
-"""Passes of texts through a model, as far as one group of layers, to see what goes in and comes out there."""
+"""Passes of texts through a model up to one group of layers, to record its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Batch = dict[str, Any]
 
 @dataclass
 class Group:
-    """Layers with the same input, in the order in which they run, how often they do in one pass, and whether
-    a residual stream is added to what they give.
+    """Layers with the same input, in the order in which they run; their runs in one pass; whether a residual
+    stream is added to their output.
     """
 
     names: list[str]
@@ -31,7 +31,7 @@ class Group:
 
 @dataclass
 class Call:
-    """One run of a group of layers: its input, what each layer gave and what was added to the last one's."""
+    """One run of a group of layers: its input, each layer's output, and the addition to the last output."""
 
     input: Tensor
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -48,7 +48,7 @@ def trace(model: nn.Module, layers: Sequence[str], batch: Batch) -> list[Group]:
     def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         times[name] = times.get(name, 0) + 1
         if times[name] == 1:
-            first.append((name, _input_of(args, kwargs)))  # kept, so that no later tensor is at its address
+            first.append((name, _input_of(args, kwargs)))  # kept alive: no later tensor gets its address
 
     def leave(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         additions.watch(output)
@@ -74,10 +74,10 @@ def trace(model: nn.Module, layers: Sequence[str], batch: Batch) -> list[Group]:
 
 
 class Stream:
-    """A model's passes over the batches, each begun behind the last block that is finished.
+    """A model's passes over the batches, each starting after the last finished block.
 
-    Finished blocks are not run again: each hands on what the last of them gave for the batch. Where that
-    changes what comes out behind them, as the blocks do not form a chain, everything is run from the start.
+    Finished blocks do not run again; they pass on the kept output of the last of them. If this changes later
+    outputs, because the blocks do not form a chain, every pass runs from the start.
     """
 
     def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
@@ -107,11 +107,11 @@ class Stream:
         finally:
             for block, forward in before:
                 vars(block).pop("forward", None)
-                if forward is not None:  # a hook of accelerate's, say
+                if forward is not None:  # for example a hook of accelerate
                     block.forward = forward
 
     def advance(self, layer: str) -> None:
-        """Finish the blocks before the one that holds ``layer``."""
+        """Finish the blocks before the block with ``layer``."""
         names = list(self.blocks)
         here = next((i for i, n in enumerate(names) if layer.startswith(f"{n}.")), 0)
         if here <= len(self.finished):
@@ -172,14 +172,14 @@ class _Done(Exception):
 
 
 class _Additions(TorchDispatchMode):
-    """Calls ``seen(tensor, other)`` when ``other`` is added to a tensor that is watched: a residual stream to
-    what a layer gives.
+    """Calls ``seen(tensor, other)`` when ``other`` is added to a watched tensor, such as a residual stream to
+    a layer's output.
     """
 
     def __init__(self, seen: Callable[[Tensor, Tensor], None]) -> None:
         super().__init__()
         self.seen = seen
-        self.watched: dict[int, Tensor] = {}  # by address; kept, so that no other tensor comes to lie there
+        self.watched: dict[int, Tensor] = {}  # by address; kept alive: no other tensor gets the address
 
     def watch(self, tensor: Tensor) -> None:
         """Look for additions to this tensor from now on."""
@@ -201,7 +201,7 @@ def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _copy(output: Any) -> Any:
-    """Tensors of their own, as models may add to them in place."""
+    """Copies of tensors, because models may add to them in place."""
     return tree_map_only(Tensor, Tensor.clone, output)
 
 

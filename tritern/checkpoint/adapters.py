@@ -1,4 +1,4 @@
-"""What saving has to know of a model that carries LoRA adapters, and of how it was made ternary."""
+"""Facts for saving: whether a model carries LoRA adapters, and how it became ternary."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ..selection import of_peft
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Refuse to save adapters of a ternary model that no folder holds.
+    """Refuse to save the adapters of a ternary model that was never saved.
 
     Raises:
-        TriternError: what would be saved is the adapters and the name of the full-precision model, on which
-            they would be put without a word.
+        TriternError: the adapters would be saved with the name of the full-precision model, and loading would
+            put them on that model without a warning.
     """
     for base in patched_here(model):
         if any(of_peft(module) for module in base.modules()):
             raise TriternError(
-                "the adapters are on a model that was made ternary in memory, and would be saved with the "
+                "the adapters are on a model that was made ternary in memory; they would be saved with the "
                 f"name of the full-precision one ({base.name_or_path}). Save the ternary model first, "
                 "load it, and adapt that"
             )
 
 
 def patched_here(model: nn.Module) -> Iterator[PreTrainedModel]:
-    """The transformers models inside that were made ternary in memory rather than loaded as such."""
+    """The transformers models inside that were made ternary in memory, not loaded as ternary."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and is_ternary(module):
             quantizer = quantizer_of(module)
@@ -39,5 +39,5 @@ def patched_here(model: nn.Module) -> Iterator[PreTrainedModel]:
 
 
 def quantizer_of(model: PreTrainedModel) -> Any:
-    """The quantizer plug-in that a model was given, or None."""
+    """The model's quantizer plug-in, or None."""
     return getattr(model, "hf_quantizer", None)

@@ -13,11 +13,11 @@ from ..nn.linear import TernaryLinear
 from ..nn.replace import is_ternary
 
 ROUNDED_TABLES = {8: "int8 per row", 4: "4 bits in groups of 32"}
-"""What model cards say of embedding tables, by their bits."""
+"""Model cards' words for embedding tables, by their bits."""
 
 
 def settings_of(model: nn.Module) -> Any:
-    """What the first ternary transformers model inside says of how it was patched."""
+    """The settings that the first ternary transformers model inside was patched with."""
     configs = (m.config for m in model.modules() if isinstance(m, PreTrainedModel) and is_ternary(m))
     return getattr(next(configs, None), "quantization_config", TernaryConfig())
 
@@ -35,7 +35,7 @@ def model_card(model: Any, config: Any, calibrated_on: int = 0, tables_alone: bo
         model: the SentenceTransformer, CrossEncoder or the like.
         config: has ``rule`` and ``activation_bits``.
         calibrated_on: number of texts that the weights were fitted to.
-        tables_alone: the model was ternary before, and only its embedding tables were changed.
+        tables_alone: the model was ternary before; only its embedding tables changed.
     """
     layers = sum(isinstance(m, TernaryLinear) for m in model.modules())
     tables = next((m.bits for m in model.modules() if isinstance(m, QuantizedEmbedding)), 16)

@@ -1,4 +1,4 @@
-"""What makes an altered checkpoint detectable: a digest of the weights and a manifest of the other files."""
+"""Detection of altered checkpoints: a digest of the weights and a manifest of the other files."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ DIGEST_KEY = "tritern_sha256"
 """Name of the digest in the safetensors metadata."""
 
 MANIFEST = "tritern_manifest.json"
-"""File beside a saved model with the sha256 of every other file that the vectors of a text depend on."""
+"""File beside a saved model. It holds the sha256 of every other file that affects the vectors."""
 
 EDITABLE = "config_sentence_transformers.json"
-"""Prompts, the similarity and the versions of a sentence-transformers model: its users choose them."""
+"""File with a sentence-transformers model's prompts, similarity and versions. Users may change it."""
 
 _MODULE_FOLDER = re.compile(r"(\w+_)?\d+_\w+")
-"""How sentence-transformers names the folders of its modules: ``1_Pooling``, ``query_0_Transformer``."""
+"""sentence-transformers' names for the folders of its modules: ``1_Pooling``, ``query_0_Transformer``."""
 
 _SAVED_AS = {
     ("U8", "F32", 1),
     *((codes, kind, rank) for codes, rank in (("I8", 1), ("U8", 2)) for kind in ("F32", "F16", "BF16")),
 }
-"""Types of codes and scales in safetensors files, and the scales' dimensions: of ternary layers, and of
-tables of 8 and of 4 bits.
+"""Types of codes and scales in safetensors files, and the number of dimensions of the scales: for ternary
+layers, 8-bit tables and 4-bit tables.
 """
 
 _NO_PART_OF_A_MODEL = (".csv", ".err", ".jsonl", ".log", ".md", ".out")
-"""Model cards and logs, which may change at any time."""
+"""Model cards and logs. They may change at any time."""
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all tensors, in order of their names."""
+    """sha256 of the names, dtypes, shapes and bytes of all tensors, in order of their names."""
     return _digest(sorted(tensors, key=lambda item: item[0]))
 
 
@@ -56,12 +56,11 @@ def _digest(in_order: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def verify(files: Iterable[str | Path]) -> None:
-    """Read a checkpoint's safetensors files, one tensor at a time, and compare them with the digest written
-    when it was saved.
+    """Read a checkpoint's safetensors files, one tensor at a time, and compare them with the saved digest.
 
     Raises:
-        CheckpointError: a file cannot be read, carries no digest, or its content is not what was saved; codes
-            or scales of a dtype that they cannot have been saved in.
+        CheckpointError: a file cannot be read, has no digest, or has changed since it was saved; codes or
+            scales of a wrong dtype.
     """
     files = [Path(f) for f in files]
     where = files[0].parent if files else "the checkpoint"
@@ -95,7 +94,7 @@ def verify(files: Iterable[str | Path]) -> None:
 
 
 def _check_dtypes(owner: dict[str, Any]) -> None:
-    """Refuse codes and scales that transformers would cast to the layer's dtype without a word."""
+    """Refuse codes and scales that transformers would silently cast to the layer's dtype."""
     for name in owner:
         if name.endswith(".weight_scale"):
             weight = name.removesuffix("_scale")
@@ -103,9 +102,9 @@ def _check_dtypes(owner: dict[str, Any]) -> None:
             rank = len(owner[name].get_slice(name).get_shape())
             if (*kinds, rank) not in _SAVED_AS and "" not in kinds:
                 raise CheckpointError(
-                    f"{weight} and its scale must be uint8 and float32 [N], in a table of 8 bits int8 and "
-                    "floating point [rows], of 4 bits uint8 and floating point [rows, groups]; the file "
-                    f"holds {kinds[0]} and {kinds[1]} of {rank} dimensions. Save the model again with "
+                    f"{weight} and its scale must be uint8 and float32 [N] (in an 8-bit table int8 and "
+                    "floating point [rows], in a 4-bit one uint8 and floating point [rows, groups]); the "
+                    f"file holds {kinds[0]} and {kinds[1]} of {rank} dimensions. Save the model again with "
                     "model.save_pretrained()."
                 )
 
@@ -114,7 +113,7 @@ def _check_dtypes(owner: dict[str, Any]) -> None:
 def sealed(folder: str | Path) -> Iterator[None]:
     """Write a manifest of the files that the body writes into ``folder`` and its modules' folders.
 
-    Left out are model cards, logs, prompts, and safetensors files that carry a digest of their own.
+    The manifest leaves out model cards, logs, prompts, and safetensors files that carry a digest.
     """
     folder = Path(folder)
     before = _files(folder)
@@ -126,8 +125,8 @@ def sealed(folder: str | Path) -> Iterator[None]:
 
 
 def as_readable_as(model: Path, files: Iterable[Path]) -> None:
-    """Give safetensors files the mode of a file that was written in the usual way: safetensors makes them
-    readable by their owner alone.
+    """Give safetensors files the mode of ``model``, an ordinary file. safetensors makes them readable by
+    their owner alone.
     """
     mode = stat.S_IMODE(model.stat().st_mode)
     for file in files:
@@ -137,10 +136,10 @@ def as_readable_as(model: Path, files: Iterable[Path]) -> None:
 
 @contextmanager
 def resealed(folder: str | Path) -> Iterator[list[str]]:
-    """Bring a model's manifests up to the files that are there, and back if the body raises.
+    """Update a model's manifests to its present files; restore them if the body raises.
 
     Yields:
-        The names of the files that are not what was saved.
+        The names of the files that have changed.
 
     Raises:
         CheckpointError: the folder has no manifest, or one that cannot be read.
@@ -175,32 +174,33 @@ def resealed(folder: str | Path) -> Iterator[list[str]]:
 
 
 def _write(file: Path, text: str) -> None:
-    """In one step, so that no reader finds half of it."""
+    """Write in one step, so that a reader never finds half of it."""
     temporary = file.with_name(f"{file.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
 
 
 def verify_files(folder: str | Path) -> None:
-    """Compare the files in a model's folder with its manifest, and with that of a model it is a module of.
+    """Compare the files in a model's folder with its manifest. If the model is a module of another, compare
+    with the manifest of that one, too.
 
-    Files that are not listed, or listed but not there, are not looked at: a hub's cache holds only what was
-    asked for. Without a manifest there is nothing to compare.
+    Unlisted files and missing files are skipped: a hub's cache holds only the files that were asked for.
+    Without a manifest nothing is compared.
 
     Raises:
-        CheckpointError: a file is not what was saved, or the manifest cannot be read.
+        CheckpointError: a file has changed since it was saved, or the manifest cannot be read.
     """
     folder = Path(os.path.abspath(folder))
     for root in (folder, *folder.parents[:2]):
         sums = _manifest(root / MANIFEST)
         below = folder.relative_to(root).as_posix() + "/"
         if root != folder and not any(name.startswith(below) for name in sums):
-            continue  # of another model that happens to lie above
+            continue  # the manifest of another model in the folder above
         for name, expected in sums.items():
             if (root / name).is_file() and _sha256(root / name) != expected:
                 raise CheckpointError(
                     f"{root / name} is not the file that was saved (sha256 differs), and vectors depend on "
-                    "it. Copy it again; or, if it was changed on purpose, seal the folder as it is with "
+                    "it. Copy it again. If it was changed on purpose, seal the folder with "
                     f"`tritern info {root} --seal`"
                 )
 
@@ -218,18 +218,18 @@ def _manifest(file: Path) -> dict[str, str]:
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Files that may be part of the model in a folder, with what changes when they are written."""
+    """Files that may be part of the model in a folder, with values that change when they are written."""
     found = {}
     for parent, names in _walk(folder):
         for name in names:
-            # of the text files, the tokenizers' own only: others are notes and logs
+            # the only text files of a model are its tokenizer's; others are notes and logs
             other_text = name.endswith(".txt") and name not in ("vocab.txt", "merges.txt")
             other = name.startswith(MANIFEST) or name == EDITABLE or other_text
             if not (other or name.endswith(_NO_PART_OF_A_MODEL)):
                 file = Path(parent, name)
                 try:
                     state = file.stat()
-                except OSError:  # a link to nothing, or gone by now
+                except OSError:  # a dead link, or just deleted
                     continue
                 key = str(PurePosixPath(file.relative_to(folder)))
                 found[key] = (state.st_mtime_ns, state.st_size, state.st_ino)
@@ -237,7 +237,7 @@ def _files(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """A model's folder and those of its modules, with the names of the files in each."""
+    """A model's folder and its modules' folders, with the names of the files in each."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if _MODULE_FOLDER.fullmatch(f)]
         yield parent, names

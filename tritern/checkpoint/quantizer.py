@@ -32,12 +32,12 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class TernaryHfQuantizer(HfQuantizer):
-    """Builds ternary layers before a ternary checkpoint is loaded, patches any other after it was loaded, and
+    """Builds ternary layers before a ternary checkpoint is loaded, patches any other model after loading, and
     writes the digest when a model is saved.
     """
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse to patch by anything but a ``TernaryConfig``."""
+        """Refuse to patch with anything but a ``TernaryConfig``."""
         if not self.pre_quantized and not isinstance(self.quantization_config, TernaryConfig):
             raise TriternError(
                 "quantization_config must be a tritern.TernaryConfig to make a model ternary while it is "
@@ -45,15 +45,15 @@ class TernaryHfQuantizer(HfQuantizer):
             )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Note where the weights go; ``update_attn_implementation`` is called next."""
+        """Note the weights' devices for ``update_attn_implementation``, which is called next."""
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         named = all(str(place) in ("cpu", "disk") for place in places)
         self._on_cpu = named or unsupported(torch.device("cuda")) is not None
         return device_map
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Load 16 bits as float32 onto a CPU, where that is many times faster. transformers reads the dtype
-        from the configuration after this, unless the caller names one.
+        """Load 16-bit weights as float32 on a CPU; that is many times faster there. transformers reads the
+        dtype from the configuration after this call, unless the caller names one.
         """
         if (
             self.pre_quantized
@@ -64,7 +64,7 @@ class TernaryHfQuantizer(HfQuantizer):
         return config
 
     update_tp_plan = update_attn_implementation
-    """What older versions of transformers call at the same place."""
+    """Older versions of transformers call this at the same place."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
@@ -98,7 +98,7 @@ class TernaryHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # transformers forbids .half() and .float() on quantized models; ternary layers stand both.
+        # transformers forbids .half() and .float() on quantized models; ternary layers allow both.
         model.is_quantized = False  # type: ignore[assignment]
         if isinstance(self.quantization_config, TernaryConfig):
             encoder.attach_to_loading()
@@ -112,9 +112,9 @@ class TernaryHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Metadata for the safetensors files: the digest of what save_pretrained is about to write.
+        """Metadata for the safetensors files: the digest of the tensors that save_pretrained will write.
 
-        The settings are brought up to date: layers may have been changed since the model was patched.
+        This also updates the settings, because layers may have changed since the model was patched.
         """
         from transformers.core_model_loading import revert_weight_conversion
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -136,7 +136,7 @@ class TernaryHfQuantizer(HfQuantizer):
         return None, {DIGEST_KEY: digest(state.items())}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Ternary models are saved as they are."""
+        """True: ternary models are saved as they are."""
         return True
 
     @property
@@ -150,16 +150,16 @@ class TernaryHfQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        # config.dtype, which transformers passes on, is a name once a model was saved
+        # transformers passes config.dtype, which is a name after a model was saved
         replace_by_plain(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32)
         return model
 
 
-# transformers compares the names of the two classes when TernaryConfig is passed for a model that is ternary
-# already: if they are the same it warns that the model's own settings are used, otherwise it raises.
+# A TernaryConfig may be passed for a model that is ternary already. transformers then compares the names of
+# the two classes: if they are equal it warns that the model's own settings are used, otherwise it raises.
 TernaryQuantizationConfig.__name__ = TernaryConfig.__name__
 
-# Called rather than used as decorators, which would hide the classes' own types.
+# Called as functions, because as decorators they would hide the classes' own types.
 register_quantization_config(METHOD)(TernaryQuantizationConfig)
 register_quantizer(METHOD)(TernaryHfQuantizer)
 
@@ -172,8 +172,8 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _names_now(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
-    """What the layers that config.json names are called in the model. Versions of transformers call some
-    differently, and rename the weights of a checkpoint while they load it: so are these.
+    """The present names of the layers that config.json names. Some versions of transformers name layers
+    differently and rename a checkpoint's weights while loading; this renames the layers in the same way.
     """
     found = {name: name for name in names}
     missing = [name for name in names if _submodule(model, name) is None]
@@ -190,12 +190,12 @@ def _names_now(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
 
 
 def attach(model: nn.Module, config: TernaryConfig | None = None, calibrated_on: int = 0) -> None:
-    """Tell the transformers models inside ``model`` which of their layers are ternary and which tables
-    rounded, so that they save and load; and put the engine behind ``encode``.
+    """Tell the transformers models inside ``model`` which layers are ternary and which tables rounded, for
+    saving and loading. Put the engine behind ``encode``.
 
     Args:
         model: has ternary layers.
-        config: how they were made; None: what the models' configurations say.
+        config: their settings; None: those in the models' configurations.
         calibrated_on: number of texts that the weights were fitted to, for the model card.
     """
     outermost: list[str] = []
@@ -215,7 +215,7 @@ def attach(model: nn.Module, config: TernaryConfig | None = None, calibrated_on:
 
 
 def _converted(model: PreTrainedModel, config: TernaryConfig) -> PreTrainedModel:
-    """A plain model made ternary while it is loaded."""
+    """Make a plain model ternary while it is loaded."""
     convert(model, config)
     attach(model, config)
     if any(p.is_cuda for p in model.parameters()):
@@ -224,10 +224,10 @@ def _converted(model: PreTrainedModel, config: TernaryConfig) -> PreTrainedModel
 
 
 def detach(model: nn.Module) -> None:
-    """Undo ``attach``: the model saves as what it is, and sentence-transformers' own ``encode`` is back."""
+    """Undo ``attach``: the model saves as a plain one, with sentence-transformers' own ``encode``."""
     encoder.detach(model)
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):  # whose config may be that of the model around it
+        if isinstance(module, PreTrainedModel):  # its config may be that of the model around it
             if isinstance(getattr(module.config, "quantization_config", None), TernaryQuantizationConfig):
                 del module.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
             vars(module).pop("hf_quantizer", None)
@@ -236,11 +236,11 @@ def detach(model: nn.Module) -> None:
 
 
 def _described(model: PreTrainedModel, made_by: Any = None) -> TernaryQuantizationConfig:
-    """What config.json has to say of the ternary layers and rounded tables that are in a model now.
+    """config.json's entry for the ternary layers and rounded tables of a model.
 
     Args:
         model: the model.
-        made_by: has ``rule`` and ``skip``; None: what the model's configuration says.
+        made_by: has ``rule`` and ``skip``; None: those in the model's configuration.
 
     Raises:
         TriternError: layers with different ``activation_bits``, tables of different ``bits``.
@@ -268,7 +268,7 @@ def _described(model: PreTrainedModel, made_by: Any = None) -> TernaryQuantizati
 
 
 def _check_loaded(name: str, layer: TernaryLinear | QuantizedEmbedding) -> None:
-    """Refuse what a digest cannot tell: it vouches for the bytes, not for who wrote them.
+    """Refuse impossible layers. A digest does not show these: it vouches for bytes, not for their writer.
 
     Raises:
         CheckpointError: a tensor of the layer is missing or of another dtype or shape, or holds impossible
@@ -293,7 +293,7 @@ def _check_loaded(name: str, layer: TernaryLinear | QuantizedEmbedding) -> None:
 
 
 def _parts(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
-    """On a CPU so small that torch starts no threads: a process forked later would wait for them for ever."""
+    """Parts of a tensor. On a CPU they are too small for torch to start threads, which would block forks."""
     return tensor.flatten().split(1 << 14) if tensor.device.type == "cpu" else [tensor]
 
 

@@ -1,4 +1,4 @@
-"""What is added when a ternary model is saved: the manifest, the requirement of tritern and a model card."""
+"""Additions to a saved ternary model: the manifest, the requirement of tritern and a model card."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .digest import sealed
 
 
 def extend(attach: Callable[[nn.Module], None]) -> None:
-    """From the first ternary model on, saving ends with what is added for ternary models, and peft's refusals
-    of them say what to do.
+    """Extend saving for ternary models, and make peft's refusals of them say what to do. Called at the first
+    ternary model.
     """
     _extend_save(attach)
     if "peft" in sys.modules:  # as after transformers loaded any model, where peft is installed
@@ -34,10 +34,10 @@ def extend(attach: Callable[[nn.Module], None]) -> None:
 
 @cache
 def _extend_save(attach: Callable[[nn.Module], None]) -> None:
-    """transformers' and sentence-transformers' ``save`` for ternary models. Others are saved as ever.
+    """Extend ``save`` of transformers and sentence-transformers for ternary models. Others save as before.
 
-    Classes are changed rather than the model, as a SentenceTransformer that was loaded from disk does not
-    pass through this package's hands: the quantizer sees the transformers model inside only.
+    The classes are changed, not the model: when a SentenceTransformer is loaded from disk, the quantizer sees
+    only the transformers model inside.
     """
     from sentence_transformers.base.model import BaseModel
 
@@ -71,7 +71,7 @@ def _sealing(
         push = given.pop("push_to_hub", False)
         with sealed(folder):
             save_pretrained(*call.args, **call.kwargs)
-        if push:  # afterwards, so that the manifest goes along
+        if push:  # at the end, so that the manifest is uploaded, too
             known = inspect.signature(model.push_to_hub).parameters
             named = {**given, **given.get("kwargs", {})}
             hub = {name: value for name, value in named.items() if name in known and name != "self"}

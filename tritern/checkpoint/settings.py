@@ -1,4 +1,4 @@
-"""What a saved model's config.json says of its ternary layers."""
+"""The entry for ternary layers in a saved model's config.json."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         modules: names of the ternary layers, relative to the transformers model.
         activation_bits, rule, skip: as in ``TernaryConfig``.
         embeddings: names of the rounded embedding tables.
-        embedding_bits: of their values, 8 or 4 (16 where there are none). Older models, of 8, do not say.
-        norms: of the ternary layers with an RMSNorm, the name and the norm's eps.
+        embedding_bits: bits of their values, 8 or 4; 16 if there are none. Older models have 8 and no entry.
+        norms: the eps of the RMSNorm of each ternary layer that has one, by the layer's name.
         format_version: of the packed layout; a newer one is refused.
 
     Raises:
-        CheckpointError: unknown version, field or bits of tables.
+        CheckpointError: an unknown version, field or number of bits.
     """
 
     def __init__(

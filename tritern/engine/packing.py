@@ -12,7 +12,7 @@ from tritern_kernels.config import QUERY_ROWS
 from .tokens import Tokens
 
 SMALLEST, LARGEST = 16, 16384
-"""Tokens of the smallest and the largest run. The largest keeps a GPU busy. A longer text gets its own size."""
+"""Tokens of the smallest and the largest run. The largest keeps a GPU busy. A longer text gets a size."""
 TOKENS_A_TEXT = 8
 """A run holds one text per this many tokens; shorter texts are rare."""
 

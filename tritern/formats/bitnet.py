@@ -21,32 +21,32 @@ def from_bitnet(
 ) -> Any:
     """Load a public BitNet b1.58 checkpoint as a model of ``TernaryLinear`` layers with int8 activations.
 
-    Two kinds are read:
+    It reads two kinds:
 
-    - BitNet-embedding 0.6B (Qwen3) and 270M (Gemma 3): full-precision weights, ternarized by absmean while
-      loading, and an RMSNorm (times its weight, in both) before every projection. The result is a
-      SentenceTransformer; where the folder has no modules.json, with last-token pooling and normalization.
-    - transformers' ``bitnet`` format, such as BitNet b1.58 2B: packed (``bitlinear``, whose ``weight_scale``
-      divides, or ``autobitlinear``, whose ``weight_scale`` multiplies) or full-precision weights
-      (``autobitlinear``, ``online``). The result is a SentenceTransformer where the folder has a
-      modules.json, otherwise the transformers model, with a head where the config names a ForCausalLM.
+    - BitNet-embedding 0.6B (Qwen3) and 270M (Gemma 3): full-precision weights, with an RMSNorm (times its
+      weight, in both) before every projection. Loading ternarizes the weights by absmean. The result is a
+      SentenceTransformer. If the folder has no modules.json, it pools the last token and normalizes.
+    - transformers' ``bitnet`` format, such as BitNet b1.58 2B: packed weights or full-precision weights
+      (``autobitlinear``, ``online``). ``weight_scale`` of packed weights divides in ``bitlinear`` and
+      multiplies in ``autobitlinear``. The result is a SentenceTransformer if the folder has a modules.json,
+      otherwise the transformers model, with a head if the config names a ForCausalLM.
 
-    The result saves as a tritern checkpoint. The layers compute what the source's do, apart from the order of
-    float32 roundings; activations below 1e-5, which BitNet rounds as if the largest were 1e-5, keep their
-    precision here. Sources: arXiv:2402.17764; ``docs/bitnet-embeddings-i2s-guide.md`` and
-    ``utils/convert-bitnet-embedding-to-gguf.py`` in github.com/microsoft/BitNet;
-    ``transformers/integrations/bitnet.py``. Checked with small checkpoints made after these, not with the
+    The result saves as a tritern checkpoint. Its layers compute the same as the source's, apart from the
+    order of float32 roundings. One difference: BitNet rounds activations below 1e-5 as if the largest were
+    1e-5; here they keep their precision. Sources: arXiv:2402.17764; in github.com/microsoft/BitNet
+    ``docs/bitnet-embeddings-i2s-guide.md`` and ``utils/convert-bitnet-embedding-to-gguf.py``;
+    ``transformers/integrations/bitnet.py``. Checked with small checkpoints modelled on these, not with the
     published weights.
 
     Args:
         path: folder, or name on the hub.
         device: where the model goes; by default sentence-transformers' choice, the CPU for other models.
         dtype: of everything that is not ternary; by default the checkpoint's. Full-precision weights are cast
-            before they are ternarized, as transformers does.
+            before they are ternarized, as in transformers.
 
     Raises:
-        CheckpointError: no such folder, another format, tensors missing or of a shape that does not fit,
-            damaged codes, or a scale that is not a positive number.
+        CheckpointError: no such folder, another format, missing tensors or wrong shapes, damaged codes, or a
+            scale that is not a positive number.
     """
     folder = _folder(path)
     config = AutoConfig.from_pretrained(folder)
@@ -84,7 +84,7 @@ def _folder(path: str | Path) -> Path:
 
 
 def _settings(folder: Path, config: Any) -> dict[str, Any]:
-    """How the layers are stored, as the settings of a ``StoredConfig``."""
+    """The storage of the layers, as settings of a ``StoredConfig``."""
     stored = getattr(config, "quantization_config", None)
     if stored is None and config.model_type in EMBEDDING_MODELS:
         eps = config.rms_norm_eps
@@ -119,7 +119,7 @@ def _sentence_transformer(
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
-    # AutoConfig takes only values for fields that config.json has; the model takes only what it has not.
+    # AutoConfig takes only fields that config.json has; the model takes only the others.
     where = "config_kwargs" if hasattr(config, "quantization_config") else "model_kwargs"
     keywords: dict[str, Any] = {"model_kwargs": arguments, "config_kwargs": {}}
     keywords[where]["quantization_config"] = settings

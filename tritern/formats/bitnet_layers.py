@@ -1,4 +1,4 @@
-"""Layers of BitNet checkpoints as they are stored, and how transformers loads them."""
+"""Layers of BitNet checkpoints as they are stored, and their loading by transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..errors import CheckpointError
 from ..nn.linear import RMSNorm, TernaryLinear
 
 METHOD = "tritern_bitnet"
-"""While loading only: what is saved is a tritern checkpoint."""
+"""Used only while loading; the model saves as a tritern checkpoint."""
 
 CODES_PER_BYTE = 4
 
@@ -36,7 +36,7 @@ class StoredConfig(BitNetQuantConfig):
 
     @property
     def online(self) -> bool:
-        """Whether full-precision weights are stored; a ``bitlinear`` layer is packed in any mode."""
+        """Whether full-precision weights are stored. A ``bitlinear`` layer is packed in any mode."""
         return self.linear_class == "autobitlinear" and self.quantization_mode == "online"
 
 
@@ -58,7 +58,7 @@ class Header:
                 ) from None
 
     def check(self, model: PreTrainedModel, settings: StoredConfig) -> None:
-        """Raise ``CheckpointError`` unless every tensor of the model is there, in its shape."""
+        """Raise ``CheckpointError`` unless the file has every tensor of the model in the right shape."""
         where = self.files[0].parent
         tied = set(map(bare, getattr(model, "all_tied_weights_keys", None) or ()))
         shapes = {bare(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -82,12 +82,12 @@ class Header:
 
 
 def bare(name: str) -> str:
-    """A tensor's name without the prefix that it has in models with a head."""
+    """A tensor's name without the prefix of models with a head."""
     return name.removeprefix("model.")
 
 
 class StoredLinear(nn.Module):
-    """A linear layer as the checkpoint stores it: there to be loaded, then to become a ``TernaryLinear``."""
+    """A linear layer in the checkpoint's form. After loading it becomes a ``TernaryLinear``."""
 
     def __init__(self, name: str, linear: nn.Linear, settings: StoredConfig, header: Header) -> None:
         super().__init__()
@@ -117,10 +117,10 @@ class StoredLinear(nn.Module):
             self.add_module(settings.norm_name, norm)
 
     def ternary(self) -> TernaryLinear:
-        """The layer it stands for.
+        """The ternary layer.
 
         Raises:
-            CheckpointError: codes or scale that cannot be.
+            CheckpointError: impossible codes or an impossible scale.
         """
         if self.settings.online:
             packed = ternarize_weight(self.weight.detach(), "absmean")
@@ -153,7 +153,7 @@ class StoredLinear(nn.Module):
 
 
 class Quantizer(HfQuantizer):
-    """Lets transformers load a BitNet checkpoint as it is stored, and makes its layers ternary then."""
+    """Lets transformers load a BitNet checkpoint in its own form, then makes the layers ternary."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         settings = self.quantization_config
@@ -173,7 +173,7 @@ class Quantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Saved by tritern's own quantizer."""
+        """Whether it saves: no, tritern's own quantizer does."""
         return False
 
     @property

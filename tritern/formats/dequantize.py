@@ -19,14 +19,14 @@ def dequantize(model: Model) -> Model:
     """Replace the ternary layers and rounded tables by plain ``nn.Linear`` and ``nn.Embedding`` with the same
     weights, in place, and return the model.
 
-    It then saves as an ordinary checkpoint, which loads without tritern, at full size: weights are
-    ``scale * codes`` in the dtype of the model's other parameters. Its vectors are those of the ternary model
-    with 16-bit activations, up to the rounding of that dtype; with ``activation_bits=8`` the ternary model
-    rounds activations too, and the dequantized one does not.
+    It then saves as an ordinary checkpoint of full size that loads without tritern. Weights are
+    ``scale * codes`` in the dtype of the model's other parameters. The vectors are those of the ternary model
+    with 16-bit activations, up to the rounding of that dtype. A ternary model with ``activation_bits=8`` also
+    rounds activations; the dequantized one does not.
 
     Raises:
-        TriternError: not a model, nothing to dequantize, or layers with an RMSNorm of their own (as
-            ``from_bitnet`` may give), which no plain model can hold. The model is then unchanged.
+        TriternError: not a model, nothing to dequantize, or layers with an RMSNorm of their own (from
+            ``from_bitnet``); a plain model cannot hold these. The model is then unchanged.
     """
     check_model(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -19,29 +19,29 @@ from ..nn.linear import TernaryLinear
 from .gguf_vocabulary import add_bpe, add_wordpiece
 
 POOLING = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
-"""Pooling modes by sentence-transformers' name and by GGUF's."""
+"""GGUF's names of pooling modes by sentence-transformers' names."""
 
 
 def export_gguf(model: nn.Module, path: str | Path) -> None:
     """Write a ternary SentenceTransformer as a GGUF file.
 
-    Families: BERT with a WordPiece tokenizer in lower case and without accents (all-MiniLM, English bge and
-    e5), as llama.cpp's ``bert``, and Qwen3 (Qwen3-Embedding), as ``qwen3``. Ternary layers become TQ2_0 where
-    in_features is a multiple of 256, else Q4_0 where it is one of 32, else F16; int8 tables become Q8_0 and
-    those of 4 bits Q4_0 (F16 where the width is no multiple of 32). Codes are exact in the quantized types
-    and scales are rounded to float16. What the model has in full precision is F16 (linear layers and word
+    Two families work: BERT with a WordPiece tokenizer in lower case and without accents (all-MiniLM, English
+    bge and e5), as llama.cpp's ``bert``; and Qwen3 (Qwen3-Embedding), as ``qwen3``. Ternary layers become
+    TQ2_0 if in_features is a multiple of 256, Q4_0 if it is a multiple of 32, otherwise F16. int8 tables
+    become Q8_0 and 4-bit tables Q4_0 (F16 if the width is not a multiple of 32). The quantized types hold the
+    exact codes; scales are rounded to float16. Full-precision parts become F16 (linear layers and word
     tables) or F32 (the rest).
 
-    llama.cpp rounds activations to int8 in blocks of 32 or 256 where tritern rounds whole tokens, so vectors
-    are close to tritern's, not equal. GGUF has no place for prompts, for max_seq_length and for normalization
-    (llama.cpp normalizes by default). Checked by reading files back with the ``gguf`` package, tensors and
-    metadata against the model's; names and layout follow ``conversion/bert.py`` and ``qwen.py`` in
+    llama.cpp rounds activations to int8 in blocks of 32 or 256, tritern in whole tokens, so vectors are close
+    to tritern's, not equal. GGUF has no place for prompts, max_seq_length and normalization (llama.cpp
+    normalizes by default). Checked by reading files back with the ``gguf`` package and comparing tensors and
+    metadata with the model's. Names and layout follow ``conversion/bert.py`` and ``qwen.py`` in
     github.com/ggml-org/llama.cpp. Not run in llama.cpp itself.
 
     Args:
         model: a SentenceTransformer of Transformer, Pooling (mean, cls or lasttoken) and perhaps Normalize,
             with at least one ternary layer.
-        path: of the file; one that is there already is replaced once the new one is whole.
+        path: of the file. An existing file is replaced once the new one is complete.
 
     Raises:
         TriternError: another model, family, tokenizer or pooling, layers with an RMSNorm of their own,
@@ -72,7 +72,7 @@ def export_gguf(model: nn.Module, path: str | Path) -> None:
 
     temporary = path.with_name(
         f"{path.name}.{os.getpid()}"
-    )  # what was there before stays until this is whole
+    )  # an existing file stays until this one is complete
     try:
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
@@ -98,7 +98,7 @@ def _parts(model: Any) -> tuple[PreTrainedModel, str]:
 
     if not isinstance(model, SentenceTransformer):
         raise TriternError(
-            f"export_gguf takes a SentenceTransformer, whose tokenizer and pooling go into the file; "
+            f"export_gguf takes a SentenceTransformer: its tokenizer and pooling go into the file; "
             f"received {type(model).__name__}"
         )
     kinds = [type(module).__name__ for module in model]
@@ -118,7 +118,7 @@ def _parts(model: Any) -> tuple[PreTrainedModel, str]:
 
 
 def _check_config(config: Any) -> None:
-    """Settings that llama.cpp's graphs take for granted."""
+    """Refuse settings that llama.cpp's graphs do not support."""
     rope = getattr(config, "rope_parameters", None) or {}
     sliding = getattr(config, "use_sliding_window", False)
     for name, value, allowed in (
@@ -167,7 +167,7 @@ def _tensors(gguf: ModuleType, transformer: PreTrainedModel) -> dict[str, tuple[
             continue
         if isinstance(module, TernaryLinear):
             if module.norm is not None:
-                raise TriternError(f"{name} has an RMSNorm of its own, for which llama.cpp has no place")
+                raise TriternError(f"{name} has an RMSNorm of its own; llama.cpp has no place for it")
             found[f"{name}.weight"] = _ternary(gguf, name, module)
         elif isinstance(module, Int8Embedding):
             found[f"{name}.weight"] = _int8(gguf, name, module)
@@ -188,7 +188,7 @@ def _ternary(gguf: ModuleType, name: str, layer: TernaryLinear) -> tuple[np.ndar
     values = codes * scale.astype(np.float32)
     if K % 256 == 0:
         return gguf.quants.quantize(values, types.TQ2_0), types.TQ2_0
-    if K % 32 == 0:  # the library's own Q4_0 scales so that one sign is exact and the other one is not
+    if K % 32 == 0:  # the gguf library's own Q4_0 scales keep only one sign exact
         nibbles = (codes + 8).astype(np.uint8).reshape(len(codes), K // 32, 2, 16)
         return _blocks(scale, nibbles[:, :, 0] | nibbles[:, :, 1] << 4), types.Q4_0
     return values.astype(np.float16), types.F16
@@ -224,7 +224,7 @@ def _half(name: str, values: Tensor) -> np.ndarray:
     rounded = values.detach().to("cpu", torch.float16)
     if not torch.isfinite(rounded).all():
         raise TriternError(
-            f"{name} has values beyond float16, in which a GGUF file holds it: the largest is "
+            f"{name} has values beyond float16, its type in a GGUF file: the largest is "
             f"{values.detach().abs().max():g}"
         )
     return rounded.numpy()

@@ -1,4 +1,4 @@
-"""The vocabulary of a model, as llama.cpp reads it."""
+"""The vocabulary of a model in llama.cpp's form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QWEN2_WORDS = (
 
 
 def _token_types(gguf: ModuleType, tokenizer: Any, size: int) -> tuple[list[str], list[int]]:
-    """Texts and types of the tokens, in order of their ids and filled up to ``size``."""
+    """Texts and types of the tokens in order of their ids, padded to ``size``."""
     texts = {index: text for text, index in tokenizer.get_vocab().items()}
     added, types = tokenizer.added_tokens_decoder, gguf.TokenType
     kinds = [
@@ -40,7 +40,7 @@ def add_wordpiece(gguf: ModuleType, writer: Any, tokenizer: Any, config: Any) ->
             f"one is {settings['model']['type']}, lowercase={lower}, strip_accents={accents}"
         )
     texts, kinds = _token_types(gguf, tokenizer, config.vocab_size)
-    # llama.cpp marks the start of a word, not its continuation
+    # llama.cpp marks the start of a word, WordPiece its continuation
     words = [
         text if kind == gguf.TokenType.CONTROL else text[2:] if text.startswith("##") else "\u2581" + text
         for text, kind in zip(texts, kinds)

@@ -1,4 +1,4 @@
-"""The column of texts in CSV, TSV, JSON, Parquet and data sets: which it is, and that it holds strings."""
+"""The column of texts in CSV, TSV, JSON, Parquet and data sets: find it, and check that it holds strings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .sample import POOL
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 1000
-"""Rows by which a column is chosen that has no name to go by."""
+"""Rows to look at when the column must be chosen by its content."""
 _SEPARATORS = ",;\t|"
 _HOW = "column= or --column"
 
@@ -24,8 +24,8 @@ def column_texts(rows: Iterator[tuple[str, dict[str, Any]]], column: str | None,
     """The texts of rows.
 
     Args:
-        rows: (where it stands, such as ``line 3``; its cells by column).
-        column: asked for; None: ``text``, or else the first that holds strings.
+        rows: pairs of a place, such as ``line 3``, and the cells by column.
+        column: the wanted one; None: ``text``, or else the first that holds strings.
         name: of the file or data set, for errors.
     """
     wanted = column if column is not None else "text"
@@ -44,7 +44,7 @@ def column_texts(rows: Iterator[tuple[str, dict[str, Any]]], column: str | None,
         first = {n: next((r[n] for _, r in head if r.get(n) is not None), None) for n in names}
         strings = [n for n in names if isinstance(first[n], str)]
         if len(head) == 1 and any(isinstance(value, list) for value in first.values()):
-            strings = []  # one object around lists: what stands beside them is no text
+            strings = []  # one object around lists: strings beside the lists are not texts
         if column is not None or not strings:
             looked_at = f" in its first {len(head) + before:,} rows" if len(head) == _LOOKED_AT else ""
             raise _no_column(name, wanted, strings, looked_at)
@@ -83,7 +83,7 @@ def _no_column(name: str, wanted: str, strings: Sequence[str], where: str = "") 
 
 
 def _announced(name: str, strings: Sequence[str]) -> str:
-    """The first of several columns, said to the user."""
+    """The first of several columns; a log line tells the user."""
     if len(strings) > 1:
         logger.warning(
             "texts: %s has no column 'text': took %r, the first with strings; others: %s (%s)",
@@ -93,7 +93,7 @@ def _announced(name: str, strings: Sequence[str]) -> str:
 
 
 def json_rows(content: Iterator[str], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each object stands, and the object: of one a line, of a list, or of one over several lines.
+    """The place and value of each object: one per line, a list of them, or one over several lines.
 
     Strings in a list count as objects with a ``text``.
     """
@@ -114,12 +114,12 @@ def json_rows(content: Iterator[str], name: str) -> Iterator[tuple[str, dict[str
 def _parsed(text: str, start: int, name: str) -> Any:
     """JSON that begins on line ``start``."""
     try:
-        return json.loads(text.rstrip())  # so that what ends too early ends on its own line
+        return json.loads(text.rstrip())  # without line ends, so that an error names the right line
     except json.JSONDecodeError as error:
         where = f"line {start + error.lineno - 1}"
         raise TriternError(
             f"texts: {name}, {where}: not JSON ({error.msg} at character {error.colno}); a file holds one "
-            "object a line, or one list of objects"
+            "object per line, or one list of objects"
         ) from None
     except (ValueError, RecursionError) as error:  # numbers and nesting beyond Python's limits
         raise TriternError(f"texts: {name}, line {start}: JSON that cannot be read ({error})") from None
@@ -135,12 +135,12 @@ def _object(value: Any, name: str, where: str) -> dict[str, Any]:
 
 
 def csv_texts(content: Iterator[str], is_tsv: bool, column: str | None, name: str) -> Iterator[str]:
-    """The texts of lines whose first names the columns.
+    """The texts of lines; the first line names the columns.
 
     Args:
         content: lines with their ends.
-        is_tsv: tabs separate, and no quotes hold line breaks.
-        column: asked for; None: ``text``, or else the first with words.
+        is_tsv: tabs separate cells, and quotes never hold line breaks.
+        column: the wanted one; None: ``text``, or else the first with words.
         name: of the file, for errors.
     """
     blank, first = next(((n, line) for n, line in enumerate(content) if line.strip()), (0, ""))
@@ -171,7 +171,7 @@ def csv_texts(content: Iterator[str], is_tsv: bool, column: str | None, name: st
 
 
 def _separator(first: str, column: str | None, name: str) -> str:
-    """What separates the first line: the sign that makes the column asked for, else the only one in it."""
+    """The separator of the first line: the one that yields the wanted column, else the only one in it."""
     names = {s: [n.strip() for n in next(csv.reader([first], delimiter=s), [])] for s in _SEPARATORS}
     there = [s for s in _SEPARATORS if len(names[s]) > 1]
     fitting = [s for s in there if (column if column is not None else "text") in names[s]] or there
@@ -202,7 +202,7 @@ def _csv_rows(content: Iterable[str], separator: str, name: str) -> Iterator[tup
 
 
 def _tsv_rows(content: Iterable[str], name: str) -> Iterator[tuple[int, list[str]]]:
-    """(line, cells) of lines that are not blank; quotes that do not surround a cell are characters."""
+    """(line, cells) of lines that are not blank. Quotes that do not surround a cell are characters."""
     for number, line in enumerate(content, 1):
         line = line.rstrip("\r\n")
         if not line:
@@ -234,7 +234,7 @@ def _even(
 
 
 def _column_of_words(header: Sequence[str], head: Sequence[Sequence[str]], name: str) -> int:
-    """The first column without numbers; numbers under a name show that the first line holds names."""
+    """The first column without numbers. Numbers under a name show that the first line holds names."""
     words, numbers = [], []
     for index, title in enumerate(header):
         cells = [row[index] for row in head if row[index].strip()]

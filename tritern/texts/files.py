@@ -1,4 +1,4 @@
-"""Texts of files and data sets, as they stand there: ``read_texts``. ``columns`` splits what has columns."""
+"""``read_texts``: the unchanged texts of files and data sets. ``columns`` splits files with columns."""
 
 from __future__ import annotations
 
@@ -52,31 +52,36 @@ _CONTENTS = (
     ((b"%PDF-",), "a PDF document; extract its text first"),
     ((b"\x89PNG", b"\xff\xd8\xff", b"GIF87a", b"GIF89a"), "an image"),
 )
-"""How files begin that are not UTF-8 text, and what to do with them."""
+"""First bytes of files that are not UTF-8 text, and what to do with such files."""
 _BUFFER = 2**17
 
 
 def read_texts(source: str | Path, *, column: str | None = None, limit: int | None = None) -> list[str]:
     """Texts of a file or of a data set, unchanged.
 
-    The ending, in upper or lower case, tells what a file holds. ``.csv``: quotes as in RFC 4180; commas,
-    semicolons, tabs or bars between cells, by the first line. ``.tsv``: a cell in quotes ends on its line. Of
-    both the first line names the columns. ``.jsonl``, ``.ndjson``: one object a line. ``.json``: the same, or
-    a list of objects or of strings. ``.parquet``. Any other: UTF-8, one text a line. ``.gz``, ``.zst``,
-    ``.bz2`` and ``.xz`` behind these are unpacked.
+    The ending, in upper or lower case, tells the kind of a file:
+
+    - ``.csv``: quotes as in RFC 4180; the first line names the columns and shows the separator (commas,
+      semicolons, tabs or bars).
+    - ``.tsv``: the first line names the columns; a cell in quotes ends on its line.
+    - ``.jsonl``, ``.ndjson``: one object per line. ``.json``: the same, or a list of objects or strings.
+    - ``.parquet``.
+    - Any other ending: UTF-8, one text per line.
+
+    A further ending ``.gz``, ``.zst``, ``.bz2`` or ``.xz`` is unpacked.
 
     Args:
         source: a file, otherwise the name of a data set on the hub (its train split).
-        column: where the text is; default: ``text``, or else the first column that holds strings.
-        limit: read no more than so many.
+        column: the column of the texts; default: ``text``, or else the first column that holds strings.
+        limit: read at most this many texts.
 
     Returns:
-        One string a row; a null, a missing or an empty cell is an empty string.
+        One string per row; a null, a missing or an empty cell is an empty string.
 
     Raises:
-        TriternError: nothing there, nothing in it, no such column; a value that is no string, a row with too
-            many or too few cells, bytes that are not UTF-8 (with file and line or row); a file that its
-            ending does not describe; a table whose first line may be a text.
+        TriternError: a missing or empty source, no such column; a value that is not a string, a row with too
+            many or too few cells, bytes that are not UTF-8 (with file and line or row); a file that does not
+            match its ending; a table whose first line may be a text.
         ImportError: a package of the ``train`` extra is missing: for ``.parquet``, ``.zst`` and data sets.
     """
     if not isinstance(source, (str, os.PathLike)):
@@ -110,7 +115,7 @@ def _of_file(path: Path, kind: str, column: str | None) -> Iterator[str]:
     name = str(path)
     with _opened(path) as file:
         if kind == "Parquet":
-            packed = path.suffix.lower() in _COMPRESSED  # it is read from the end
+            packed = path.suffix.lower() in _COMPRESSED  # a Parquet file is read from its end
             yield from columns.parquet_texts(io.BytesIO(file.read()) if packed else file, column, name)
         elif kind == "JSON":
             yield from columns.column_texts(columns.json_rows(lines(file, name), name), column, name)
@@ -132,7 +137,7 @@ def _opened(path: Path) -> BinaryIO:
             import pyarrow
         except ImportError as error:
             raise ImportError(f"texts: .zst needs pyarrow: pip install 'tritern[train]' ({error})") from None
-        # unlike the zstandard package it does not take a file that was cut off for a whole one
+        # pyarrow notices a file that was cut off; the zstandard package does not
         raw = pyarrow.input_stream(str(path), compression="zstd")
     else:
         raw = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[ending](path)
@@ -149,7 +154,7 @@ def _of_data_set(name: str, column: str | None) -> Iterator[str]:
         ) from None
     try:
         rows = load_dataset(name, split="train", streaming=True)
-    except Exception as error:  # whatever the hub answers
+    except Exception as error:  # the hub may answer anything
         raise TriternError(
             f"texts: {name!r} is no file, and loading it as a data set failed: {error}"
         ) from error
@@ -158,10 +163,10 @@ def _of_data_set(name: str, column: str | None) -> Iterator[str]:
 
 
 def lines(file: Iterable[bytes], name: str) -> Iterator[str]:
-    r"""Lines of UTF-8 as they come, with their ends (``\n``, ``\r\n``, ``\r``), without a byte-order mark.
+    r"""Lines of UTF-8 with their ends (``\n``, ``\r\n``, ``\r``), without a byte-order mark.
 
     Raises:
-        TriternError: bytes that are not UTF-8 (with the line), or another kind of file, named if it is known.
+        TriternError: bytes that are not UTF-8 (with the line), or another kind of file (named if known).
     """
     for number, line in enumerate(file, 1):
         if number == 1:
@@ -181,7 +186,7 @@ def lines(file: Iterable[bytes], name: str) -> Iterator[str]:
 
 
 def _check_start(line: bytes, name: str) -> None:
-    """Refuse a file whose first bytes are those of another kind."""
+    """Refuse a file that starts like another kind of file."""
     for starts, kind in _CONTENTS:
         if line.startswith(starts):
             raise TriternError(f"texts: {name} is no UTF-8 text file but {kind}")

@@ -1,4 +1,4 @@
-"""Some of many texts, chosen by chance: files are often sorted by source, and their heads hold one source."""
+"""A random sample of texts. Files are often sorted by source, so their first lines come from one source."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import heapq
 from collections.abc import Sequence
 
 POOL = 100_000
-"""Texts of a file that a sample is drawn from: it says enough, and data sets may have no end."""
+"""A sample is drawn from this many texts of a file. That is enough, and data sets may have no end."""
 
 
 def drawn(texts: Sequence[str], count: int, seed: int = 0) -> list[int]:
-    """Numbers of ``count`` different texts, or of all there are, in ascending order.
+    """Numbers of ``count`` different texts, or of all if there are fewer, in ascending order.
 
-    Each text has a lot that follows from it and the seed, and the lowest lots win. So the order of the texts
-    does not matter, and what is drawn from a part of them is not drawn by chance anew: a text that is drawn
-    from all is also drawn from any part that holds it.
+    Each text has a lot that depends on the text and the seed; the lowest lots win. So the order of the texts
+    does not matter. A text that is drawn from all texts is also drawn from any part of them that holds it.
 
     Args:
-        texts: any strings that UTF-8 can encode. Of equal ones, the first counts.
-        count: how many.
+        texts: any strings that UTF-8 can encode. The first of equal texts counts.
+        count: number of texts to draw.
         seed: of the lots.
     """
     first = {text: len(texts) - 1 - i for i, text in enumerate(reversed(texts))}
