@@ -167,7 +167,7 @@ def test_an_interrupted_run_resumed_equals_one_that_was_not(tiny_path, sentences
         (sentences, other, {}, r"teacher \(\w+, now \w+\):"),
     ):
         student, changed = SentenceTransformer(tiny_path, device="cpu"), {**settings, **change}
-        with pytest.raises(TriternError, match=f"is of a run with other {message}"):
+        with pytest.raises(TriternError, match=f"belongs to a run with other {message}"):
             tritern.distill(
                 student, texts, tmp_path / "whole", teacher=teacher, holdout=0, resume=True, **changed
             )

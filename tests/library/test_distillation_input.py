@@ -102,7 +102,7 @@ def test_out_of_memory_says_what_to_lower(tiny, sentences, tmp_path, monkeypatch
     monkeypatch.setattr(TernaryDistiller, "compute_loss", fail)
     with pytest.raises(TriternError, match="per_device_train_batch_size .now 16.*max_length .now 128"):
         tritern.distill(tiny, sentences, tmp_path, holdout=0, **SMALL)
-    with pytest.raises(TriternError, match="the student is left from a run that ended early: load it again"):
+    with pytest.raises(TriternError, match="the student comes from a run that ended early: load it again"):
         tritern.distill(tiny, sentences, tmp_path, holdout=0, **SMALL)
 
 
@@ -147,8 +147,8 @@ def test_what_a_ternary_student_cannot_have(tiny, tiny_path, sentences, tmp_path
     model = tritern.patch(tiny)
     other.tokenizer.add_tokens(["qqq"])
     for settings, message in (
-        ({}, "trained on with its original as the teacher: pass teacher="),
-        ({"teacher": teacher, "blend_ratio": 0.3}, "stays ternary as it is: .*received None and 0.3"),
+        ({}, "needs its original as the teacher: pass teacher="),
+        ({"teacher": teacher, "blend_ratio": 0.3}, "keeps its settings: .*received None and 0.3"),
         ({"teacher": teacher, "config": tritern.TernaryConfig("twn")}, "config must be None .*rule='twn'"),
         ({"teacher": other}, "must have the same tokenizer"),
         ({"teacher": teacher, "holdout": 395}, "needs at least 411 different texts"),

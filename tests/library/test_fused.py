@@ -442,7 +442,7 @@ def test_fuse_says_where_nothing_runs_fused(monkeypatch):
     with pytest.warns(UserWarning, match=r"it is on the CPU\..*model\.to\('cuda'\) they run fused"):
         assert len(fused.fused_blocks(tritern.fuse(model))) == 2
     monkeypatch.setattr(fused, "unsupported", lambda device: "there are no kernels for 'mps' devices")
-    with pytest.warns(UserWarning, match="where the model is now: there are no kernels for 'mps' devices"):
+    with pytest.warns(UserWarning, match="run unfused for now: there are no kernels for 'mps' devices"):
         fused._warn_without_kernels(torch.device("mps"))
     monkeypatch.undo()
     monkeypatch.setattr(fused, "unsupported", lambda device: None)

@@ -455,7 +455,7 @@ def test_damaged_files(folder, model, corpus):
         file.seek(10_000)
         file.write(b"\xff")
     with SearchIndex.open(folder, model) as index:
-        with pytest.raises(tritern.CheckpointError, match="rows 0 to 1199 are not what was written"):
+        with pytest.raises(tritern.CheckpointError, match="rows 0 to 1199 are damaged"):
             index.verify()
     (folder / "index-1.faiss").write_bytes((folder / "index-1.faiss").read_bytes()[:1000])
     with SearchIndex.open(folder, model) as index:  # made anew from the vectors
@@ -573,7 +573,7 @@ def test_changed_texts_are_noticed(folder, model):
         database.execute("UPDATE rows SET text = text || 'x' WHERE row = 17")
     database.close()
     with SearchIndex.open(folder, model) as index:
-        with pytest.raises(tritern.CheckpointError, match="1 texts are not what was written, .* id 17"):
+        with pytest.raises(tritern.CheckpointError, match="1 texts are damaged, .* id 17"):
             index.verify()
 
 

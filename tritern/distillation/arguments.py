@@ -1,4 +1,4 @@
-"""Settings of a distillation run and the schedules that follow from them."""
+"""Settings of a distillation run and their schedules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WHOLE = {
     "data_seed": 0,
     "max_length": 1,
 }
-"""Settings that are whole numbers, and their least."""
+"""Settings that are whole numbers, with their least values."""
 _OR_NONE = "data_seed", "max_length"
 
 
@@ -38,26 +38,27 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
     """All of ``SentenceTransformerTrainingArguments``, with these changed or added.
 
     Args:
-        learning_rate: peak; None: 5e-4 at 22 million parameters, falling with the root of their number.
-        per_device_train_batch_size, gradient_accumulation_steps: a step of 2 batches of 32 texts: with
-            ``group_by_length`` a batch holds texts of one length, and steps of several lengths go further.
-        max_length: tokens per text in training, at most the model's own maximum (None: that); longer texts
-            are cut.
+        learning_rate: peak; None: 5e-4 at 22 million parameters; it falls with the root of their number.
+        per_device_train_batch_size, gradient_accumulation_steps: a step has 2 batches of 32 texts. With
+            ``group_by_length`` a batch holds texts of one length; steps with several lengths train better.
+        max_length: tokens per text in training, at most the model's maximum (None: that); longer texts are
+            cut.
         group_by_length: make batches of texts of similar length (less padding, several times as fast).
         cosine_weight, similarity_weight, hidden_weight, last_hidden_weight: weights of the terms in
-            ``tritern.distillation.losses``; 0 leaves a term out. The first batch scales the terms so that
-            their gradients at the first block are equally long; the weights multiply the scaled terms.
+            ``tritern.distillation.losses``; 0 leaves a term out. They multiply scaled terms: the first batch
+            sets the scales so that the terms' gradients at the first block are equally long.
         temperature: of the similarity term.
         matryoshka_dims: apply the cosine and similarity terms to vectors cut to each of these dimensions.
-        layer_fade_start, layer_fade: from this share of the steps on, per-token terms count this much.
+        layer_fade_start, layer_fade: per-token terms have weight ``layer_fade`` after the share
+            ``layer_fade_start`` of the steps.
         learn_scale: learn the row scales by gradient; otherwise the rule renews them at every step.
         clip: weights beyond clip * scale get no gradient.
         blend_ratio: share of the steps over which the layers go from full precision to ternary.
-        train_embeddings: train the embedding tables too.
-        train_rounded_embeddings: round the embedding tables in training too, and not only at its end.
-        cpu_bf16: on a CPU, run the teacher, the backward products and the blended layers in bfloat16, while
-            the student's ternary forward stays as it will be served; None: where the CPU has
-            instructions for it. (On CUDA, float32 gradients of a layer's input are 16-bit products.)
+        train_embeddings: train the embedding tables, too.
+        train_rounded_embeddings: round the embedding tables during training, not only at its end.
+        cpu_bf16: on a CPU, run the teacher, the backward products and the blended layers in bfloat16. The
+            student's ternary forward does not change. None: True if the CPU has bfloat16 instructions. (On
+            CUDA, float32 gradients of a layer's input are 16-bit products.)
     """
 
     learning_rate: float | None = field(default=None)  # type: ignore[assignment]
@@ -141,7 +142,7 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else self.backward_dtype()
 
     def backward_dtype(self) -> torch.dtype | None:
-        """The dtype of the backward products of a float32 forward; None is float32."""
+        """The dtype of the backward products of a float32 forward; None means float32."""
         wanted = torch.cpu._is_avx512_bf16_supported() if self.cpu_bf16 is None else self.cpu_bf16
         return torch.bfloat16 if wanted and self.device.type == "cpu" else None
 
@@ -151,7 +152,7 @@ class TernaryDistillationArguments(SentenceTransformerTrainingArguments):
 
 
 def suggested_learning_rate(parameters: int) -> float:
-    """Peak rate for a model of so many parameters."""
+    """Peak rate for a model with this number of parameters."""
     return 5e-4 * math.sqrt(22.7e6 / parameters)
 
 

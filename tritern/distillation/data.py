@@ -1,4 +1,4 @@
-"""Texts to train on: which are kept and in what order they are seen."""
+"""Texts to train on: their selection and their order."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 _SHORTEST = 3
 JOINED_RATIO = 0.05
-"""Share of training texts that are made by joining several: longer ones than most lines hold."""
+"""Share of training texts that join several lines. These are longer than most lines."""
 
 
 def clean(texts: Iterable[str], least: int) -> list[str]:
-    """Texts without surrounding white space, without empty, very short and repeated ones.
+    """The stripped texts, without empty, very short and repeated ones.
 
     Raises:
-        TriternError: no iterable of strings, or fewer than ``least`` are left.
+        TriternError: not an iterable of strings, or fewer than ``least`` texts are left.
     """
     texts = list(many(texts, "texts"))
     check_texts(texts, empty=True)
@@ -50,12 +50,12 @@ def clean(texts: Iterable[str], least: int) -> list[str]:
 
 
 def joined(texts: Sequence[str], ratio: float, seed: int = 0) -> list[str]:
-    """The texts with a share of them joined, two to eight in a row, into longer ones.
+    """The texts, some of them joined, two to eight in a row, into longer ones.
 
     Args:
         texts: the texts.
-        ratio: share of the results that are joined.
-        seed: chooses which.
+        ratio: share of joined texts in the result.
+        seed: of the random choice.
 
     Raises:
         TriternError: a ratio that is not from 0 to 1.
@@ -72,7 +72,7 @@ def joined(texts: Sequence[str], ratio: float, seed: int = 0) -> list[str]:
 
 
 def usual_prefixes(model: str) -> list[str] | None:
-    """What an e5 model, told by its name, expects before its texts; None for others."""
+    """The prefixes that an e5 model (known by its name) expects before texts; None for others."""
     name = Path(model).name
     return ["query: ", "passage: "] if "e5-" in name and "instruct" not in name else None
 
@@ -83,9 +83,9 @@ def prefixed(texts: Iterable[str], prefixes: Sequence[str]) -> list[str]:
 
 
 def token_counts(tokenizer: Any, texts: Sequence[str], most: int | None) -> list[int]:
-    """Tokens of each text as the model will see it, cut to ``most`` (characters where there is no tokenizer).
+    """Number of tokens of each text, cut to ``most``; of characters if there is no tokenizer.
 
-    Batches sorted by these hold far less padding than batches sorted by characters.
+    Batches sorted by tokens hold far less padding than batches sorted by characters.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return [len(text) for text in texts]
@@ -100,16 +100,16 @@ def token_counts(tokenizer: Any, texts: Sequence[str], most: int | None) -> list
 class LengthBatches(SetEpochMixin, BatchSampler):
     """Shuffled batches of texts of similar length.
 
-    Texts are shuffled, sorted by length within pools, cut into global batches (one batch for each process)
-    and the global batches shuffled: two processes see, together, what one with twice the batch sees. What
-    does not fill a global batch comes last, unsorted, or is left out: a random choice in every epoch.
+    Texts are shuffled, sorted by length within pools, and cut into global batches (one batch per process);
+    these are shuffled. Two processes together see the same as one with twice the batch size. The texts that
+    do not fill a global batch are a random choice in every epoch; they come last, unsorted, or are left out.
 
     Args:
         lengths: of the texts, in any unit.
         batch_size: texts in a batch of one process.
         drop_last: leave out an incomplete last global batch.
         processes: their number.
-        seed: of the order, with the epoch.
+        seed: it gives the order, together with the epoch.
     """
 
     POOL = 50

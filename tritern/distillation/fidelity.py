@@ -24,20 +24,19 @@ K = 10
 
 
 class FidelityEvaluator(BaseEvaluator):
-    """Closeness to the teacher on texts, for sentence-transformers' trainer: ``tritern.evaluate`` as an
-    evaluator. Its primary metric is the top-10 overlap.
+    """``tritern.evaluate`` as an evaluator for sentence-transformers' trainer: closeness to the teacher on
+    texts. Its primary metric is the top-10 overlap.
 
-    A model whose vectors say nothing, such as zeros early in a run, has NaN as its metrics, and a warning
-    says why.
+    Metrics are NaN for a model with meaningless vectors, such as zeros early in a run. A warning says why.
 
     Args:
-        texts: at least 12, with their prompts, if any, before them.
+        texts: at least 12; a prompt, if any, is part of the text.
         teacher: the teacher, its name or folder, or its vectors [len(texts), width].
         name: prefix of the metrics.
 
     Raises:
-        TriternError: too few texts, or some that are no strings or empty; no such teacher; vectors that do
-            not fit, are not finite or all zeros.
+        TriternError: too few texts; a text that is empty or not a string; no such teacher; vectors of a wrong
+            shape, not finite or all zeros.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class FidelityEvaluator(BaseEvaluator):
         try:
             check_vectors(vectors, "vectors of the student", len(self.texts))
             self.latest = fidelity(normalized(vectors), normalized(self.teacher), K)
-        except TriternError as error:  # no reason to end a run of hours
+        except TriternError as error:  # it must not end a run of hours
             logger.warning("closeness is not defined: %s", error)
             self.latest = Fidelity(math.nan, math.nan, math.nan, math.nan, K, len(self.texts))
         values = {k: getattr(self.latest, k) for k in ("cosine", "overlap", "rank_correlation")}

@@ -52,36 +52,36 @@ def distill(
     resume: bool | str | Path = False,
     **settings: Any,
 ) -> SentenceTransformer:
-    """Train a ternary form of a model on raw texts to give the vectors of the original.
+    """Train a ternary form of a model on raw texts until its vectors are close to the original's.
 
-    The model is changed in place and returned, packed; ``output_dir`` receives it with a model card and
-    ``distillation.json``, the record of the run. Everything else of the caller's stays as it is: the teacher,
-    the model's dropout and mode, the state of the global random generators.
+    The model is changed in place and returned, packed. ``output_dir`` gets the model, a model card and
+    ``distillation.json``, the record of the run. The teacher, the model's dropout and mode, and the state of
+    the global random generators do not change.
 
-    A model that is ternary already is trained on from where it is, to fit other texts: with its original as
-    the teacher, no blend from full precision and two fifths of the learning rate, if not set.
+    A model that is ternary already is trained further, to fit other texts. It needs its original as the
+    teacher. There is no blend from full precision, and the default learning rate is two fifths.
 
     Args:
         model: a sentence-transformer, or its name or folder.
-        texts: strings, in any iterable, or a source for ``read_texts``. No labels are needed; take text like
-            that to be embedded later. Repeated and very short ones are left out.
+        texts: strings, in any iterable, or a source for ``read_texts``. They need no labels and should
+            resemble the texts to be embedded later. Repeated and very short texts are left out.
         output_dir: folder for the model and the checkpoints of the run.
-        teacher: model with the same tokenizer, its name or folder, or the vectors of ``texts`` [len(texts),
+        teacher: a model with the same tokenizer, its name or folder, or the vectors of ``texts`` [len(texts),
             width]; by default the model itself, before training.
-        config: what becomes ternary and how; by default ``TernaryConfig()``. A ternary model
-            stays as it is.
-        column, limit: of ``read_texts``, where ``texts`` is a source. ``limit`` takes the first ones.
-        prefixes: put before the texts in turn; by default the model's own prompts, an empty one among them,
-            and with teacher vectors none: pass those that the texts had when the vectors were made. Pass ()
-            for none.
-        holdout: texts kept out of training, to measure closeness on; 0: none. They are drawn from all of the
-            texts, by ``data_seed`` or else ``seed``, and are the same however the texts are ordered.
-        joined_ratio: share of the training texts made by joining several into a longer one; default 0.05, or
-            0 with teacher vectors.
-        evaluator: evaluates during training instead of closeness on the holdout (see ``eval_strategy``).
+        config: settings of the ternary layers and tables; by default ``TernaryConfig()``. None for a ternary
+            model, which keeps its own.
+        column, limit: of ``read_texts``, if ``texts`` is a source. ``limit`` takes the first texts.
+        prefixes: put before the texts in turn. The default is the model's own prompts and an empty one. With
+            teacher vectors the default is none; pass the prefixes that the texts had when the vectors were
+            made. () means none.
+        holdout: number of texts to keep out of training and to measure closeness on; 0: none. They are drawn
+            from all texts by ``data_seed`` or else ``seed``. The order of the texts does not matter.
+        joined_ratio: share of training texts that join several into a longer one; default 0.05, or 0 with
+            teacher vectors.
+        evaluator: used during training instead of closeness on the holdout (see ``eval_strategy``).
         callbacks: of transformers' Trainer, such as ``EarlyStoppingCallback``.
-        resume: go on from the last checkpoint in ``output_dir``, or from the one named. The same arguments
-            give the same numbers as a run without interruption.
+        resume: True: continue from the last checkpoint in ``output_dir``; a path: from that checkpoint. The
+            same arguments give the same numbers as a run without interruption.
         **settings: fields of ``TernaryDistillationArguments``, such as ``max_steps`` (or ``steps``),
             ``per_device_train_batch_size``, ``learning_rate``, ``save_steps``.
 
@@ -89,8 +89,8 @@ def distill(
         The model.
 
     Raises:
-        TriternError: an unsuitable model, teacher, setting or folder; texts that are too few or no strings;
-            not enough memory; a loss that is not finite.
+        TriternError: an unsuitable model, teacher, setting or folder; too few texts; a text that is not a
+            string; not enough memory; a loss that is not finite.
     """
     start = time.perf_counter()
     output_dir, holdout = check_folder(output_dir, "output_dir"), check_holdout(holdout)
@@ -139,7 +139,7 @@ def distill(
         fidelity = _trained(trainer, checkpoint, closeness, stage)
     seconds = time.perf_counter() - start
     record = record_of(trainer, guide if vectors is None else vectors, fidelity, seconds)
-    if further and guide is not None:  # a version of it, by way of another
+    if further and guide is not None:  # a version of the guide, made from another version
         record["trained_on_from"], record["model"] = record["model"], name_of(guide)
         record["base_model"] = guide.model_card_data.base_model or record["base_model"]
     record["data"] |= {"source": source, "column": column, "limit": limit, "holdout": holdout}
@@ -159,7 +159,7 @@ def _read(texts: Iterable[str] | str | Path, column: str | None, limit: int | No
 
 
 def _prompts(model: SentenceTransformer) -> list[str]:
-    """The different prompts of a model, an empty one among them, or nothing."""
+    """The different prompts of a model and an empty one, or nothing."""
     found = list(dict.fromkeys(prompt or "" for prompt in model.prompts.values()))
     return found if any(found) else []
 
@@ -172,7 +172,7 @@ def _parts(
     parts = split(texts, *options) if vectors is None else split_with_vectors(texts, vectors, *options)
     if len(parts.train) < (least := args.train_batch_size * args.world_size):
         raise TriternError(
-            f"{len(parts.train)} training texts are left after holdout ({holdout}) and joining, and a batch "
+            f"{len(parts.train)} training texts are left after holdout ({holdout}) and joining, but a batch "
             f"takes {least}: lower per_device_train_batch_size, holdout or joined_ratio, or bring more"
         )
     return parts
@@ -181,7 +181,7 @@ def _parts(
 def _trained(
     trainer: TernaryDistiller, checkpoint: str | None, closeness: FidelityEvaluator | None, stage: str
 ) -> dict[str, Fidelity]:
-    """Train and pack; the closeness before, called ``stage``, and after."""
+    """Train and pack; return the closeness before (under the name ``stage``) and after."""
     found: dict[str, Fidelity] = {}
 
     def judge(stage: str) -> None:
@@ -230,10 +230,10 @@ def _checkpoint(folder: Path, resume: bool | str | Path) -> str | None:
         raise TriternError(f"resume must be True, False or the folder of a checkpoint; received {resume!r}")
     found = [f for f in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if f.name.rpartition("-")[2].isdigit()]
     found.sort(key=lambda f: int(f.name.rpartition("-")[2]))
-    whole = [f for f in found if (f / TRAINER_STATE_NAME).is_file()]  # which is written last
+    whole = [f for f in found if (f / TRAINER_STATE_NAME).is_file()]  # that file is written last
     last = str(whole[-1]) if whole else None
     if found[-1:] != whole[-1:]:
-        logger.warning("%s is incomplete, its run was interrupted while saving: left out", found[-1])
+        logger.warning("%s is incomplete (its run was interrupted while saving): left out", found[-1])
     if resume and last is None:
         logger.warning("no checkpoint in %s yet: starting from the beginning", folder)
     if last is not None and not resume:

@@ -1,4 +1,4 @@
-"""Restores the caller's state after a run, also after a failed one."""
+"""Restores the caller's state after a run, even a failed one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """No dropout in training either: in modules, and in the float attributes that attention reads."""
+    """Turn off dropout in training mode: in modules, and in the float attributes that attention reads."""
     kept: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         dropout = isinstance(module, nn.modules.dropout._DropoutNd)
@@ -33,7 +33,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Restore which modules are in training mode and which parameters get gradients."""
+    """Restore the modules' training modes and the parameters' ``requires_grad``."""
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -58,7 +58,7 @@ def device_kept(model: nn.Module | None) -> Iterator[None]:
 
 
 def cuts_and_padding(tokenizer: Any) -> Callable[[], None]:
-    """A function that restores the tokenizer's truncation and padding of now, which every call changes."""
+    """A function that restores the tokenizer's present truncation and padding. Every call changes these."""
     inner = tokenizer.backend_tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else None
     cut, padding = (None, None) if inner is None else (inner.truncation, inner.padding)
 
@@ -72,7 +72,7 @@ def cuts_and_padding(tokenizer: Any) -> Callable[[], None]:
 
 @contextmanager
 def random_kept() -> Iterator[None]:
-    """Restore the state of the global random generators, which a run seeds."""
+    """Restore the state of the global random generators; a run seeds them."""
     python, numpy, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:

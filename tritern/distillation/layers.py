@@ -18,15 +18,16 @@ from ..nn.embedding import QuantizedEmbedding, embedding_of, multiplied, multipl
 from ..nn.linear import TernaryLinear, autocast
 
 SMALLEST_SCALE = 1e-8
-"""Scales are kept at or above this while they are learned."""
+"""Learned scales stay at or above this."""
 
 
 class TrainableTernaryLinear(nn.Module):
     """A ``TernaryLinear`` in training: latent weights, ternarized anew at every step.
 
-    In evaluation it returns the very bits of ``packed_layer()``. In training the gradients are those of
-    ``tritern_kernels.training.ternary_linear`` (straight-through, learned scales). While ``blend`` is below 1
-    it is a dense layer of the weight ``(1 - blend) * latent + blend * ternary``, activations as they are.
+    In evaluation it returns the same bits as ``packed_layer()``. In training the gradients are those of
+    ``tritern_kernels.training.ternary_linear`` (straight-through, learned scales). While ``blend`` is below
+    1, it is a dense layer with the weight ``(1 - blend) * latent + blend * ternary`` and full-precision
+    activations.
 
     Attributes:
         weight: parameter, the latent weight [out_features, in_features].
@@ -36,14 +37,14 @@ class TrainableTernaryLinear(nn.Module):
         blend: share of the ternary weight while training, from 0 to 1.
 
     Args:
-        linear: the layer to start from; its parameters are taken over, not copied.
-        rule: gives the scales to start from, and renews them if they are not learned. (With learned scales
-            weights beyond half a scale are not zero, from the start.)
+        linear: the layer to start from; its parameters are shared, not copied.
+        rule: gives the first scales, and renews them if they are not learned. (With learned scales, weights
+            beyond half a scale get a nonzero code from the start.)
         activation_bits: 8 or 16.
         learn_scale: learn the scales by gradient; otherwise ``rule`` gives them at every step.
         clip: weights beyond clip * scale get no gradient.
-        scale: [out_features] to start from instead.
-        backward_dtype: of the backward products, and of the product while blended, where x is float32; None:
+        scale: first scales [out_features], instead of the rule's.
+        backward_dtype: of the backward products, and of the product while blended, if x is float32; None:
             float32.
     """
 
@@ -80,15 +81,15 @@ class TrainableTernaryLinear(nn.Module):
         self.train(linear.training)
 
     def refresh(self) -> Codes:
-        """Codes of the latent weight as it is now."""
+        """Compute the codes of the present latent weight."""
         if self._stale or self.training:
-            with torch.inference_mode(False), torch.no_grad():  # what encode() makes must serve training too
+            with torch.inference_mode(False), torch.no_grad():  # training may use tensors of encode()
                 self._ternarize()
         self._stale = self.training  # an optimizer may change the weights before the next call
         return Codes(self.packed, self._transposed)
 
     def _ternarize(self) -> None:
-        # .data: a layer may run several times before one backward pass, and the second time changes nothing
+        # .data: a layer may run several times before one backward pass; later runs change nothing
         if self.learn_scale:
             self.weight_scale.data.clamp_(min=SMALLEST_SCALE)
             self.packed, self._transposed = ternarize_given(self.weight, self.weight_scale)
@@ -152,8 +153,8 @@ class TrainableTernaryLinear(nn.Module):
 
 
 class TrainableQuantizedEmbedding(nn.Embedding):
-    """An ``nn.Embedding`` whose looked-up rows are rounded as in ``Int8Embedding`` or ``Int4Embedding``,
-    straight-through.
+    """An ``nn.Embedding`` that rounds looked-up rows like ``Int8Embedding`` or ``Int4Embedding``, with
+    straight-through gradients.
 
     Attributes:
         bits, embed_scale, original: as in ``QuantizedEmbedding``.
@@ -165,7 +166,7 @@ class TrainableQuantizedEmbedding(nn.Embedding):
 
     @classmethod
     def around(cls, table: nn.Embedding, bits: int) -> TrainableQuantizedEmbedding:
-        """One of so many bits that takes over a table's parameter."""
+        """A table with these bits that shares the parameter of ``table``."""
         new = cls(table.num_embeddings, table.embedding_dim, table.padding_idx, device="meta")
         new.weight, new.bits = table.weight, bits
         new.embed_scale, new.original = multiplier(table) or 1.0, type(table)
@@ -184,5 +185,5 @@ class TrainableQuantizedEmbedding(nn.Embedding):
         codes, scale = form.quantize(rows.detach().reshape(-1, self.embedding_dim))
         places = torch.arange(len(codes), dtype=torch.int64, device=rows.device)
         value = form.dequantize(places, codes, scale, self.embedding_dim).view(rows.shape)
-        value = value + (rows - rows.detach())  # value, to the bit, with the rows' gradient
+        value = value + (rows - rows.detach())  # exactly value, with the rows' gradient
         return multiplied(value, self.embed_scale)

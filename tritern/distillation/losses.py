@@ -1,7 +1,7 @@
-"""How far a student is from its teacher: pure functions of their outputs, and the loss that adds them up.
+"""Distances between a student and its teacher: pure functions of their outputs.
 
-Every function returns a mean over the texts of the batch, so that the average over processes with equal
-batches is the value for their union. Padding enters none of them.
+Every function returns a mean over the texts of the batch. So the average over processes with equal batches is
+the value for all their texts. Padding does not count.
 
 Letters: B texts, T tokens (padded), D width, mask [B, T] with 1 for real tokens.
 """
@@ -31,12 +31,12 @@ def similarity(
 ) -> Tensor:
     """KL(teacher || student) of each text's similarities to the other texts.
 
-    The similarities are softmax(cosine / temperature) over all texts but itself.
+    The similarities are softmax(cosine / temperature) over all other texts.
 
     Args:
         student, teacher: pooled vectors [B, D]; the widths may differ.
-        all_student, all_teacher: those of all processes [R * B, D]; the batch itself if None.
-        first: where this batch starts in them.
+        all_student, all_teacher: vectors of all processes [R * B, D]; None: those of the batch.
+        first: the start of this batch in them.
         temperature: of the softmax.
     """
     own = torch.arange(first, first + len(student), dtype=torch.int64, device=student.device)[:, None]
@@ -55,9 +55,9 @@ def similarity(
 
 
 def hidden_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Squared distance of hidden states [B, T, D], mean over the layers given.
+    """Squared distance of hidden states [B, T, D], averaged over the given layers.
 
-    Each token's is divided by the variance of the teacher's state of that token.
+    The distance of each token is divided by the variance of the teacher's state of that token.
     """
     terms = []
     for s, t in zip(student, teacher, strict=True):
@@ -99,14 +99,14 @@ def terms(
     dims: Sequence[int] = (),
     temperature: float = 0.05,
 ) -> dict[str, Tensor]:
-    """The terms named, unweighted.
+    """The named terms, unweighted.
 
     Args:
         student, teacher: their outputs on the same texts.
         mask: [B, T]; None if no term needs it.
         names: some of ``LOSSES``.
         gathered: keyword arguments ``all_student``, ``all_teacher`` and ``first`` of ``similarity``.
-        dims: Matryoshka dimensions: pooled terms are means over the vectors cut to these.
+        dims: Matryoshka dimensions. Pooled terms are means over vectors cut to each of these.
         temperature: of ``similarity``.
     """
     result: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""The training loss: teacher and student on one batch, seen through hooks, compared term by term."""
+"""The training loss: hooks record teacher and student on one batch, terms compare them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class HiddenStates:
 
     @contextmanager
     def collect(self) -> Iterator[list[Tensor]]:
-        """The list that the blocks' outputs are added to while the model runs once."""
+        """A list that gets the blocks' outputs while the model runs once."""
         hidden: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -56,7 +56,8 @@ class DistillationLoss(nn.Module):
         args: weights and schedules.
 
     Raises:
-        TriternError: a term the two models cannot be compared by, with the setting that turns it off.
+        TriternError: a term that cannot compare the two models; the error names the setting that turns it
+            off.
     """
 
     balance: Tensor
@@ -73,7 +74,7 @@ class DistillationLoss(nn.Module):
         self.progress = 0.0  # share of the training steps done, set by the trainer
         # factors that make the terms' gradients equally long; NaN until measured on the first batch
         self.register_buffer("balance", torch.full((len(LOSSES),), torch.nan, dtype=torch.float32))
-        self._teacher = (teacher,)  # out of sight: a module here would be trained, moved and saved
+        self._teacher = (teacher,)  # a tuple: as a submodule it would be trained, moved and saved
         self._states = HiddenStates(model), None if teacher is None else HiddenStates(teacher)
         self._check(model, teacher)
 
@@ -95,14 +96,14 @@ class DistillationLoss(nn.Module):
                 )
             return
         if per_token and not self._states[0].blocks:
-            raise TriternError(f"{_settings(per_token)} must be 0 for this model: it has no blocks of layers")
+            raise TriternError(f"{_settings(per_token)} must be 0 for this model: it has no blocks")
 
     @without_cudnn_attention()
     def forward(self, features: list[dict[str, Tensor]], labels: Tensor | None = None) -> dict[str, Tensor]:
         """The weighted terms by name; their sum is the loss. ``features`` is one tokenized column."""
         teacher = self._teacher_outputs(features[0], labels)
         if torch.isnan(self.balance).any() and torch.is_grad_enabled():
-            with _without_blend(self.model):  # as trained in the end: while blended, it may equal its teacher
+            with _without_blend(self.model):  # a blended student may equal its teacher
                 self._measure(*self._compare(features[0], teacher))
         values, _ = self._compare(features[0], teacher)
         fade = self.args.layer_fade if self.progress >= self.args.layer_fade_start else 1.0
@@ -113,14 +114,14 @@ class DistillationLoss(nn.Module):
         }
 
     def _compare(self, features: dict[str, Tensor], teacher: Outputs) -> tuple[dict[str, Tensor], Tensor]:
-        """The terms, unweighted, and the student's first hidden state (or what else comes first)."""
+        """The unweighted terms and the student's first hidden state, or its vectors if it has none."""
         names = list(self.args.loss_weights())
         with self._states[0].collect() as hidden:
             pooled = self.model(dict(features))["sentence_embedding"]
         student, mask = Outputs(pooled, hidden), features.get("attention_mask")
         if mask is None and (per_token := [n for n in names if n in _PER_TOKEN]):
             raise TriternError(
-                f"{_settings(per_token)} need padded batches with an attention mask, and this model's are "
+                f"{_settings(per_token)} need padded batches with an attention mask, but this model's are "
                 "flattened for flash attention: set model[0].unpad_inputs = False, for the teacher too"
             )
         self._check_widths(student, teacher, names)
@@ -147,13 +148,13 @@ class DistillationLoss(nn.Module):
         if teacher.device != device:
             teacher.to(device)
         dtype = self.args.teacher_dtype()
-        # nothing is cached: a cast of inference mode would outlast it
+        # no autocast cache: it would keep casts made in inference mode
         autocast = torch.autocast(
             device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
         )
         with evaluating(teacher), torch.inference_mode(), autocast, states.collect() as hidden:
             pooled = teacher(dict(features))["sentence_embedding"]
-        # tensors of inference mode cannot take part in a backward pass, their copies can
+        # a backward pass cannot use tensors of inference mode, but it can use their copies
         wanted = self.args.loss_weights()
         hidden = hidden if "hidden" in wanted else hidden[-1:] if "last_hidden" in wanted else []
         return Outputs(pooled.clone(), [h.clone() for h in hidden])
@@ -178,15 +179,15 @@ class DistillationLoss(nn.Module):
             )
 
     def _measure(self, values: dict[str, Tensor], at: Tensor) -> None:
-        """Set ``balance`` so that every term's gradient at the first block is as long as the first term's."""
+        """Set ``balance``: it makes all terms' gradients at the first block as long as the first term's."""
         # times 2^14, which cancels: the smallest gradients must not vanish in float16
         gradients = [
             torch.autograd.grad(v * 2.0**14, at, retain_graph=True, materialize_grads=True)[0]
-            for v in values.values()  # zeros, and with them a factor of 1, of what does not depend on it
+            for v in values.values()  # a term that does not depend on it has zeros, and so the factor 1
         ]
         squares = torch.stack([g.float().square().sum() for g in gradients])
         if dist.is_initialized():
-            dist.all_reduce(squares)  # of the whole batch, as if one process had it
+            dist.all_reduce(squares)  # as if one process had the whole batch
         for name, ratio in zip(values, (squares[0] / squares).sqrt()):
             self.balance[LOSSES.index(name)] = ratio
         self.balance[~(torch.isfinite(self.balance) & (self.balance > 0))] = 1.0
@@ -194,7 +195,7 @@ class DistillationLoss(nn.Module):
 
 @contextmanager
 def _without_blend(model: nn.Module) -> Iterator[None]:
-    """The model with nothing of full precision in its layers' outputs."""
+    """Run the model's layers fully ternary while the context lasts."""
     blends = {m: m.blend for m in model.modules() if isinstance(m, TrainableTernaryLinear)}
     for layer in blends:
         layer.blend = 1.0
@@ -210,7 +211,7 @@ def _settings(names: Iterable[str]) -> str:
 
 
 def _gather(student: Tensor, teacher: Tensor) -> dict[str, Any] | None:
-    """The vectors of all processes, with gradients to the student's; None for a single process."""
+    """The vectors of all processes, with gradients to this student's; None for a single process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return {

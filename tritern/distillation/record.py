@@ -21,19 +21,19 @@ from .card import model_card
 from .trainer import TernaryDistiller
 
 RECORD_FILE = "distillation.json"
-"""What a run was given, what it did and how close the model came."""
+"""Name of the file with the run's inputs, its work and the model's closeness."""
 
 
 def record_of(
     trainer: TernaryDistiller, teacher: Any, fidelity: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
-    """What ``distill`` was given, what it did and how close the model came.
+    """The record of a run: its inputs, its work and the model's closeness.
 
     Args:
         trainer: after training.
         teacher: a model, vectors, or None for the model itself.
         fidelity: closeness, by stage.
-        seconds: that the run took.
+        seconds: duration of the run.
     """
     args, size = trainer.args, summary(trainer.model)
     teacher_name = "the model itself" if teacher is None else "given vectors"
@@ -71,10 +71,10 @@ _NOT_OF_THE_RUN = (
 
 def _changed(args: TernaryDistillationArguments) -> dict[str, Any]:
     """Settings that are not transformers' own defaults, as plain values."""
-    # the fields are asked: making another set of arguments would reset accelerate's state of the processes
+    # compare with the fields: a second arguments object would reset accelerate's state of the processes
     plain = {f.name: _default(f) for f in fields(SentenceTransformerTrainingArguments)}
     settings = {k: v for k, v in args.to_dict().items() if k not in _NOT_OF_THE_RUN}
-    # what is not set may have become False or [] in the making
+    # unset fields may have become False or []
     return {k: v for k, v in settings.items() if k not in plain or (plain[k] != v and (plain[k] or v))}
 
 
@@ -83,7 +83,7 @@ def _default(field: Field[Any]) -> Any:
 
 
 def name_of(model: SentenceTransformer) -> str:
-    """What a model is called: its base model, its name on the hub, its folder or its class."""
+    """A name for a model: its base model, its name on the hub, its folder or its class."""
     data, inner = model.model_card_data, getattr(model[0], "auto_model", None)
     path = getattr(inner, "name_or_path", None)
     return data.base_model or data.model_id or (Path(path).name if path else type(model[0]).__name__)
@@ -98,7 +98,7 @@ def save(model: SentenceTransformer, record: dict[str, Any], folder: Path) -> No
 
 
 def _finite(value: Any) -> Any:
-    """The same without NaN and infinity, which JSON does not have: None instead."""
+    """The same value with None for NaN and infinity, because JSON has neither."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Which run a checkpoint belongs to: its latent weights, and what a resumed run must have in common."""
+"""Resuming a run: the latent weights of a checkpoint, and a check that the run is the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _INHERITED = (
 """Settings of the parent that change a run's numbers."""
 
 _FREE = ("logging_steps", "cpu_bf16", "per_device_train_batch_size")
-"""Own settings that may differ on resuming; texts per batch are compared for all processes together."""
+"""Own settings that may differ on resuming. Texts per batch are compared for all processes together."""
 
 
 def settings_of_run(args: TernaryDistillationArguments) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def settings_of_run(args: TernaryDistillationArguments) -> dict[str, Any]:
 
 
 def texts_digest(data: Any, label_columns: Iterable[str]) -> str:
-    """A digest of a data set: all of its texts, and 64 of its labels."""
+    """A digest of a data set: of all its texts and 64 of its labels."""
     digest, labels = hashlib.sha256(), set(label_columns)
     if hasattr(data, "column_names") and hasattr(data, "__len__"):
         for column in data.column_names:
@@ -61,9 +61,9 @@ def check_same_run(checkpoint: str, was: dict[str, Any], now: dict[str, Any]) ->
     """
     if other := [name for name in now if now[name] != was.get(name)]:
         raise TriternError(
-            f"{checkpoint} is of a run with other "
+            f"{checkpoint} belongs to a run with other "
             + ", ".join(f"{n} ({was.get(n)}, now {now[n]})" for n in other)
-            + ": resume with the settings it was started with, or start a new run in another folder"
+            + ": resume with the settings of that run, or start a new run in another folder"
         )
 
 
@@ -71,12 +71,12 @@ def state_file(checkpoint: str | Path) -> Path:
     """The file of the latent weights.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: it does not exist.
     """
     file = Path(checkpoint) / STATE_FILE
     if not file.exists():
         raise CheckpointError(
             f"{checkpoint} has no {STATE_FILE}: it is not a checkpoint of a distillation run "
-            "(a ternary model is trained on by tritern.distill with teacher=)"
+            "(tritern.distill with teacher= trains a ternary model further)"
         )
     return file

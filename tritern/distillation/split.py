@@ -1,4 +1,4 @@
-"""The texts of a run: those trained on, and those held out to measure closeness on."""
+"""The texts of a run: training texts, and texts held out to measure closeness on."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .arguments import TernaryDistillationArguments
 from .data import clean, joined, prefixed
 
 LEAST_HELD = 12
-"""Fewer have no 10 neighbours each."""
+"""With fewer texts, a text has no 10 neighbours."""
 
 
 class Split(NamedTuple):
-    """What to train on, the texts held out of it, with their prefixes, and the teacher's vectors of those
-    [len(held), width] where they were given.
+    """The training texts, the held-out texts with their prefixes, and the teacher's vectors of the latter
+    [len(held), width], if given.
     """
 
     train: Dataset
@@ -43,10 +43,10 @@ def split(
     joined_ratio: float,
     args: TernaryDistillationArguments,
 ) -> Split:
-    """Clean texts, ``holdout`` of them drawn from all and the others trained on.
+    """Clean texts: ``holdout`` of them are drawn from all, the others are training texts.
 
     Raises:
-        TriternError: texts that are no strings, or too few.
+        TriternError: a text that is not a string, or too few texts.
     """
     kept = clean(texts, holdout + args.train_batch_size * args.world_size)
     numbers = drawn(kept, holdout, seed_of(args))
@@ -64,10 +64,10 @@ def split_with_vectors(
     joined_ratio: float,
     args: TernaryDistillationArguments,
 ) -> Split:
-    """The same of texts that the teacher's vectors belong to; texts equal to one held out are left out.
+    """The same for texts with the teacher's vectors. Texts equal to a held-out one are left out.
 
     Raises:
-        TriternError: texts that are no strings or empty, vectors that do not fit, too few texts.
+        TriternError: a text that is empty or not a string; vectors of a wrong shape; too few texts.
     """
     check_texts(texts)
     check_vectors(vectors, "teacher vectors", len(texts))
@@ -84,5 +84,5 @@ def split_with_vectors(
 
 
 def seed_of(args: TernaryDistillationArguments) -> int:
-    """The seed by which texts are held out."""
+    """The seed of the random choice of held-out texts."""
     return args.seed if args.data_seed is None else args.data_seed

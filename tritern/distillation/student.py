@@ -28,17 +28,17 @@ def make_trainable(
     through_tables: bool = True,
     **options: Any,
 ) -> list[str]:
-    """Replace, in place, what ``patch`` would convert by trainable forms.
+    """Replace the layers that ``patch`` would convert by trainable forms, in place.
 
     Args:
         model: in full precision.
         config: as for ``patch``.
-        scales: by name of the layer, to start from.
-        through_tables: round embedding tables in training too, and not only at its end.
+        scales: first scales, by the layer's name.
+        through_tables: round embedding tables during training, not only at its end.
         **options: the remaining arguments of ``TrainableTernaryLinear``.
 
     Returns:
-        The names of all that ``pack_trained`` shall convert.
+        The names of the modules for ``pack_trained`` to convert.
 
     Raises:
         TriternError: as ``patch``.
@@ -50,7 +50,7 @@ def make_trainable(
         assert isinstance(old, nn.Linear)
         options["scale"] = (scales or {}).get(choice.name)
         new = TrainableTernaryLinear(old, rule=config.rule, activation_bits=config.activation_bits, **options)
-        new.weight_scale = first.setdefault(id(old.weight), new).weight_scale  # shared as the weight is
+        new.weight_scale = first.setdefault(id(old.weight), new).weight_scale  # shared like the weight
         put(model, choice.names, new)
     for choice in tables:
         assert isinstance(choice.module, nn.Embedding)
@@ -60,20 +60,20 @@ def make_trainable(
 
 
 def reopen(model: nn.Module, latent: float) -> tuple[TernaryConfig, dict[str, Tensor]]:
-    """Give a ternary float32 model plain layers with its codes, in place, to be trained on.
+    """Turn a ternary float32 model into a plain one with its codes, in place, for further training.
 
     Args:
         model: the model.
-        latent: weights are left at this multiple of their scales. Below 1 they are clear of the clip, which
-            at 1 would cut them off as soon as a scale falls, and still ternary by the same codes above 1/2.
+        latent: nonzero weights become this multiple of their scales. Below 1 they stay clear of the clip; at
+            1 the clip would cut them off as soon as a scale falls. Above 1/2 they keep their codes.
 
     Returns:
-        The settings by which just what was ternary becomes ternary again, and the scales [out_features] by
-        the layers' names.
+        Settings that make exactly the same layers ternary again, and the scales [out_features] by the layers'
+        names.
 
     Raises:
         TriternError: as ``dequantize``; layers with different ``activation_bits``, tables of different
-            ``bits``, or what ``patch`` would not convert.
+            ``bits``, or a layer that ``patch`` would not convert.
     """
     named = dict(model.named_modules(remove_duplicate=False))
     layers = {name: m for name, m in named.items() if isinstance(m, TernaryLinear)}
@@ -100,14 +100,14 @@ def reopen(model: nn.Module, latent: float) -> tuple[TernaryConfig, dict[str, Te
 
 
 def pack_trained(model: nn.Module, config: TernaryConfig, names: Iterable[str]) -> None:
-    """Replace what is trainable by its packed form, in place."""
+    """Replace trainable modules by their packed forms, in place."""
     _swap(model, names, config.embedding_bits)
     quantizer.attach(model, config)
 
 
 @contextmanager
 def packed_form(model: nn.Module, config: TernaryConfig, names: Iterable[str]) -> Iterator[None]:
-    """The packed model for as long as the context lasts, to be saved or scored."""
+    """Pack the model while the context lasts, to save or score it."""
     trainable = _swap(model, names, config.embedding_bits)
     try:
         quantizer.attach(model, config)

@@ -44,27 +44,27 @@ from .student import make_trainable, pack_trained, packed_form, reopen
 logger = logging.getLogger(__name__)
 
 FURTHER_RATE = 0.4
-"""Of the usual learning rate, where a ternary student is trained on."""
+"""Share of the usual learning rate for the further training of a ternary student."""
 
 LATENT = 0.75
-"""Where the weights of a ternary student start between codes, in scales."""
+"""First latent weights of a ternary student, in scales."""
 
 
 class TernaryDistiller(SentenceTransformerTrainer):
     """Distil a model into its own ternary form, in place.
 
     Everything else is ``SentenceTransformerTrainer``: mixed precision, accumulation, evaluation, early
-    stopping, logging, several processes. A checkpoint folder holds the packed model, ready to be loaded and
-    scored, and the latent weights, from which ``train(resume_from_checkpoint=...)`` goes on exactly.
+    stopping, logging, several processes. A checkpoint folder holds the packed model, ready to load and score,
+    and the latent weights. ``train(resume_from_checkpoint=...)`` continues exactly from these.
 
     Args:
-        model: the student, or its name or folder; its linear layers become trainable ternary ones at once.
-            Training goes on from a ternary student as it is, with its original as the ``teacher``.
-        args: settings; they stay as they are.
+        model: the student, or its name or folder. Its linear layers become trainable ternary ones at once. A
+            ternary student keeps its codes; it needs its original as the ``teacher``.
+        args: settings; they are not changed.
         train_dataset: one text column; with ``teacher="labels"`` also ``label``, the teacher's vectors.
         teacher: a model with the same tokenizer, or its name or folder; None: a frozen copy of ``model``;
             ``"labels"``: the vectors in the data set's ``label`` column.
-        config: what becomes ternary and how; None for a ternary student, which stays as it is.
+        config: settings of the ternary layers and tables; None for a ternary student.
         **kwargs: of ``SentenceTransformerTrainer``, except ``loss``.
 
     Raises:
@@ -96,24 +96,24 @@ class TernaryDistiller(SentenceTransformerTrainer):
                 raise TriternError(f"teacher must be a model, None or 'labels'; received {teacher!r}")
             teacher = model_of(teacher, "teacher")
         if any(isinstance(m, TrainableTernaryLinear) for m in model.modules()):
-            raise TriternError("the student is left from a run that ended early: load it again to start anew")
+            raise TriternError("the student comes from a run that ended early: load it again to start anew")
         further = is_ternary(model)
         if further and (teacher is None or teacher is model):
             raise TriternError(
-                "a ternary student is trained on with its original as the teacher: pass teacher=, that model "
+                "a ternary student needs its original as the teacher: pass teacher=, that model "
                 "or its vectors of the texts"
             )
         if further and (config is not None or args.blend_ratio):
             raise TriternError(
-                "a ternary student stays ternary as it is: config must be None and blend_ratio 0; received "
+                "a ternary student keeps its settings: config must be None and blend_ratio 0; received "
                 f"{config} and {args.blend_ratio}"
             )
         if {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}:
             logger.warning(
-                "the student is cast to float32, where small steps are not lost; bf16=True computes in bf16"
+                "the student is cast to float32, so that small steps are not lost; bf16=True computes in bf16"
             )
             model.float()
-        args = copy.copy(args)  # the caller may start another run by it
+        args = copy.copy(args)  # the caller may start another run with it
         self._tokenizer_as_before = cuts_and_padding(model.tokenizer)
         own = teacher is None or teacher is model
         frozen = (
@@ -124,7 +124,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
         if own and frozen is not None:
             frozen.eval().requires_grad_(False)
         self._teacher = frozen
-        # before the layers are replaced, which take their hooks along: a refusal leaves the model as it was
+        # before layers are replaced: new layers take over hooks, and a refusal leaves the model unchanged
         self.objective = DistillationLoss(model, frozen, args)
         self.ternary_config, scales = config or TernaryConfig(), {}
         if further:
@@ -160,7 +160,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
 
     def pack(self) -> SentenceTransformer:
         """End training: the model with packed layers, in place."""
-        # mixed precision wraps forward in autocast, which the packed model shall not keep
+        # mixed precision wraps forward in autocast; the packed model must not keep it
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         pack_trained(self.model, self.ternary_config, self.converted)
         return self.model
@@ -183,9 +183,9 @@ class TernaryDistiller(SentenceTransformerTrainer):
             self._batches.set_epoch(epoch)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As of the parent, without dropout; running out of memory says which settings to lower.
+        """Like the parent's, without dropout. An error for lack of memory says which settings to lower.
 
-        Dropout, modes, gradients asked for and the tokenizer are afterwards as they were, as is the teacher.
+        Afterwards dropout, modes, ``requires_grad``, the tokenizer and the teacher are as before.
         """
         model: Any = self.model
         try:
@@ -193,7 +193,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
                 for module in model.modules():
                     if isinstance(module, nn.Embedding) and not self.args.train_embeddings:
                         module.requires_grad_(False)
-                return super().train(*args, **kwargs)  # where auto_find_batch_size tries again
+                return super().train(*args, **kwargs)  # auto_find_batch_size tries again in there
         except RuntimeError as error:
             known = "allocate memory", "No executable batch size"
             if not (isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in known)):
@@ -208,7 +208,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
             self._tokenizer_as_before()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """One step; a loss that is not finite ends the run and keeps the batch."""
+        """One step. A loss that is not finite ends the run; the batch is saved."""
         batch = dict(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
@@ -224,7 +224,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
         return loss
 
     def identity(self) -> dict[str, Any]:
-        """What its numbers follow from, and a resumed run must have in common with the one it continues."""
+        """Everything that decides the run's numbers. A resumed run must have the same."""
         texts_per_batch = self.args.train_batch_size * self.args.world_size
         settings = settings_of_run(self.args) | {"texts per batch": texts_per_batch}
         settings |= {"training texts": self._digest, "teacher": self._teacher_digest}
@@ -249,7 +249,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
             save_model(self.model, str(folder / STATE_FILE), metadata)
         with packed_form(self.model, self.ternary_config, self.converted), sealed(folder):
             super()._save(str(folder), state_dict)
-            self._tokenizer_as_before()  # it was used in training, and by the model card
+            self._tokenizer_as_before()  # training and the model card have changed it
             if isinstance(self.processing_class, PreTrainedTokenizerBase):
                 self.processing_class.save_pretrained(str(folder))
 
@@ -265,7 +265,7 @@ class TernaryDistiller(SentenceTransformerTrainer):
 
 
 class _Schedule(TrainerCallback):
-    """Sets the blend and the loss's progress before every step: functions of the step alone."""
+    """Sets the blend and the loss's progress before every step; they depend on the step alone."""
 
     def __init__(self, trainer: TernaryDistiller) -> None:
         self.trainer = trainer

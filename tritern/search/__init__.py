@@ -1,6 +1,6 @@
 """Semantic search: ``SearchIndex.build(folder, model, texts)``, then ``index.search(queries)``.
 
-A sentence-transformer embeds, faiss finds; needs the ``search`` or the ``gpu-search`` extra.
+A sentence-transformer embeds, faiss finds. It needs the ``search`` or the ``gpu-search`` extra.
 """
 
 from .embed import embed

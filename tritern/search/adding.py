@@ -1,4 +1,4 @@
-"""Texts on their way into a store: numbered, checked, embedded and written, a window at a time."""
+"""Add texts to a store: number, check, embed and write them, a window at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 WINDOW = {"cpu": 4096, "cuda": 32768}
-"""Texts embedded and written at a time: the most that a crash loses."""
+"""Texts embedded and written at a time. A crash loses at most these."""
 
 Write = Callable[[Sequence[Id], Sequence[str], Tensor], None]
 
@@ -31,11 +31,11 @@ Write = Callable[[Sequence[Id], Sequence[str], Tensor], None]
 def items_of(
     texts: Iterable[str], ids: Iterable[Any] | None, numbers: Iterable[int]
 ) -> Iterator[tuple[Any, str]]:
-    """Ids and texts; without ids, numbers from ``numbers``. What lies in lists is checked before all else.
+    """Ids and texts; without ids, numbers from ``numbers``. Lists are checked first.
 
     Raises:
-        TriternError: they are no iterables of single things; a text or an id in a list is not good; there are
-            more ids than texts, or fewer, where both numbers are known.
+        TriternError: not iterables of single things; a bad text or id in a list; another number of ids than
+            of texts, if both numbers are known.
     """
     texts = many(texts, "texts")
     if isinstance(texts, (list, tuple)):
@@ -67,10 +67,10 @@ def _unequal(number: int, more_texts: bool) -> TriternError:
 
 
 def rest(store: Store, items: Iterator[tuple[Any, str]]) -> Iterator[tuple[Any, str]]:
-    """What of a corpus is not in the store, which must hold the beginning of it.
+    """The part of a corpus that is not in the store yet. The store must hold the start of the corpus.
 
     Raises:
-        TriternError: the store holds something else.
+        TriternError: the store holds another corpus.
     """
     for number, stored in enumerate(store.items()):
         given = next(items, None)
@@ -96,12 +96,14 @@ def add(
     total: int | None,
     show_progress_bar: bool,
 ) -> None:
-    """Embed texts and hand them to ``write``, in order; a window is written while the next is embedded.
+    """Embed texts and pass them to ``write``, in order. A window is written while the next is embedded.
 
     Args:
-        first: number of the first text among those given, and of those that are done.
-        total: of those given, where it is known.
-        store, model, items, write, tokens_per_batch, show_progress_bar: what is needed.
+        store, model, tokens_per_batch, show_progress_bar: as in ``SearchIndex``.
+        items: ids and texts.
+        write: called with ids, texts and vectors.
+        first: number of the first text in the corpus; the texts before it are done.
+        total: number of texts in the corpus, if known.
     """
     under_way: deque[tuple[Sequence[Id], Sequence[str]]] = deque()
     windows = _windows(store, items, WINDOW.get(model.device.type, WINDOW["cuda"]), under_way, first)
@@ -124,14 +126,14 @@ def _write_first(under_way: deque[tuple[Sequence[Id], Sequence[str]]], write: Wr
 def add_vectors(
     store: Store, items: Iterator[tuple[Any, str]], vectors: np.ndarray | Tensor, write: Write
 ) -> None:
-    """Hand texts with vectors made before, [texts, width], to ``write``: of length 1 if they are compared by
-    cosine, as ``embed`` gives them.
+    """Pass texts and given vectors [texts, width] to ``write``. Vectors get length 1 if the model compares by
+    cosine, as in ``embed``.
     """
     known, by_cosine = list(items), store["similarity"] == "cosine"
     if isinstance(vectors, Tensor):
         vectors = vectors.detach().float().cpu().numpy()
     if not isinstance(vectors, np.ndarray) or vectors.shape[:1] != (len(known),):
-        check_vectors(vectors, "vectors", len(known))  # which raises
+        check_vectors(vectors, "vectors", len(known))  # this raises
     for first in range(0, len(known), WINDOW["cpu"]):
         window = known[first : first + WINDOW["cpu"]]
         texts = [text for _, text in window]
@@ -155,7 +157,7 @@ def _windows(
     while window := list(itertools.islice(items, size)):
         texts = [text for _, text in window]
         check_texts(texts, first)
-        # looked at before the store: what has left it by then is in the store
+        # look here before the store: a window that has left by then is in the store
         waiting = {id for ids, _ in list(under_way) for id in ids}
         ids = store.new_ids([id for id, _ in window])
         if twice := waiting.intersection(ids):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def length_of(texts: Iterable[str]) -> int | None:
-    """The number of texts, where it is known."""
+    """The number of texts, if known."""
     return len(texts) if isinstance(texts, Sized) else None
 
 
@@ -30,7 +30,7 @@ def folder_path(folder: str | Path) -> Path:
 
 
 def progress_shown(show_progress_bar: bool | None) -> bool:
-    """Whether there is a bar: by default where ``encode`` shows one."""
+    """Whether to show a bar: by default, whenever ``encode`` shows one."""
     if show_progress_bar is not None:
         return true_or_false(show_progress_bar, "show_progress_bar")
     from sentence_transformers import SentenceTransformer
@@ -40,15 +40,15 @@ def progress_shown(show_progress_bar: bool | None) -> bool:
 
 
 def gpu_count(gpus: int | None, kind: str, model: SentenceTransformer) -> int:
-    """How many to use: of those asked for, or all if the model is on one."""
+    """The number of GPUs to use: the wanted number, or all if the model is on one."""
     faiss, on_gpu = kinds.import_faiss(), kinds.kind_of(kind, None).on_gpu
     found = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-    if gpus is None:  # faiss may not have the index of a factory string for GPUs
+    if gpus is None:  # faiss may have no GPU form of a factory string's index
         return found if model.device.type == "cuda" and on_gpu and kind in kinds.KINDS else 0
     gpus = whole_number(gpus, "gpus", 0)
     if gpus > found:
         raise TriternError(f"gpus must be 0 to {found}, all that faiss sees; received {gpus}")
     if gpus and not on_gpu:
         names = ", ".join(name for name, other in kinds.KINDS.items() if other.on_gpu)
-        raise TriternError(f"gpus must be 0 for kind {kind!r}, for faiss has {names} only; received {gpus}")
+        raise TriternError(f"gpus must be 0 for kind {kind!r}: faiss has {names} only; received {gpus}")
     return gpus

@@ -30,12 +30,12 @@ class Database:
     """The connection to ``rows.sqlite`` in a folder. Threads may share it.
 
     Args:
-        folder: where the file is.
+        folder: the folder of the file.
         create: settings of a new index, written if the file has no tables; None: the file must exist.
 
     Raises:
         TriternError: the folder has no index, or cannot be made.
-        CheckpointError: the file is no index, is damaged or has another format.
+        CheckpointError: the file is not an index, is damaged or has another format.
     """
 
     def __init__(self, folder: Path, create: dict[str, Any] | None = None) -> None:
@@ -58,7 +58,7 @@ class Database:
                     self._set({"format": FORMAT, **dict.fromkeys(COUNTS, 0), **create})
         if not self._tables():
             raise CheckpointError(
-                f"{path} is not an index of tritern, or its making was interrupted: delete it"
+                f"{path} is not an index of tritern, or its creation was interrupted: delete it"
             )
         if self["format"] != FORMAT:
             raise CheckpointError(
@@ -70,7 +70,7 @@ class Database:
             return bool(self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'settings'").fetchone())
 
     def __getitem__(self, name: str) -> Any:
-        """A setting, None where there is none of that name."""
+        """A setting by name, or None."""
         with self._lock, self._failures():
             found = self._db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
         return found[0] if found else None
@@ -79,7 +79,7 @@ class Database:
         self._db.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", settings.items())
 
     def _check_settings(self) -> None:
-        """Refuse what was not written here; ``FaissIndex`` checks "kind" and "rescore"."""
+        """Refuse settings that tritern cannot have written; ``FaissIndex`` checks "kind" and "rescore"."""
         for name, types in {**dict.fromkeys(COUNTS, int), "similarity": str, "probes": bytes}.items():
             value = self[name]
             if type(value) is not types or (types is int and value < 0):
@@ -101,7 +101,7 @@ class Database:
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        """Turn errors of SQLite and the file system into ours, which say how to go on."""
+        """Turn errors of SQLite and the file system into tritern's; these say how to go on."""
         try:
             yield
         except (OSError, sqlite3.OperationalError) as error:

@@ -1,4 +1,4 @@
-"""Vectors of texts as an index takes them: finite, float32, of length 1 where they are compared by cosine."""
+"""Vectors of texts for an index: finite, float32, of length 1 if the model compares by cosine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Task = Literal["query", "document"]
 PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
-"""Names that the prompt of a task may have, as in sentence-transformers' encode_query, encode_document."""
+"""Possible names of a task's prompt, as in sentence-transformers' encode_query and encode_document."""
 
 
 def embed(
@@ -33,10 +33,10 @@ def embed(
     tokens_per_batch: int | None = None,
     show_progress_bar: bool = False,
 ) -> Tensor:
-    """Vectors of texts, as ``model.encode`` gives them, in less time if the model is not ternary.
+    """Vectors of texts, the same as of ``model.encode``, in less time if the model is not ternary.
 
     Args:
-        model: any sentence-transformer for text; or the name or folder of one, which is loaded anew in every
+        model: any sentence-transformer for text, or the name or folder of one. A name is loaded anew in every
             call.
         texts: strings, none of them empty, in a list or another iterable; or one string.
         task: "query" or "document" for the prompts of ``encode_query`` and ``encode_document``.
@@ -47,8 +47,8 @@ def embed(
         [len(texts), width], float32, on the model's device; of length 1 if the model compares by cosine.
 
     Raises:
-        TriternError: a text is no string, empty or not encodable; a vector is not finite; an argument is of
-            another type, or there is no such model.
+        TriternError: a text that is not a string, empty or not encodable; a vector that is not finite; an
+            argument of another type; no such model.
     """
     show_progress_bar = true_or_false(show_progress_bar, "show_progress_bar")
     texts = [texts] if isinstance(texts, str) else list(many(texts, "texts"))
@@ -69,11 +69,11 @@ def embed_each(
     tokens_per_batch: int | None = None,
     advance: Callable[[int], object] = lambda texts: None,
 ) -> Iterator[Tensor]:
-    """The vectors [len(window), width] of each window in turn; the next ones are under way meanwhile.
+    """The vectors [len(window), width] of each window in turn. The next windows are computed meanwhile.
 
     Args:
-        windows: lists of non-empty strings, taken on another thread. If it raises, the vectors of what came
-            before are still given.
+        windows: lists of non-empty strings, read on another thread. If reading raises, the vectors of the
+            earlier windows still come.
         advance: called with the number of texts done.
         model, task, tokens_per_batch: as in ``embed``.
     """
@@ -90,16 +90,16 @@ def embed_each(
 
 
 def tokens_of(tokens_per_batch: int | None) -> int | None:
-    """The argument of that name as an int; None: the default of the device.
+    """``tokens_per_batch`` as an int; None: the default of the device.
 
     Raises:
-        TriternError: it is no whole number, or under 1.
+        TriternError: not a whole number, or under 1.
     """
     return None if tokens_per_batch is None else whole_number(tokens_per_batch, "tokens_per_batch", 1)
 
 
 class _Encode:
-    """What the engine does not take, by the model's own ``encode``."""
+    """The model's own ``encode``, for models that the engine does not take."""
 
     workers = 1
 
@@ -144,7 +144,7 @@ def _checked(vectors: Tensor, texts: Sequence[str]) -> Tensor:
     """The vectors, if they are finite.
 
     Raises:
-        TriternError: names the text of the first that is not.
+        TriternError: a vector is not finite; the error names its text.
     """
     finite = vectors.isfinite().all(1)
     if not finite.all():

@@ -1,4 +1,4 @@
-"""The faiss index over a store's vectors: made from them, kept up with them, saved beside them."""
+"""The faiss index over a store's vectors: build it, keep it up to date, save it beside them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .store import Store
 logger = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60
-"""Seconds between two saves while texts are added, at least. Opening adds the rows that the file lacks."""
+"""Least seconds between two saves while texts are added. Opening adds the rows that the file lacks."""
 SAVING_SHARE = 0.1
-"""Largest share of the time spent on saving."""
+"""Largest share of the time to spend on saving."""
 GROWTH = 4
-"""An index is trained again once it holds this many times the rows that it was trained for."""
+"""An index is trained again when it has grown by this factor since it was trained."""
 
 
 class Shared:
@@ -37,7 +37,7 @@ class Shared:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Wait for a writer; hold off others."""
+        """Wait for a writer; hold off writers."""
         with self._free:
             self._readers += 1
         try:
@@ -49,21 +49,22 @@ class Shared:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Wait for all readers; hold off others."""
+        """Wait for all readers; hold off readers and writers."""
         with self._free:
             self._free.wait_for(lambda: not self._readers)
             yield
 
 
 class FaissIndex:
-    """Rows of a store, found through an index of its kind, or exactly where the kind has none.
+    """Finds rows of a store through a faiss index, or exactly if its kind has none.
 
     Attributes:
-        name, kind: what the store's settings "kind" and "rescore" say; "flat" where they say nothing useful.
-        gpus: that it is on. On one it is made there; for several it is made on the CPU and cloned in shards.
+        name, kind: from the store's settings "kind" and "rescore"; "flat" if these are unusable.
+        gpus: number of GPUs that hold it. One GPU builds it itself; for several it is built on the CPU and
+            cloned in shards.
         saves: whether it is written to the folder.
-        lock: held by whoever searches, until the rows found are looked up, and against that by whoever adds
-            rows or numbers them anew.
+        lock: held by readers while they search and look up the found rows; held by writers while they add or
+            renumber rows.
     """
 
     def __init__(self, store: Store) -> None:
@@ -72,7 +73,7 @@ class FaissIndex:
         self.lock = Shared()
         self._gpu_lock = threading.Lock()  # faiss: one search at a time on a GPU
         self._index: Any = None
-        """Holds all rows, or is None: all vectors are compared then."""
+        """Holds all rows; None: all vectors are compared."""
         self._clones: Any = None
         """The same in shards on several GPUs."""
         self._forget()
@@ -84,7 +85,7 @@ class FaissIndex:
             self.kind = kinds.kind_of(self.name, self._store["rescore"])
         except TriternError as error:
             logger.warning(
-                "%s: a setting that is stored there is wrong: %s. All vectors are compared until "
+                "%s: a stored setting is wrong: %s. All vectors are compared until "
                 "index.reindex(kind, rescore=...) stores others",
                 self._store.folder,
                 error,
@@ -96,11 +97,11 @@ class FaissIndex:
 
     @property
     def file(self) -> Path:
-        """Where it is saved."""
+        """The file of the faiss index."""
         return self._store.folder / f"index-{self.version}.faiss"
 
     def load(self, train: bool) -> None:
-        """Read the file, if there is one that fits, and catch up; exact search stays if that cannot be."""
+        """Read the file, if it fits the store, and add missing rows. If that fails, search stays exact."""
         index = None
         if self.file.exists() and self.kind.factory(1, 1) is not None:
             try:
@@ -122,21 +123,21 @@ class FaissIndex:
             logger.warning("there is no index of this kind, so every search compares all vectors: %s", error)
 
     def refresh(self) -> None:
-        """Take in what another writer has done."""
+        """Take over the changes of another writer."""
         with self.lock.writing():
             self._store.refresh()
             if self._store.version != self.version:
                 self._forget()
 
     def compact(self) -> None:
-        """Drop the removed rows, number the others again and build the index from them."""
+        """Drop the removed rows, renumber the others and build the index from them."""
         with self.lock.writing():
             self._store.compact()
             self._forget()
         self.catch_up()
 
     def change_kind(self, kind: str, rescore: int | None) -> None:
-        """Make an index of another kind; all vectors are compared until it is there."""
+        """Build an index of another kind. All vectors are compared until it is ready."""
         with self.lock.writing():
             self._store.set(kind=kind, rescore=rescore, factory=None, version=self._store.version + 1)
             self._forget()
@@ -144,7 +145,7 @@ class FaissIndex:
         self._store.tidy()
 
     def add(self, first: int, vectors: torch.Tensor) -> None:
-        """Add the rows from ``first`` on, [rows, width], if all before them are there."""
+        """Add the rows from ``first`` on, [rows, width], if the index has all rows before them."""
         if self._index is None and first == 0:
             self._index = self._new(train=False)
         if self._index is not None and self._index.ntotal == first:
@@ -154,7 +155,7 @@ class FaissIndex:
             self._save(self._index)
 
     def catch_up(self, train: bool = True) -> None:
-        """Add the rows that are missing, and save; if wanted, train before that where it is time."""
+        """Add missing rows and save. If ``train``, train first when due."""
         store, index = self._store, self._index
         outgrown = index is not None and store["factory"] != self.kind.factory(store.rows, store.width)
         outgrown = outgrown and train and store.rows > GROWTH * (store["trained_rows"] or store.rows)
@@ -173,11 +174,11 @@ class FaissIndex:
     def search(
         self, host: np.ndarray, on_device: torch.Tensor | None, k: int, exact: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As ``SearchIndex.search_vectors``, removed rows among them; k is at most the number of rows.
+        """Like ``SearchIndex.search_vectors``, with removed rows; k is at most the number of rows.
 
         Args:
             host: queries [queries, width], float32.
-            on_device: the same where the model made them.
+            on_device: the same on the model's device.
             k, exact: as there.
         """
         if exact or self._index is None or (self.gpus and k > kinds.GPU_K):
@@ -201,7 +202,7 @@ class FaissIndex:
         return self._clones
 
     def set_parameters(self, parameters: str) -> None:
-        """As ``SearchIndex.set_search_parameters``."""
+        """See ``SearchIndex.set_search_parameters``."""
         if not isinstance(parameters, str):
             raise TriternError(f"parameters must be a string such as 'nprobe=16'; received {parameters!r}")
         with self.lock.writing():
@@ -211,10 +212,10 @@ class FaissIndex:
             self._parameters, self._clones = parameters, None
 
     def _new(self, train: bool) -> Any:
-        """An empty index, trained if it is of a kind that is.
+        """An empty index, trained if its kind needs training.
 
-        None where there is none: the vectors are compared as they are stored, there are too few to train on,
-        or training is needed and not wanted now.
+        None if the kind has no index, there are too few vectors to train on, or the index needs training and
+        ``train`` is False.
         """
         store = self._store
         factory = self.kind.factory(store.rows, store.width) or ("Flat" if self.gpus else None)
@@ -236,7 +237,7 @@ class FaissIndex:
     def _save(self, index: Any, at_once: bool = False) -> None:
         """Write the file, at once or if it is due."""
         due = at_once or time.monotonic() - self._saved > max(SAVE_SECONDS, self._saving / SAVING_SHARE)
-        # a flat index, on GPUs only, is made of the vectors' file
+        # a flat index exists on GPUs only and is read from the vectors' file
         if due and self.saves and index.ntotal != self._rows_saved and self.kind.factory(1, 1) is not None:
             start = time.monotonic()
             kinds.save(index, self.file, on_gpu=self.gpus == 1)

@@ -1,4 +1,4 @@
-"""Whose vectors an index holds: those of one model, told by what it makes of a few texts."""
+"""The fingerprint of an index's model: its vectors of a few texts."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ PROBES = (
     "The committee postponed its decision until the budget is known. " * 40,
 )
 SAME_MODEL = 0.995
-"""Least mean cosine between the probes' vectors now and when the index was built: 16-bit arithmetic and other
-hardware stay above, the ternary form of a model and its original are far below."""
+"""Least mean cosine between the probes' vectors now and when the index was built. 16-bit arithmetic and other
+hardware stay above it. A model and its ternary form are far below it."""
 
 
 def check_model(store: Store, model: SentenceTransformer, now: np.ndarray) -> None:
-    """Refuse a model whose vectors are not those of the model that the store was made with.
+    """Refuse a model other than the one that the store was made with.
 
     Args:
-        now: its ``probes``.
-        store, model: what must go together.
+        store: its rows hold vectors of a model.
+        model: it must be the same model.
+        now: the model's ``probes``.
 
     Raises:
-        TriternError: they do not.
+        TriternError: it is another model.
     """
     then = store["probes"]
     if len(then) != now.nbytes or similarity_of(model) != store["similarity"]:
@@ -52,16 +53,16 @@ def check_model(store: Store, model: SentenceTransformer, now: np.ndarray) -> No
 
 
 def similarity_of(model: SentenceTransformer) -> str:
-    """How the model compares vectors.
+    """The model's similarity of vectors.
 
     Raises:
-        TriternError: as no index of faiss does.
+        TriternError: faiss has no index for it.
     """
     name = model.similarity_fn_name
     if name not in ("cosine", "dot", "euclidean"):
         raise TriternError(
-            f"model.similarity_fn_name must be 'cosine', 'dot' or 'euclidean'; received {name!r}, for which "
-            "faiss has no index"
+            f"model.similarity_fn_name must be 'cosine', 'dot' or 'euclidean'; received {name!r}, and "
+            "faiss has no index for it"
         )
     return name
 
@@ -73,6 +74,6 @@ def probes(model: SentenceTransformer) -> np.ndarray:
 
 
 def name_of(model: SentenceTransformer) -> str:
-    """The path or name that it was loaded by."""
+    """The path or name that the model was loaded from."""
     data, inner = model.model_card_data, getattr(model[0], "auto_model", None)
     return str(getattr(inner, "name_or_path", None) or data.base_model or type(model[0]).__name__)

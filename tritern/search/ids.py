@@ -16,7 +16,7 @@ def unique(ids: Iterable[Any]) -> list[Id]:
     """The ids as they are stored.
 
     Raises:
-        TriternError: one is no int or str, or twice among them.
+        TriternError: an id that is not an int or str, or a repeated id.
     """
     plain: dict[Id, None] = {}
     for id in map(plain_id, ids):
@@ -27,7 +27,7 @@ def unique(ids: Iterable[Any]) -> list[Id]:
 
 
 def plain_id(value: Any) -> Id:
-    """An id as SQLite takes it."""
+    """An id in SQLite's form."""
     value = value.item() if isinstance(value, np.generic) else value
     good = isinstance(value, str) or (type(value) is int and -(2**63) <= value < 2**63)
     if good and isinstance(value, str):

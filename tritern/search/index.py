@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 
 class SearchIndex(SearchableIndex):
-    """Texts with ids in a folder, found by meaning: a sentence-transformer and a faiss index.
+    """Texts with ids in a folder, and search by meaning: a sentence-transformer and a faiss index.
 
-    Made by ``build`` and ``open``. Searching may be done from several threads, writing from one.
+    ``build`` and ``open`` make one. Several threads may search; one may write.
 
     Attributes:
         model: embeds queries and texts.
@@ -62,28 +62,27 @@ class SearchIndex(SearchableIndex):
         tokens_per_batch: int | None = None,
         show_progress_bar: bool | None = None,
     ) -> SearchIndex:
-        """Embed a corpus into a folder, or go on where a call with the same corpus was interrupted.
+        """Embed a corpus into a folder, or continue an interrupted call with the same corpus.
 
         Args:
             folder: a new one, or that of an interrupted call; None: a temporary one, deleted on ``close``.
-            model: embeds the texts, with the prompt it has for documents; or the name or folder of one, as of
+            model: embeds the texts with its prompt for documents. Or the name or folder of a model, as for
                 ``tritern.load``, ternary or not.
-            texts: strings in a list or another iterable, none of them empty; taken once, in windows: they may
-                be more than fit into memory.
+            texts: strings in a list or another iterable, none of them empty. They are read once, in windows,
+                so they need not fit into memory.
             ids: unique ints or strings in a list or another iterable, one for each text; default 0, 1, 2 ...
             kind: one of ``KINDS`` or a string for ``faiss.index_factory``, such as "IVF256,PQ48".
-            rescore: candidates taken from the index for every hit, compared by their stored vectors, 1 to
-                1,000,000; default that of the kind, 4 for factory strings.
-            gpus: to put the faiss index on; default all when the model is on one and faiss has the kind for
-                GPUs, 0 for factory strings.
+            rescore: number of candidates from the index per hit, 1 to 1,000,000. Their stored vectors are
+                compared. The default is that of the kind, 4 for factory strings.
+            gpus: number of GPUs for the faiss index. The default is all if the model is on one and faiss has
+                the kind for GPUs; otherwise, and for factory strings, 0.
             tokens_per_batch: as in ``embed``.
-            show_progress_bar: default: as ``model.encode`` does, if the log level of sentence-transformers is
-                INFO or DEBUG.
+            show_progress_bar: default: if the log level of sentence-transformers is INFO or DEBUG, as in
+                ``model.encode``.
 
         Raises:
-            TriternError: there are no texts; bad or repeated ids; an argument is not as above; the folder
-                holds another corpus, kind or model's vectors; the disk is full. What was written stays, and
-                the next call goes on from it.
+            TriternError: no texts; bad or repeated ids; an invalid argument; a folder with another corpus,
+                kind or model's vectors; a full disk. Written texts stay, and the next call continues.
         """
         show_progress_bar, tokens = progress_shown(show_progress_bar), tokens_of(tokens_per_batch)
         rescore, items = kinds.rescore_of(rescore), adding.items_of(texts, ids, itertools.count())
@@ -111,7 +110,7 @@ class SearchIndex(SearchableIndex):
             index = cls(store, model, gpus, tokens)
             index._temporary = temporary
             with index._writing():
-                index._faiss.load(train=False)  # once all texts are there, however often it was interrupted
+                index._faiss.load(train=False)  # training waits until all texts are there
                 items = adding.rest(store, itertools.chain(first, items))
                 write = partial(index._write, numbered=ids is None)
                 index._add(items, write, store.rows, length_of(texts), show_progress_bar)
@@ -133,8 +132,7 @@ class SearchIndex(SearchableIndex):
             model, gpus, tokens_per_batch: as in ``build``.
 
         Raises:
-            TriternError: there is none, it was built with another model, or its files are damaged; an
-                argument is not as in ``build``.
+            TriternError: no index there; an index of another model; damaged files; an invalid argument.
         """
         kinds.import_faiss()
         tokens, store = tokens_of(tokens_per_batch), Store(folder_path(folder))
@@ -145,7 +143,7 @@ class SearchIndex(SearchableIndex):
             try:
                 with index._writing():
                     index._faiss.load(train=True)
-            except Busy:  # to search, nothing must be written
+            except Busy:  # search works without writing
                 index._faiss.saves = False
                 index._faiss.load(train=True)
         return index
@@ -158,12 +156,12 @@ class SearchIndex(SearchableIndex):
         vectors: np.ndarray | torch.Tensor | None = None,
         show_progress_bar: bool | None = None,
     ) -> None:
-        """Add texts. When it raises, those of the windows before are in the index, and none of the others.
+        """Add texts. If it raises, the index has the texts of earlier windows and none of the others.
 
         Args:
-            texts, ids: as in ``build``; default ids go on from the number of texts ever added, and leave out
-                those in use.
-            vectors: [texts, width], made before with ``embed(model, texts, task="document")``.
+            texts, ids: as in ``build``. Default ids continue from the number of texts ever added and skip ids
+                in use.
+            vectors: [texts, width], from ``embed(model, texts, task="document")``.
             show_progress_bar: as in ``build``.
 
         Raises:
@@ -183,10 +181,10 @@ class SearchIndex(SearchableIndex):
         """Remove texts from the results. ``compact`` frees their disk space.
 
         Args:
-            ids: in a list or another iterable, also a single one.
+            ids: in a list or another iterable, even if it is only one.
 
         Raises:
-            TriternError: an id is not in the index, or ``ids`` is no iterable of ids; nothing is removed.
+            TriternError: an id is not in the index, or ``ids`` is not an iterable. Then nothing is removed.
         """
         ids = list(many(ids, "ids"))
         with self._writing():
@@ -204,8 +202,8 @@ class SearchIndex(SearchableIndex):
             kind, rescore: as in ``build``.
 
         Raises:
-            TriternError: an argument is not as in ``build``, and nothing is changed; or the kind cannot be
-                trained on these vectors: all of them are compared then, until it is given another kind.
+            TriternError: an invalid argument, and nothing changes; or a kind that cannot be trained on these
+                vectors. All vectors are then compared until the next ``reindex``.
         """
         rescore = kinds.rescore_of(rescore)
         width = self._store.width or self.model.get_embedding_dimension()
@@ -215,7 +213,7 @@ class SearchIndex(SearchableIndex):
             self._faiss.change_kind(kind, rescore)
 
     def verify(self) -> None:
-        """Compare ids, texts and vectors with their checksums. The faiss index is made of them: ``reindex``.
+        """Compare ids, texts and vectors with their checksums. (``reindex`` makes the faiss index from them.)
 
         Raises:
             CheckpointError: something is damaged.

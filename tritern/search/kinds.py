@@ -1,4 +1,4 @@
-"""Kinds of faiss index by name, and what is done with them here: making, placing on GPUs, saving."""
+"""Kinds of faiss index by name: make them, put them on GPUs, save them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..errors import TriternError
 from ..inputs import whole_number
 
 MIN_ROWS = 1024
-"""Below it, kinds that are trained search exactly: there is too little to train on, and no need."""
+"""With fewer rows, trained kinds search exactly: there are too few to train on, and no need."""
 GPU_K = 2048
-"""Most results for a query that faiss gives on GPUs."""
+"""Most results per query of faiss on GPUs."""
 MOST_RESCORE = 1_000_000
 TRAIN_ROWS = 100_000
 ROWS_A_LIST = 64
-"""Most vectors to train on: so many, or so many for each inverted list; faiss wants 39 and uses up to 256."""
+"""Most vectors to train on, in all or per inverted list; faiss wants 39 per list and uses up to 256."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Kind:
     """A faiss index and how it is used.
 
     Attributes:
-        factory: (rows, width) -> string for ``faiss.index_factory``; None: no index, the vectors themselves
+        factory: (rows, width) -> string for ``faiss.index_factory``; None: no index; the vectors themselves
             are compared.
-        rescore: candidates taken from the index for every hit, to be compared by their stored vectors.
+        rescore: number of candidates from the index per hit; their stored vectors are compared.
         on_gpu: whether faiss has it for GPUs.
     """
 
@@ -43,12 +43,14 @@ class Kind:
 
 
 def _lists(rows: int) -> int:
-    """Inverted lists: 4 sqrt(rows), a power of two, with at least the 39 vectors each that faiss wants."""
+    """Number of inverted lists: about 4 sqrt(rows), a power of two, with at least 39 vectors per list."""
     return 2 ** max(0, int(math.log2(max(1.0, min(4 * math.sqrt(rows), rows / 39)))))
 
 
 def _pieces(width: int) -> int:
-    """Of product quantization, one byte each, of 8 dimensions or more; numbers that faiss has for GPUs."""
+    """Number of pieces in product quantization: one byte per piece of 8 dimensions or more; faiss has these
+    numbers on GPUs.
+    """
     known = (96, 64, 56, 48, 40, 32, 28, 24, 20, 16, 12, 8, 4, 3, 2, 1)
     return next(m for m in known if m <= max(1, width // 8) and width % m == 0)
 
@@ -62,14 +64,14 @@ KINDS = {
     "binary": Kind(lambda rows, width: "LSH", rescore=16, on_gpu=False),
 }
 """Kinds of index by name: all vectors compared; inverted lists; inverted lists of product-quantized vectors;
-a graph; a byte a dimension; a bit a dimension, its sign."""
+a graph; one byte per dimension; one bit per dimension (its sign)."""
 
 
 def kind_of(name: str, rescore: int | None) -> Kind:
-    """A kind by its name, or of a string for ``faiss.index_factory``.
+    """A kind by its name or by a string for ``faiss.index_factory``.
 
     Raises:
-        TriternError: ``name`` is no such string, or ``rescore`` no whole number from 1 to ``MOST_RESCORE``.
+        TriternError: ``name`` is neither, or ``rescore`` is not a whole number from 1 to ``MOST_RESCORE``.
     """
     if not (isinstance(name, str) and name.isascii() and name.isprintable() and name.strip()):
         raise TriternError(
@@ -80,16 +82,16 @@ def kind_of(name: str, rescore: int | None) -> Kind:
 
 
 def rescore_of(rescore: int | None) -> int | None:
-    """The argument of that name as an int; None: that of the kind.
+    """``rescore`` as an int; None: that of the kind.
 
     Raises:
-        TriternError: it is no whole number from 1 to ``MOST_RESCORE``.
+        TriternError: not a whole number from 1 to ``MOST_RESCORE``.
     """
     return None if rescore is None else whole_number(rescore, "rescore", 1, MOST_RESCORE)
 
 
 def check(name: str, rescore: int | None, width: int | None, similarity: str) -> None:
-    """Refuse what cannot be made, before any work."""
+    """Refuse a kind that cannot be made, before any work."""
     kind = kind_of(name, rescore)
     factory = kind.factory(MIN_ROWS, width or 64)
     if width and factory:
@@ -99,7 +101,7 @@ def check(name: str, rescore: int | None, width: int | None, similarity: str) ->
 
 
 def import_faiss() -> Any:
-    """The module, or what to install."""
+    """The faiss module, or an error that says what to install."""
     try:
         import faiss
     except ModuleNotFoundError:
@@ -113,12 +115,12 @@ def new_index(factory: str, width: int, similarity: str) -> Any:
     """An index of faiss, untrained and empty.
 
     Raises:
-        TriternError: faiss does not know the factory string, or not for this width.
+        TriternError: faiss does not know the factory string or cannot make it for this width.
     """
     faiss = import_faiss()
     metrics = [faiss.METRIC_L2] if similarity == "euclidean" else [faiss.METRIC_INNER_PRODUCT]
     if similarity == "cosine":
-        metrics.append(faiss.METRIC_L2)  # on vectors of length 1 the same order, and LSH knows no other
+        metrics.append(faiss.METRIC_L2)  # same order on vectors of length 1; LSH has only this metric
     errors = []
     for metric in metrics:
         try:
@@ -134,27 +136,27 @@ def new_index(factory: str, width: int, similarity: str) -> Any:
         )
     if isinstance(index, (faiss.IndexIDMap, faiss.IndexNSG)):
         raise TriternError(
-            f"kind must not be {factory!r}: of this kind faiss cannot add vectors one after the other, as an "
-            "index here grows; for a graph take 'hnsw'"
+            f"kind must not be {factory!r}: faiss cannot add vectors to it step by step; for a graph take "
+            "'hnsw'"
         )
     parts: list[Any] = [index, ivf(index), getattr(index, "pq", None)]
     for part in parts:
         if getattr(part, "cp", None) is not None:
-            part.cp.min_points_per_centroid = 1  # it warns of few vectors, and there are no more
+            part.cp.min_points_per_centroid = 1  # no warning of few vectors: there are no more
     if hasattr(index, "do_polysemous_training"):
-        index.do_polysemous_training = False  # slow, and of no use here
+        index.do_polysemous_training = False  # slow and not used here
     set_parameters(index, default_parameters(index))
     return index
 
 
 def ivf(index: Any) -> Any:
-    """The inverted lists inside, if any."""
+    """The inverted lists inside an index, if any."""
     faiss = import_faiss()
     return faiss.try_extract_index_ivf(index)
 
 
 def default_parameters(index: Any) -> str:
-    """Where faiss' own defaults find too little: nprobe=1 and efSearch=16."""
+    """Set better defaults: faiss' own (nprobe=1, efSearch=16) find too little."""
     if lists := ivf(index):
         return f"nprobe={min(lists.nlist, round(4 * math.sqrt(lists.nlist)))}"
     return "efSearch=64" if hasattr(index, "hnsw") else ""
@@ -163,7 +165,7 @@ def default_parameters(index: Any) -> str:
 def set_parameters(index: Any, parameters: str) -> None:
     """Set ``nprobe=16``, ``efSearch=128`` or others of ``faiss.ParameterSpace``, separated by commas."""
     for name, value in (part.strip().split("=", 1) for part in parameters.split(",") if "=" in part):
-        # faiss takes 0 and less, and finds other rows then
+        # faiss accepts 0 and less, but then finds other rows
         if name.endswith(("nprobe", "efSearch")) and not re.fullmatch("0*[1-9][0-9]*", value):
             raise TriternError(f"{name} must be a whole number, at least 1; received {value!r}")
     faiss = import_faiss()
@@ -179,7 +181,7 @@ def set_parameters(index: Any, parameters: str) -> None:
 
 
 def sample(index: Any, rows: int, removed: np.ndarray) -> np.ndarray:
-    """Numbers of the rows to train on: drawn with a fixed seed, the same for the same rows."""
+    """Numbers of the rows to train on. The seed is fixed, so the same rows give the same numbers."""
     kept, lists = np.setdiff1d(np.arange(rows), removed, assume_unique=True), ivf(index)
     most = max(TRAIN_ROWS, ROWS_A_LIST * lists.nlist if lists else 0)
     if len(kept) > most:
@@ -191,7 +193,7 @@ def train(index: Any, vectors: np.ndarray) -> None:
     """Train on [rows, width], float32.
 
     Raises:
-        TriternError: there are too few for this kind.
+        TriternError: too few vectors for this kind.
     """
     try:
         index.train(np.ascontiguousarray(vectors, np.float32))
@@ -206,7 +208,7 @@ def add(index: Any, vectors: Any) -> None:
     """Add [rows, width], float32, to a trained index.
 
     Raises:
-        TriternError: faiss cannot.
+        TriternError: faiss cannot add them.
     """
     try:
         index.add(vectors)
@@ -218,14 +220,14 @@ def add(index: Any, vectors: Any) -> None:
 
 
 def to_gpus(index: Any, gpus: int) -> Any:
-    """The index on one GPU or in shards on several, by faiss' own cloning; with cuVS if that is built in."""
+    """Clone the index to one GPU, or in shards to several, with faiss; with cuVS if faiss has it."""
     faiss = import_faiss()
-    importlib.import_module("faiss.contrib.torch_utils")  # tensors on a GPU go in and out without a copy
+    importlib.import_module("faiss.contrib.torch_utils")  # lets faiss use GPU tensors without a copy
     options = faiss.GpuMultipleClonerOptions()
     options.shard = gpus > 1
     if "CUVS" in faiss.get_compile_options():
         options.use_cuvs = True
-    options.useFloat16 = hasattr(index, "pq")  # look-up tables of 96 pieces fit into shared memory then
+    options.useFloat16 = hasattr(index, "pq")  # then look-up tables of 96 pieces fit into shared memory
     try:
         return faiss.index_cpu_to_gpus_list(index, co=options, gpus=list(range(gpus)))
     except RuntimeError as error:
@@ -233,13 +235,13 @@ def to_gpus(index: Any, gpus: int) -> Any:
 
 
 def save(index: Any, file: Path, on_gpu: bool) -> None:
-    """Write the index in place of the file, whole or not at all."""
+    """Replace the file by the index, completely or not at all."""
     faiss = import_faiss()
     index = faiss.index_gpu_to_cpu(index) if on_gpu else index
     temporary = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         faiss.write_index(index, str(temporary))
-        with open(temporary, "r+b") as written:  # Windows flushes only what may be written
+        with open(temporary, "r+b") as written:  # Windows flushes only writable files
             os.fsync(written.fileno())
         temporary.replace(file)
     except (OSError, RuntimeError) as error:
@@ -252,5 +254,5 @@ def save(index: Any, file: Path, on_gpu: bool) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Of faiss' message, what comes after the place in its source."""
+    """faiss' message without the place in its source."""
     return re.sub(r"^.* at \S+:\d+: (Error: )?", "", str(error).strip().splitlines()[-1])

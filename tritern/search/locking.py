@@ -1,4 +1,4 @@
-"""A lock on an open file, against other processes and other handles of this one; on Windows too."""
+"""A lock on an open file against other processes and other handles of this process; on Windows, too."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ except ModuleNotFoundError:  # Windows
     import msvcrt
 
 PLACE = 2**30
-"""Of the byte that is locked on Windows: behind all that is read, for others cannot read a locked one."""
+"""Position of the locked byte on Windows. It lies after all data: others cannot read a locked byte."""
 
 
 @contextmanager
 def locked(file: IO[Any], *, shared: bool = False) -> Iterator[None]:
-    """Hold a file; it is not waited for.
+    """Lock a file, without waiting.
 
     Args:
-        file: open; its position and its content stay as they are.
-        shared: hold it against those who want it for themselves alone. Windows has no such lock in Python:
-            there it is only seen that nobody holds the file now.
+        file: open; its position and content do not change.
+        shared: hold off exclusive locks only. Python has no shared lock on Windows: there this only checks
+            that the file is not locked now.
 
     Raises:
-        OSError: another holds it.
+        OSError: another holds the lock.
     """
     number = file.fileno()
     if fcntl:

@@ -1,4 +1,4 @@
-"""Nearest rows by the stored vectors: all of them, or an index's candidates."""
+"""Nearest rows by stored vectors, among all rows or an index's candidates."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from .kinds import import_faiss
 from .reading import BLOCK
 
 CANDIDATE_BYTES = 2**27
-"""Of candidates' vectors that are in memory at a time."""
+"""Bytes of candidates' vectors in memory at a time."""
 
 
 def exact(vectors: np.ndarray, queries: np.ndarray, k: int, similarity: str) -> tuple[np.ndarray, np.ndarray]:
-    """Scores, float32, and rows, int64, each [queries, k], best first, of all vectors.
+    """Compare all vectors: scores, float32, and rows, int64, each [queries, k], best first.
 
     Args:
-        vectors: [rows, width], float32, k or more of them; may be mapped from a file larger than memory.
+        vectors: [rows, width], float32, at least k rows; may be mapped from a file larger than memory.
         queries: [queries, width], float32.
         similarity: "cosine" (of vectors of length 1), "dot" or "euclidean".
     """
@@ -34,10 +34,10 @@ def exact(vectors: np.ndarray, queries: np.ndarray, k: int, similarity: str) -> 
 def rescored(
     vectors: np.ndarray, queries: np.ndarray, rows: np.ndarray, k: int, similarity: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best k of each query's candidates, by their vectors; shapes as ``exact``.
+    """The best k of each query's candidates, by their vectors; shapes as in ``exact``.
 
     Args:
-        rows: [queries, candidates], int64; -1 where there is none, which scores -inf.
+        rows: [queries, candidates], int64; -1 stands for none and scores -inf.
         vectors, queries, k, similarity: as in ``exact``.
     """
     k = min(k, rows.shape[1])

@@ -1,4 +1,4 @@
-"""Rows of an index as they are on disk: ids, texts and vectors, and whether they are undamaged."""
+"""Rows of an index on disk: read ids, texts and vectors, and check them for damage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCK = 16384
 
 
 class StoredRows(Database):
-    """The reading half of ``Store``, which describes the files and attributes."""
+    """The reading half of ``Store``. The files and attributes are described there."""
 
     width: int
     rows: int
@@ -44,7 +44,7 @@ class StoredRows(Database):
 
     @property
     def vectors(self) -> np.ndarray:
-        """[rows, width], float32, read from the file where it is looked at; read-only."""
+        """[rows, width], float32, mapped from the file; read-only."""
         with self._lock:
             if len(self._mapped) != self.rows:
                 with self._failures():
@@ -58,7 +58,7 @@ class StoredRows(Database):
         )
 
     def blocks(self, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the first row, vectors) of up to ``BLOCK`` rows each, read into memory."""
+        """Blocks of up to ``BLOCK`` rows in memory: (number of the first row, vectors)."""
         with open(self.vectors_file, "rb") if self.rows else open(os.devnull, "rb") as file:
             file.seek(start * self.width * 4)
             for first in range(start, self.rows, BLOCK):
@@ -67,7 +67,7 @@ class StoredRows(Database):
                 yield first, block
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Vectors of rows, in ascending order, read by blocks: a map would keep the whole file in memory."""
+        """Vectors of rows, in ascending order. Read by blocks: a map would keep the whole file in memory."""
         vectors = np.empty((len(rows), self.width), np.float32)
         for first, block in self.blocks():
             start, end = np.searchsorted(rows, (first, first + len(block)))
@@ -77,7 +77,7 @@ class StoredRows(Database):
     def refresh(self) -> None:
         """Read the rows that other processes have written."""
         with self._lock, self._failures():
-            with self._transaction("DEFERRED"):  # so that all is of one state
+            with self._transaction("DEFERRED"):  # one consistent state
                 self._check_settings()
                 self.generation, self.version = self["generation"], self["version"]
                 self.rows, self.width, self.added = self["rows"], self["width"], self["added"]
@@ -92,7 +92,7 @@ class StoredRows(Database):
                 self._mapped = self._map()
 
     def free_ids(self) -> Iterator[int]:
-        """Numbers for texts without ids, from ``added`` on; those that are ids in the index are left out."""
+        """Numbers for texts without ids, from ``added`` on, without ids that are in the index."""
         for first in itertools.count(self.added, 1024):
             numbers = range(first, first + 1024)
             used = self.rows_of(numbers)
@@ -102,7 +102,7 @@ class StoredRows(Database):
         """The ids as they are stored.
 
         Raises:
-            TriternError: one is no int or str, twice among them or in the index already.
+            TriternError: an id that is not an int or str, is repeated, or is in the index already.
         """
         plain = unique(ids)
         if there := self.rows_of(plain):
@@ -112,19 +112,19 @@ class StoredRows(Database):
         return plain
 
     def rows_of(self, ids: Sequence[Id]) -> dict[Id, int]:
-        """The rows of those of the ids that are in the index."""
+        """The rows of the ids that are in the index."""
         query = "SELECT id, row FROM rows WHERE id IN (SELECT value FROM json_each(?))"
         with self._lock, self._failures():
             return dict(self._db.execute(query, (json.dumps(list(ids)),)).fetchall())
 
     def look_up(self, rows: Sequence[int]) -> dict[int, tuple[Id, str]]:
-        """Id and text of rows; those removed are left out.
+        """Ids and texts of rows, without removed ones.
 
         Raises:
-            TriternError: another process has compacted the folder, so that the numbers are of other rows now.
+            TriternError: another process has compacted the folder, and the numbers mean other rows now.
         """
         query = "SELECT row, id, text FROM rows WHERE row IN (SELECT value FROM json_each(?))"
-        with self._lock, self._failures(), self._transaction("DEFERRED"):  # both are read of one state
+        with self._lock, self._failures(), self._transaction("DEFERRED"):  # one consistent state
             same = self["generation"] == self.generation
             found = self._db.execute(query, (json.dumps(list(rows)),)).fetchall()
         if not same:
@@ -135,7 +135,7 @@ class StoredRows(Database):
         """Ids and texts in the order of their rows."""
         after = -1
         query = "SELECT row, id, text FROM rows WHERE row > ? ORDER BY row LIMIT 4096"
-        while True:  # a page at a time: an open cursor would be in the way of writing
+        while True:  # a page at a time: an open cursor would block writing
             with self._lock, self._failures():
                 page = self._db.execute(query, (after,)).fetchall()
             if not page:
@@ -147,7 +147,7 @@ class StoredRows(Database):
         """Read ids, texts and vectors and compare them with their checksums.
 
         Raises:
-            CheckpointError: a file is not what was written.
+            CheckpointError: a file has changed since it was written.
         """
         with self._lock, self._failures():
             found = self._db.execute("PRAGMA integrity_check").fetchone()[0]
@@ -161,7 +161,7 @@ class StoredRows(Database):
             raise CheckpointError(f"{self.folder / ROWS_FILE} is damaged ({found}): copy it again")
         if wrong:
             raise CheckpointError(
-                f"{self.folder / ROWS_FILE}: {len(wrong):,} texts are not what was written, such as that of "
+                f"{self.folder / ROWS_FILE}: {len(wrong):,} texts are damaged, such as that of "
                 f"id {wrong[0]!r}: copy it again"
             )
         ends = [first for first, _ in blocks[1:]] + [self.rows]
@@ -169,7 +169,7 @@ class StoredRows(Database):
             for (first, crc), end in zip(blocks, ends):
                 if zlib.crc32(file.read((end - first) * self.width * 4)) != crc:
                     raise CheckpointError(
-                        f"{self.vectors_file}: rows {first} to {end - 1} are not what was written: copy it"
+                        f"{self.vectors_file}: rows {first} to {end - 1} are damaged: copy it"
                     )
 
     def close(self) -> None:

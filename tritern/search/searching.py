@@ -1,4 +1,4 @@
-"""Searching an index that is open: queries in, hits out."""
+"""Search an open index: queries in, hits out."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hit:
-    """A text found.
+    """A found text.
 
     Attributes:
-        id: as given when it was added.
-        score: the model's similarity: cosine, dot product or negative Euclidean distance; exact, of the
+        id: its id.
+        score: the model's similarity (cosine, dot product or negative Euclidean distance), exact, from the
             stored vector.
-        text: as given.
+        text: the text.
     """
 
     id: Id
@@ -39,7 +39,7 @@ class Hit:
 
 
 class SearchableIndex:
-    """The half of ``SearchIndex`` that reads: it searches and writes nothing.
+    """The reading half of ``SearchIndex``: it searches and writes nothing.
 
     Args:
         store: rows of texts, ids and vectors.
@@ -55,17 +55,17 @@ class SearchableIndex:
         self.tokens_per_batch = tokens_per_batch
 
     def search(self, queries: Iterable[str], k: int = 10, *, exact: bool = False) -> list[list[Hit]]:
-        """The k most similar texts of each query, best first; all there are, if that is fewer.
+        """The k most similar texts of each query, best first; all texts if there are fewer than k.
 
         Args:
-            queries: strings in a list or another iterable, embedded with the prompt the model has for
-                queries; one string is one query.
-            k: hits wanted, 1 or more.
+            queries: strings in a list or another iterable. They are embedded with the model's prompt for
+                queries. One string is one query.
+            k: number of hits, 1 or more.
             exact: compare all vectors, whatever the kind of the index.
 
         Raises:
-            TriternError: k is no whole number or under 1; a query is no string or empty; an argument is of
-                another type.
+            TriternError: k is not a whole number or under 1; a query is empty or not a string; an argument
+                of another type.
         """
         k, exact = whole_number(k, "k", 1), true_or_false(exact, "exact")
         queries = [queries] if isinstance(queries, str) else list(many(queries, "queries"))
@@ -81,11 +81,11 @@ class SearchableIndex:
         """Scores, float32, and numbers of rows, int64, each [queries, min(k, len(self))], best first.
 
         Args:
-            queries: [queries, width] as ``embed`` gives them; on a GPU they stay there if the index is there.
+            queries: [queries, width] from ``embed``. On a GPU they stay there if the index is there, too.
             k, exact: as in ``search``.
 
         Returns:
-            Where the index found fewer than k, rows are -1 and scores -inf.
+            Rows are -1 and scores -inf if the index found fewer than k.
 
         Raises:
             TriternError: queries of another type, shape or width, or not finite; k or exact as in ``search``.
@@ -112,7 +112,7 @@ class SearchableIndex:
         if not wanted or not len(host):
             return np.empty((len(host), 0), np.float32), np.empty((len(host), 0), np.int64)
         take = wanted
-        while True:  # most often once
+        while True:  # usually once
             scores, rows = self._faiss.search(host, on_device, take, exact)
             gone = np.zeros_like(rows, bool)
             if len(removed):
@@ -128,7 +128,7 @@ class SearchableIndex:
         return scores[:, :wanted], rows[:, :wanted]
 
     def hits(self, scores: np.ndarray, rows: np.ndarray) -> list[list[Hit]]:
-        """What ``search_vectors`` found, with ids and texts."""
+        """Hits of ``search_vectors``, with ids and texts."""
         known = self._store.look_up(np.unique(rows[rows >= 0]).tolist())
         return [
             [Hit(known[r][0], float(s), known[r][1]) for s, r in zip(ss, rr.tolist()) if r in known]
@@ -152,37 +152,37 @@ class SearchableIndex:
 
     @property
     def folder(self) -> Path:
-        """Where all is kept."""
+        """The folder of the index."""
         return self._store.folder
 
     @property
     def kind(self) -> str:
-        """Name of the kind of index, or the faiss factory string given."""
+        """Name of the kind of index, or the given faiss factory string."""
         return self._faiss.name
 
     @property
     def rescore(self) -> int:
-        """Candidates taken from the index for every hit."""
+        """Number of candidates from the index per hit."""
         return self._faiss.kind.rescore
 
     @property
     def gpus(self) -> int:
-        """GPUs that the faiss index is on; 0: it is searched on the CPU."""
+        """Number of GPUs that hold the faiss index; 0: the CPU searches it."""
         return self._faiss.gpus
 
     @property
     def vectors(self) -> np.ndarray:
-        """[rows, width], float32, on disk; read-only. Those of removed texts are still among them."""
+        """[rows, width], float32, on disk; read-only. It still holds vectors of removed texts."""
         return self._store.vectors
 
     @property
     def factory(self) -> str:
-        """The string that faiss made the index of; "Flat" where vectors are compared as they are stored."""
+        """The factory string of the faiss index; "Flat" if the stored vectors are compared."""
         return (self._faiss.kind.factory(1, 1) and self._store["factory"]) or "Flat"
 
     @property
     def bytes(self) -> dict[str, int]:
-        """Bytes on disk: of texts and ids, vectors, and the faiss index, which is in memory too."""
+        """Bytes on disk of texts and ids, of vectors, and of the faiss index (also in memory)."""
         store, faiss = self._store, self._faiss
         files = {"texts": self.folder / ROWS_FILE, "vectors": store.vectors_file, "faiss": faiss.file}
         return {name: file.stat().st_size if file.exists() else 0 for name, file in files.items()}

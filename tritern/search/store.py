@@ -1,4 +1,4 @@
-"""Texts, ids and vectors in a folder. Rows written before a crash are there after it."""
+"""Texts, ids and vectors in a folder. Written rows survive a crash."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from .reading import BLOCK, StoredRows, checksum
 
 
 class Busy(TriternError):
-    """Another writer holds the folder, or it cannot be written to."""
+    """Another writer holds the folder, or the folder cannot be written."""
 
 
 class Store(StoredRows):
     """Rows 0, 1, 2 ... of an id, a text and a vector, in two files.
 
-    ``rows.sqlite`` holds ids, texts and settings, ``vectors-G.f32`` the vectors: float32, row after row, G
-    counting the compactions. Rows exist once their SQLite transaction is committed, after their vectors have
-    been flushed to disk; what lies behind them in the file is left from a crash and is overwritten. A removed
-    row keeps its number until ``compact``.
+    ``rows.sqlite`` holds ids, texts and settings. ``vectors-G.f32`` holds the vectors: float32, row after
+    row; G counts the compactions. Vectors are flushed to disk first; rows exist once their SQLite transaction
+    is committed. Vectors after the last row come from a crash and are overwritten. A removed row keeps its
+    number until ``compact``.
 
     Attributes:
-        folder: where the files are.
+        folder: the folder of the files.
         width: of the vectors; 0 while there are none.
-        rows: rows written, those removed since the last compaction among them.
+        rows: number of written rows, including rows removed since the last compaction.
         removed: numbers of the removed rows, ascending.
-        added: rows ever written; more where the numbers given to texts without ids are further.
-        version: counts what makes a faiss index of the vectors useless: compactions and changes of its kind.
+        added: number of rows ever written, or the next number for a text without an id, if that is larger.
+        version: counts changes that make a faiss index of the vectors useless: compactions and new kinds.
     """
 
     def set(self, **settings: Any) -> None:
@@ -48,7 +48,7 @@ class Store(StoredRows):
         """Keep other writers out of the folder.
 
         Raises:
-            Busy: there is one, or the folder cannot be written to.
+            Busy: there is a writer, or the folder cannot be written.
         """
         try:
             file = open(self.folder / "lock", "w")
@@ -67,19 +67,19 @@ class Store(StoredRows):
         for pattern, name in kept.items():
             for file in self.folder.glob(pattern):
                 if file.name != name:
-                    with suppress(PermissionError):  # on Windows while another process reads it
+                    with suppress(PermissionError):  # on Windows another process may be reading it
                         file.unlink(missing_ok=True)
 
     def append(
         self, ids: Sequence[Id], texts: Sequence[str], vectors: np.ndarray, numbered: bool = False
     ) -> None:
-        """Write rows; when this returns they are on disk, and if it raises there is none of them.
+        """Write rows. On return all of them are on disk; if it raises, none of them is.
 
         Args:
-            ids: as of ``new_ids``.
-            texts: one for each.
+            ids: from ``new_ids``.
+            texts: one per id.
             vectors: [rows, width], float32.
-            numbered: the ids are of ``free_ids``, which gives none of them again, also when they are removed.
+            numbered: the ids come from ``free_ids``. It never gives them again, even after their removal.
         """
         vectors = np.ascontiguousarray(vectors, np.float32)
         width = self.width or vectors.shape[1]
