@@ -1,3 +1,3 @@
-"""The command line, ``tritern``: a package of its own, beside ``tritern``, because importing that loads torch
-and takes seconds, in which ``tritern --help`` should have answered.
+"""The command line ``tritern``. It is a package of its own so that ``tritern --help`` answers at once:
+importing ``tritern`` loads torch and takes seconds.
 """

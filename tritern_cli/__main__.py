@@ -1,4 +1,4 @@
-"""``python -m tritern_cli``, where the script ``tritern`` is not on the path."""
+"""``python -m tritern_cli``, for use without the script ``tritern`` on the path."""
 
 from .app import main
 

@@ -1,4 +1,4 @@
-"""The commands together: results go to standard output, everything else to standard error."""
+"""All commands. Results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ output, progress and notes to standard error. Exit code 0: done; 1: an error, in
 
 
 class Verb(TyperCommand):
-    """A command whose function yields ``Result``s, which are printed as they come, as text or as JSON.
+    """A command whose function yields ``Result``s. Each is printed at once, as text or as JSON.
 
-    Whatever else is printed meanwhile goes to standard error. An error that is no bug is one line there, and
-    exit code 1.
+    All other output goes to standard error. An error that is not a bug is one line there, with exit code 1.
     """
 
     def invoke(self, ctx: typer.Context) -> None:
@@ -44,7 +43,7 @@ class Verb(TyperCommand):
                 for result in super().invoke(ctx):
                     as_json = ctx.params["as_json"]
                     typer.echo(json.dumps(result.data) if as_json else result.text, file=stdout)
-        except BrokenPipeError:  # the reader has seen enough; typer ends quietly
+        except BrokenPipeError:  # the reader has stopped reading; typer ends quietly
             raise
         except Exception as error:
             if not isinstance(error, _expected()):
@@ -100,9 +99,9 @@ def options(
 
 def main() -> None:
     """Entry point of the script ``tritern``."""
-    # of 1,024 shapes by default: what oneDNN keeps of them splits up the memory that others have freed
+    # default 1,024 shapes: oneDNN's cached objects would fragment freed memory
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    for stream in (sys.stdout, sys.stderr):  # a character that a terminal lacks is no reason to stop
+    for stream in (sys.stdout, sys.stderr):  # a character unknown to the terminal must not stop the program
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     app(prog_name="tritern")

@@ -33,8 +33,8 @@ EXAMPLES = """**Examples**
     tritern bench bge-ternary --against BAAI/bge-base-en-v1.5 --device cuda --dtype float16 --batch-size 256
     tritern bench minilm-ternary --texts corpus.txt --count 2000 --json
 
-Models run in processes of their own and take turns, so that other load slows both alike; medians over the
-rounds. Measure on an idle machine and with texts of your own: their length decides."""
+Each model runs in a process of its own. Models take turns, so other load slows both alike. Figures are
+medians over the rounds. Measure on an idle machine and with your own texts: their length decides."""
 
 SENTENCE = (
     "The committee postponed its decision on the new bridge until the budget for the coming year is known, "
@@ -43,7 +43,7 @@ SENTENCE = (
 """The built-in text: 39 words."""
 
 SAMPLE = 256
-"""Texts of a round unless --count says otherwise."""
+"""Default of --count: texts per round."""
 
 
 def bench(
@@ -51,7 +51,7 @@ def bench(
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", callback=options.model_name, help="Measure this one too, such as the original."
+            metavar="MODEL", callback=options.model_name, help="A second model, such as the original."
         ),
     ] = None,
     texts: Annotated[
@@ -62,19 +62,19 @@ def bench(
         int | None,
         typer.Option(
             min=1,
-            help="Texts encoded in a round: the first of FILE, repeated if fewer; default: "
+            help="Texts per round: the first of FILE, repeated if FILE has fewer; default: "
             f"{SAMPLE} drawn from all.",
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often.")] = 3,
-    queries: Annotated[int, typer.Option(min=1, help="Texts encoded one by one in a round.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 3,
+    queries: Annotated[int, typer.Option(min=1, help="Single queries per round.")] = 20,
     batch_size: BatchSize = 32,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> Iterator[Result]:
-    """Texts a second, time of a single query and memory of a model, warmed up."""
+    """Measure a model after a warm-up: texts per second, time of a single query, memory."""
     found = loading.sample(texts, SAMPLE, first=count, column=column) if texts else [SENTENCE]
     count = count or SAMPLE
     data = (found * (count // len(found) + 1))[:count]
@@ -93,7 +93,7 @@ def bench(
         for arm in arms:  # warm-up
             _wait(arm.submit(_measure, data, batch_size, 1), shown)
         for _ in range(rounds):
-            for arm, measured in zip(arms, times):  # in turn, and never two at once
+            for arm, measured in zip(arms, times):  # in turn, never two at once
                 measured.append(_wait(arm.submit(_measure, data, batch_size, queries), shown))
     for result, measured in zip(results, times):
         result |= _statistics(measured)
@@ -104,7 +104,7 @@ def bench(
 
 
 def _wait(future: Future[Found], shown: tqdm) -> Found:
-    """The result of a step, while time goes on being shown."""
+    """Wait for the result of a step and keep showing the time."""
     while not wait([future], timeout=1).done:
         shown.update(0)
     shown.update()
@@ -112,7 +112,7 @@ def _wait(future: Future[Found], shown: tqdm) -> Found:
 
 
 def _process() -> ProcessPoolExecutor:
-    """A fresh process, so that what a model holds is told from all else; libraries are imported once."""
+    """A fresh process, to measure the memory of one model alone. Libraries are imported once."""
     kinds = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in kinds else "spawn")
     if "forkserver" in kinds:
@@ -121,7 +121,7 @@ def _process() -> ProcessPoolExecutor:
 
 
 def _quiet() -> None:
-    """Standard output is for the results, and Ctrl-C is the first process's affair."""
+    """Keep standard output for the results, and leave Ctrl-C to the first process."""
     sys.stdout = sys.stderr
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -130,7 +130,7 @@ _model: SentenceTransformer | None = None  # of this process
 
 
 def _load(name: str, text: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Load the model of this process; what it is, and what it holds after one query."""
+    """Load the model of this process; return its facts and its memory after one query."""
     global _model
     import sentence_transformers  # noqa: F401  before memory is read
     import torch
@@ -154,7 +154,7 @@ def _load(name: str, text: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measure(texts: list[str], batch_size: int, queries: int) -> tuple[float, list[float]]:
-    """Texts a second of all of them in batches, and the milliseconds that some took one by one."""
+    """Texts per second in batches, and milliseconds of single queries."""
     assert _model is not None
     start = time.perf_counter()
     _model.encode(texts, batch_size=batch_size, show_progress_bar=False)
@@ -179,7 +179,7 @@ def _statistics(measured: list[tuple[float, list[float]]]) -> dict[str, Any]:
 
 
 def _resident() -> float:
-    """Bytes of physical memory that this process occupies; NaN where the system is not Linux."""
+    """Bytes of physical memory of this process; NaN if the system is not Linux."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else math.nan
 

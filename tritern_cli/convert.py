@@ -25,11 +25,10 @@ EXAMPLES = """**Examples**
     tritern convert minilm-ternary minilm-dense --format dense
     tritern convert BAAI/bge-base-en-v1.5 bge.gguf --format gguf --skip "*.layer.0.*"
 
-What it costs in quality depends on the model: measure it with `tritern eval`, regain it with
-`tritern distill`."""
+The loss of quality depends on the model: measure it with `tritern eval`, regain it with `tritern distill`."""
 
 SAMPLE = 256
-"""Texts calibrated on unless --calibrate-texts says otherwise."""
+"""Default of --calibrate-texts."""
 
 
 def convert(
@@ -41,7 +40,7 @@ def convert(
     activation_bits: ActivationBits = None,
     embedding_bits: Annotated[
         Literal[4, 8, 16] | None,
-        typer.Option(help="8: word embeddings in int8; 4: in 4 bits; 16, the default: as they are."),
+        typer.Option(help="Word embeddings: 8 (int8, the default), 4 (4 bits) or 16 (unchanged)."),
     ] = None,
     skip: Skip = None,
     calibrate: Annotated[
@@ -49,13 +48,15 @@ def convert(
     ] = None,
     calibrate_texts: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Use the first so many of them; default: {SAMPLE} drawn from all."),
+        typer.Option(min=1, help=f"Use the first N of these texts; default: {SAMPLE} drawn from all."),
     ] = None,
     column: Column = None,
     dtype: Dtype = None,
     format: Annotated[
         Literal["tritern", "dense", "gguf"],
-        typer.Option(help="tritern: packed; dense: ternary values in a usual checkpoint; gguf: llama.cpp's."),
+        typer.Option(
+            help="tritern: packed; dense: ternary values in an ordinary checkpoint; gguf: llama.cpp."
+        ),
     ] = "tritern",
     device: Device = None,
     trust_remote_code: Trust = False,
@@ -64,7 +65,7 @@ def convert(
 ) -> Iterator[Result]:
     """Make a model ternary without training, and save it.
 
-    A model that is ternary already is saved in another --format, or with other --embedding-bits.
+    A model that is ternary already can be saved in another --format or with other --embedding-bits.
     """
     if not calibrate and (column or calibrate_texts):
         raise typer.BadParameter("--column and --calibrate-texts say how to read the file of --calibrate")
@@ -79,7 +80,7 @@ def convert(
     settings = {name: value for name, value in {**settings, "calibration_texts": texts}.items() if value}
     preview = not is_ternary(loaded) and not texts
     if not is_ternary(loaded):
-        logging.getLogger("tritern.patch").setLevel(logging.ERROR)  # the last line says what it warns of
+        logging.getLogger("tritern.patch").setLevel(logging.ERROR)  # the last line has the same warning
         tritern.patch(loaded, **settings)
     elif settings.keys() == {"embedding_bits"}:
         tritern.patch(loaded, embedding_bits=embedding_bits)
@@ -103,7 +104,7 @@ def convert(
 
 
 def _preview_note(model: str, output: Path, format: str) -> str:
-    """The warning about a model that was only converted, and the commands for measuring and training."""
+    """The warning about a model that was only converted, with commands to measure and to train it."""
     original, made = shlex.quote(model), shlex.quote(str(output))
     measure = f"Measure it: tritern eval {made} FILE --teacher {original}\n" if format != "gguf" else ""
     return (

@@ -28,10 +28,10 @@ EXAMPLES = """**Examples**
     tritern distill minilm-l6-ternary corpus.txt minilm-adapted --teacher all-MiniLM-L6-v2
     torchrun --no-python --nproc-per-node 4 tritern distill intfloat/e5-base-v2 corpus.txt e5-base --bf16
 
-After OUTPUT, every field of tritern.distillation.TernaryDistillationArguments is an option too, which are
-all of transformers.TrainingArguments and more; `tritern distill --help-all` lists them.
+After OUTPUT, every field of tritern.distillation.TernaryDistillationArguments is an option, too. It has all
+fields of transformers.TrainingArguments and more; `tritern distill --help-all` lists them.
 
-On a GPU use --bf16 and a larger --per_device_train_batch_size (256); out of memory: lower it or --max_length.
+On a GPU use --bf16 and --per_device_train_batch_size 256. If memory runs out, lower it or --max_length.
 On a CPU a step of 64 texts takes one or two seconds for a model of 22 million parameters."""
 
 
@@ -53,40 +53,40 @@ def distill(
         Path, typer.Argument(metavar="OUTPUT", help="Folder for the ternary model and its checkpoints.")
     ],
     column: Column = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many texts only.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N texts.")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps; default: once over the texts.")
+        int | None, typer.Option(min=1, help="Optimizer steps; default: one pass over the texts.")
     ] = None,
     prefix: Annotated[
         list[str] | None,
-        typer.Option(help="Put before the texts, in turn; default: e5's for e5, else the model's prompts."),
+        typer.Option(help="Put before texts in turn; default: e5's for e5, else the model's prompts."),
     ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
             callback=options.model_name,
-            help="Another model with the same tokenizer; default: the model itself. For a ternary MODEL, "
-            "which is trained on, its original.",
+            help="Another model with the same tokenizer; default: the model itself. A ternary MODEL needs "
+            "its original here.",
         ),
     ] = None,
     rule: Rule = None,
     activation_bits: ActivationBits = None,
     embedding_bits: Annotated[
         Literal[4, 8, 16] | None,
-        typer.Option(help="8, the default: word embeddings in int8; 4: in 4 bits; 16: as they are."),
+        typer.Option(help="Word embeddings: 8 (int8, the default), 4 (4 bits) or 16 (unchanged)."),
     ] = None,
     skip: Skip = None,
     holdout: Annotated[
         int,
-        typer.Option(min=0, help="Texts kept out of training, drawn from all, to measure closeness on."),
+        typer.Option(min=0, help="Texts to keep out of training and measure closeness on; drawn from all."),
     ] = 256,
     joined_ratio: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Share of longer texts made by joining several; default: 0.05."),
+        typer.Option(min=0, max=1, help="Share of texts that join several into one; default: 0.05."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT.")
+        bool, typer.Option("--resume", help="Continue from the last checkpoint in OUTPUT.")
     ] = False,
     trust_remote_code: Trust = False,
     force: options.Force = False,
@@ -96,7 +96,7 @@ def distill(
         typer.Option("--help-all", callback=_print_settings, is_eager=True, help="List all settings."),
     ] = False,
 ) -> Iterator[Result]:
-    """Train a ternary model to give the vectors of the original, from raw text alone."""
+    """Train a ternary model on raw text until its vectors are close to the original's."""
     if misplaced := next((v for v in (model, texts, str(output)) if v.startswith("--")), None):
         raise typer.BadParameter(f"{misplaced}: no such option here; settings come after MODEL TEXTS OUTPUT")
     reporting.check_output(output, force or resume, ", or go on with --resume")
@@ -118,7 +118,7 @@ def distill(
     given: dict[str, Any] = dict(
         rule=rule, activation_bits=activation_bits, embedding_bits=embedding_bits, skip=skip
     )
-    given = {name: value for name, value in given.items() if value}  # none: distill knows what to do
+    given = {name: value for name, value in given.items() if value}  # none: distill has its own defaults
     student = tritern.distill(
         loading.load(model, trust_remote_code=trust_remote_code),
         loading.read("-", limit=limit) if texts == "-" else texts,
@@ -133,7 +133,7 @@ def distill(
         resume=resume,
         **settings,
     )
-    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun one speaks
+    if os.environ.get("RANK", "0") == "0":  # only one of torchrun's processes prints
         yield _result(output, tritern.summary(student))
 
 

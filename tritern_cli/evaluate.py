@@ -19,11 +19,11 @@ EXAMPLES = """**Examples**
     tritern eval minilm-ternary sample.txt --teacher all-MiniLM-L6-v2
     zcat corpus.txt.gz | tritern eval minilm-ternary - --json
 
-Texts like those you will embed, and not those trained or calibrated on, say most. Time grows with the square
-of their number."""
+Use texts like those that you will embed, and none that the model was trained or calibrated on. Time grows
+with the square of their number."""
 
 SAMPLE = 1000
-"""Texts compared unless --limit says otherwise."""
+"""Default of --limit."""
 
 
 def evaluate(
@@ -37,14 +37,14 @@ def evaluate(
             help="The original; default: the base model in MODEL's model card.",
         ),
     ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours compared.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours to compare.")] = 10,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Use the first so many texts; default: {SAMPLE:,} drawn from all."),
+        typer.Option(min=1, help=f"Use the first N texts; default: {SAMPLE:,} drawn from all."),
     ] = None,
     column: Column = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Put before the texts; default: the models' own.")
+        str | None, typer.Option(help="A prompt before the texts; default: the models' own.")
     ] = None,
     batch_size: BatchSize = 64,
     device: Device = None,
@@ -52,7 +52,7 @@ def evaluate(
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> Iterator[Result]:
-    """How close a model's vectors and neighbours are to its original's."""
+    """Compare a model's vectors and neighbours with its original's."""
     sample = loading.sample(texts, SAMPLE, first=limit, column=column)
     teacher = teacher or _base_model(model)
 
@@ -68,7 +68,7 @@ def evaluate(
 
 
 def _base_model(model: str) -> str:
-    """The base model that the model card names."""
+    """The base model in the model card."""
     from huggingface_hub import ModelCard
 
     from tritern.pretrained import resolve
@@ -77,10 +77,8 @@ def _base_model(model: str) -> str:
         folder = Path(resolve(model))
         card = folder / "README.md" if folder.is_dir() else model
         base = ModelCard.load(card).data.to_dict().get("base_model")
-    except Exception:  # no card, no network, no YAML: it names nothing
+    except Exception:  # no card, no network or no YAML: no base model
         base = None
     if not isinstance(base, str):
-        raise reporting.Refused(
-            f"{model} does not say what it was made from: name the original with --teacher"
-        )
+        raise reporting.Refused(f"{model} has no model card that names its original: name it with --teacher")
     return base

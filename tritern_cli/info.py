@@ -34,15 +34,15 @@ def info(
     seal: Annotated[
         bool,
         typer.Option(
-            "--seal", help="Accept files of a ternary model's folder as they are now, if the model loads."
+            "--seal", help="Accept the changed files of a ternary model's folder, if the model loads."
         ),
     ] = False,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> Iterator[Result]:
-    """What is ternary in a model, what is not and why, and what it weighs; and the versions in use.
+    """Show a model's ternary layers, its other layers with reasons, its size, and the versions in use.
 
-    Of a model that is not ternary: what convert, with its defaults, would make of it.
+    For a model that is not ternary, show the result of convert with its defaults.
     """
     if seal and (model is None or not Path(model).is_dir()):
         raise typer.BadParameter("--seal goes with the folder of a ternary model")
@@ -64,9 +64,9 @@ def info(
     note = ""
     if size.planned and not size.refusal:
         size = size.planned
-        note = f"{model} is not ternary; this is what `tritern convert` would make of it.\n"
+        note = f"{model} is not ternary; `tritern convert` would make this of it:\n"
     if seal:
-        note = f"Sealed anew: {', '.join(changed) or 'no file had changed'}.\n{note}"
+        note = f"Sealed again: {', '.join(changed) or 'no file had changed'}.\n{note}"
     data: dict[str, Any] = {"sealed": changed} if seal else {}
     data |= {"model": model, "ternary": ternary, "summary": summary_data(size), "environment": found}
     yield Result(data, f"{note}{size}\n{reporting.footer(found)}")

@@ -1,4 +1,4 @@
-"""What commands read: models, and texts of files, data sets and standard input."""
+"""Commands' inputs: models, and texts of files, data sets and standard input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 from .reporting import Refused
 
-if TYPE_CHECKING:  # torch takes seconds to import: commands import it after they have checked their arguments
+if TYPE_CHECKING:  # torch takes seconds to import: commands import it after checking their arguments
     from sentence_transformers import SentenceTransformer
 
 
@@ -39,7 +39,7 @@ def load(
     except CheckpointError:
         raise
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
-        known = f"no folder here, so taken for a name on the hub; tritern comes with {', '.join(shipped())}"
+        known = f"not a folder here, so a name on the hub; tritern comes with {', '.join(shipped())}"
         where = "" if Path(path).is_dir() else f" ({known})"
         on = f" on {device}" if device else ""
         raise Refused(f"cannot load model {name}{where}{on}: {error}") from error
@@ -60,8 +60,8 @@ def read(source: str, *, column: str | None = None, limit: int | None = None) ->
 
 
 def sample(source: str, drawn_count: int, *, first: int | None, column: str | None = None) -> list[str]:
-    """The ``first`` texts; where that is None, ``drawn_count`` of all, or of the first 100,000, by chance:
-    a file sorted by source has texts of one source at its head.
+    """The ``first`` texts. If that is None, ``drawn_count`` random ones of all, or of the first 100,000: a
+    file sorted by source starts with texts of one source.
     """
     from tritern.texts.sample import POOL, drawn
 

@@ -1,4 +1,4 @@
-"""Options and arguments that several commands take."""
+"""Options and arguments of several commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 
 def model_name(name: str | None) -> str | None:
-    """Refuse at once what can be neither a folder with a model nor a name on the hub."""
+    """Refuse at once a name that is neither a model's folder nor a possible name on the hub."""
     if name is None:
         return None
     path = Path(name)
@@ -32,29 +32,31 @@ Model = Annotated[
         help="Folder or hub name of a sentence-transformer, or minilm-l6-ternary, which comes with tritern.",
     ),
 ]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print results as JSON, one object a line, and nothing else.")
-]
+AsJson = Annotated[bool, typer.Option("--json", help="Print results as JSON, one object per line.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one.")]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
-    typer.Option(help="Of all that is not ternary; default: as saved."),
+    typer.Option(help="Dtype of all that is not ternary; default: as saved."),
 ]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
 Rule = Annotated[
     Literal["mse", "twn", "absmean"] | None,
-    typer.Option(help="How codes and scales come from a weight; default: mse."),
+    typer.Option(help="Rule for codes and scales of a weight; default: mse."),
 ]
 ActivationBits = Annotated[
-    Literal[8, 16] | None, typer.Option(help="8, the default: int8 per token; 16: as they are.")
+    Literal[8, 16] | None, typer.Option(help="8 (int8 per token, the default) or 16 (unchanged).")
 ]
 Skip = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="Layers to leave in full precision: a name or pattern. Repeatable."),
 ]
-Column = Annotated[str | None, typer.Option(help="Of the texts; default: text, or the first with strings.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Texts encoded at once.")]
-Force = Annotated[bool, typer.Option("--force", help="Write into a folder, or over a file, that is there.")]
-TEXTS = "one text a line, or .jsonl, .csv, .parquet, also compressed; - is standard input."
+Column = Annotated[
+    str | None, typer.Option(help="Column of the texts; default: text, or the first with strings.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts to encode at once.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Write into an existing folder or over an existing file.")
+]
+TEXTS = "one text per line, or .jsonl, .csv, .parquet, also compressed; - is standard input."

@@ -1,4 +1,4 @@
-"""What commands write: results, refusals, folders checked beforehand, the environment in a line."""
+"""Commands' output: results, refusals, checks of folders, the environment in a line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Result:
-    """What a verb found: ``data`` for ``--json``, ``text`` for people."""
+    """The result of a verb: ``data`` for ``--json``, ``text`` for people."""
 
     data: dict[str, Any]
     text: str
@@ -22,7 +22,7 @@ class Refused(Exception):
 
 
 def check_output(output: Path, force: bool, how: str = "") -> None:
-    """Refuse a folder that is not empty or cannot be written, before any work is done."""
+    """Refuse a folder that is not empty or cannot be written, before the work starts."""
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         if not force:
             what = "is there already" if output.is_file() else "is not empty"
@@ -33,7 +33,7 @@ def check_output(output: Path, force: bool, how: str = "") -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a file or folder that could not be made or written."""
+    """Refuse a file or folder that cannot be made or written."""
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     if there != path and not there.is_dir():
         raise Refused(f"cannot write {path}: {there} is a file")
@@ -47,7 +47,7 @@ def check_writable(path: Path) -> None:
 
 
 def environment() -> dict[str, str | None]:
-    """Versions and the device that torch would take."""
+    """Versions and torch's device."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 

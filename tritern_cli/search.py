@@ -20,17 +20,17 @@ EXAMPLES = """**Examples**
     tritern search minilm-ternary corpus.txt "one query" --index corpus.index --kind ivf-flat
     tritern search minilm-ternary corpus.index "another query"
 
-Without queries, each line of standard input is one and is answered as it comes. With --index the vectors are
-kept: the same command embeds nothing again, or goes on where it was interrupted, and the folder can be named
-in place of the texts. Of long texts the beginning is shown; --json has them whole. Needs the search extra:
+Without queries, each line of standard input is one query and is answered at once. --index keeps the vectors:
+the same command then embeds nothing again, or continues after an interruption. Later the folder can be named
+in place of the texts. Long texts are cut; --json shows them whole. Needs the search extra:
 pip install 'tritern[search]'."""
 
 SHOWN = 300
-"""Characters of a text."""
+"""Characters of a text to show."""
 KINDS = "flat", "ivf-flat", "ivf-pq", "hnsw", "int8", "binary"
-"""Those of ``tritern.search``, which takes seconds to import."""
+"""The kinds of ``tritern.search``; importing that takes seconds."""
 ROWS_FILE = "rows.sqlite"
-"""By which the folder of an index is known."""
+"""The file that marks the folder of an index."""
 
 
 def search(
@@ -38,25 +38,25 @@ def search(
     texts: Annotated[
         str,
         typer.Argument(
-            metavar="TEXTS", help=f"What is searched: the folder of an index (--index), or {options.TEXTS}"
+            metavar="TEXTS", help=f"Texts to search: the folder of an index (--index), or {options.TEXTS}"
         ),
     ],
     queries: Annotated[
         list[str] | None, typer.Argument(metavar="QUERY", help="Default: lines of standard input.")
     ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Texts shown for each query.")] = 5,
+    k: Annotated[int, typer.Option("-k", min=1, help="Texts to show per query.")] = 5,
     index: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Keep the index here, and go on with what is there."),
+        typer.Option(metavar="FOLDER", help="Keep the index here; use it again if it exists."),
     ] = None,
     kind: Annotated[
         str | None,
         typer.Option(help=f"{', '.join(KINDS)}, or a string for faiss.index_factory; default: {KINDS[0]}."),
     ] = None,
     column: Column = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use no more than so many texts.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most N texts.")] = None,
     tokens_per_batch: Annotated[
-        int | None, typer.Option(min=1, help="Tokens embedded at once; default: 1024 on a CPU, else 16384.")
+        int | None, typer.Option(min=1, help="Tokens to embed at once; default: 1024 on a CPU, else 16384.")
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -71,10 +71,10 @@ def search(
     made = (Path(texts) / ROWS_FILE).is_file()
     building = {"--index": index, "--kind": kind, "--column": column, "--limit": limit}
     if made and (given := [option for option, value in building.items() if value is not None]):
-        raise typer.BadParameter(f"{texts} is an index that is there already: leave out {', '.join(given)}")
+        raise typer.BadParameter(f"{texts} is an existing index: leave out {', '.join(given)}")
     if index and index.exists() and not (index / ROWS_FILE).is_file():
         if index.is_file() or any(index.iterdir()):
-            raise reporting.Refused(f"{index} is there and no index: name another folder for --index")
+            raise reporting.Refused(f"{index} exists and is not an index: name another folder for --index")
     if index:
         reporting.check_writable(index)
     corpus = [] if made else loading.read(texts, column=column, limit=limit)
@@ -103,17 +103,17 @@ def search(
 def _queries() -> Iterator[str]:
     """Queries from standard input, as they come."""
     if sys.stdin.isatty():
-        typer.echo("One query a line; Ctrl-D ends.", err=True)
+        typer.echo("One query per line; Ctrl-D ends.", err=True)
     return (line.strip() for line in loading.lines() if line.strip())
 
 
 def _is_unicode(text: str) -> bool:
-    """Not so where an argument's bytes could not be decoded: Python keeps them as surrogates."""
+    """Whether an argument's bytes could be decoded; Python keeps others as surrogates."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _line(hit: dict[str, Any]) -> str:
-    """A hit on one line: a text may be a whole document."""
+    """A hit on one line; its text may be a whole document."""
     score = typer.style(format(hit["score"], ".3f"), fg="green")
     text = " ".join(hit["text"].split())
     return f"  {score}  {text if len(text) <= SHOWN else text[:SHOWN] + ' ...'}"

@@ -20,28 +20,32 @@ EXAMPLES = """**Examples**
     tritern tune bge-base qwen3-embedding-0.6b --seconds 1200
     tritern tune --shape 4096x1024 --tokens 64 --tokens 4096 --output my-gpu.json
 
-Every valid configuration is compiled, checked and timed, which takes minutes; results go to a table in
-~/.cache/tritern (or where the environment variable TRITERN_CACHE says), that later processes look up."""
+This compiles, checks and times every valid configuration and takes minutes. Later processes use the results:
+a table in ~/.cache/tritern, or in the folder that the environment variable TRITERN_CACHE names."""
 
 
 def tune(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MODEL", help="Folder or hub name, or a size known here, as bge-base."),
+        typer.Argument(metavar="MODEL", help="Folder or hub name, or a known size, such as bge-base."),
     ] = None,
     shape: Annotated[
-        list[str] | None, typer.Option(metavar="NxK", help="Of a weight: out x in features. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NxK", help="Shape of a weight: out x in features. Repeatable."),
     ] = None,
     tokens: Annotated[
-        list[int] | None, typer.Option(min=1, help="Repeatable; default: powers of two from 16 to 16384.")
+        list[int] | None,
+        typer.Option(min=1, help="Number of tokens. Repeatable; default: powers of two from 16 to 16384."),
     ] = None,
     mode: Annotated[
-        Literal["int8", "16bit"] | None, typer.Option(help="Of activations; default: both.")
+        Literal["int8", "16bit"] | None, typer.Option(help="Kind of activations; default: both.")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=1, help="Stop before the next shape after this.")
+        float | None, typer.Option(min=1, help="After this time, stop before the next shape.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="The table; default: in the user's cache.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File of the table; default: in the user's cache.")
+    ] = None,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> Iterator[Result]:
@@ -55,7 +59,7 @@ def tune(
     import torch
 
     if not torch.cuda.is_available():
-        raise reporting.Refused("tuning times kernels on a CUDA GPU, and torch sees none here")
+        raise reporting.Refused("tuning needs a CUDA GPU, and torch sees none here")
     from tritern_kernels import tables
     from tritern_kernels import tune as kernels
 
@@ -82,7 +86,7 @@ def _option(name: str, values: Iterable[Any] | None) -> list[str]:
 
 
 def _shapes(model: str, trust_remote_code: bool) -> list[str]:
-    """Of a model's ternary layers, or of those that would be."""
+    """Shapes of the layers that are ternary or would become ternary."""
     import tritern
     from tritern.nn.replace import is_ternary
 

@@ -356,7 +356,7 @@ def test_info_seals_what_was_changed_on_purpose(tiny_path, ternary_path, tmp_pat
     folder = shutil.copytree(ternary_path, tmp_path / "copy")
     config = folder / "sentence_bert_config.json"
     good = config.read_text()
-    assert run("info", folder, "--seal").stdout.startswith("Sealed anew: no file had changed.\n")
+    assert run("info", folder, "--seal").stdout.startswith("Sealed again: no file had changed.\n")
     config.write_text(json.dumps({**json.loads(good), "max_seq_length": 32}))
     assert f"{config} is not the file that was saved" in error("info", folder)
     (found,) = answer("info", folder, "--seal")
@@ -402,7 +402,7 @@ def test_search_keeps_an_index(ternary_path, texts_file, tmp_path, sentences):
     assert "holds another corpus" in error(*command, "--index", folder, "--limit", 5)
     assert "was built with kind 'flat'" in error(*command, "--index", folder, "--kind", "hnsw")
     given = wrong_usage("search", ternary_path, folder, "q", "--kind", "flat", "--limit", 3)
-    assert "is there already: leave out --kind, --limit" in given
+    assert "is an existing index: leave out --kind, --limit" in given
 
 
 def test_search_by_kind(ternary_path, texts_file, tmp_path, sentences):
@@ -421,8 +421,8 @@ def test_search_where_it_cannot(ternary_path, tiny_path, texts_file, tmp_path, m
     assert "was built with another model" in error("search", tiny_path, tmp_path / "index", "q")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "a.tex").write_text("years")
-    assert "thesis is there and no index" in error(*command, "--index", tmp_path / "thesis")
-    assert "is there and no index" in error(*command, "--index", tmp_path / "thesis" / "a.tex")
+    assert "thesis exists and is not an index" in error(*command, "--index", tmp_path / "thesis")
+    assert "exists and is not an index" in error(*command, "--index", tmp_path / "thesis" / "a.tex")
     assert "is a folder" in error("search", ternary_path, tmp_path / "thesis", "q")
     monkeypatch.setitem(sys.modules, "faiss", None)
     assert "faiss is missing: pip install 'tritern[search]'" in error(*command)

@@ -88,7 +88,7 @@ def test_tune(monkeypatch, ternary_path, tmp_path):
     from tritern_kernels import tune
 
     if not torch.cuda.is_available():
-        assert "a CUDA GPU, and torch sees none here" in error("tune", "bge-base")
+        assert "needs a CUDA GPU, and torch sees none here" in error("tune", "bge-base")
     assert "--shape is like 4096x1024; received 40" in wrong_usage("tune", "--shape", "40")
     assert "name models, or weights with --shape" in wrong_usage("tune")
     calls = []
