@@ -14,7 +14,7 @@ from pathlib import Path
 import report
 from cases import Roofs
 from gpu_tables import RESULTS, block, load, rows_of, speed, weigh
-from search import markdown
+from search import report_tables
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = "minilm-l6-ternary"
@@ -136,8 +136,8 @@ def search(file: str) -> str:
     """Search with the shipped model and the original, by ``embed_search.py`` or by ``ann.py``."""
     found, arm = load(file), f"{SHIPPED} int8"
     if "quality" in found:
-        return markdown.means_table(found["quality"], arm) + "\n"
-    return markdown.paper_table(found["rows"], arm) + "\n"
+        return report_tables.means_table(found["quality"], arm) + "\n"
+    return report_tables.paper_table(found["rows"], arm) + "\n"
 
 
 def encoding() -> str:

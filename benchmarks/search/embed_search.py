@@ -48,9 +48,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks folder
 
 import numpy as np
 import report
-from search import inputs, markdown, speed
+from search import inputs, report_tables, speed
 from search.inputs import TEACHER, SearchSet, ndcg, overlap, spread
-from search.markdown import DEFAULTS
+from search.report_tables import DEFAULTS
 from search.time_limit import Limit, in_time
 
 KINDS = ("flat", "ivf-flat", "ivf-pq", "hnsw", "int8", "binary")
@@ -214,7 +214,7 @@ def measure(
         with tempfile.TemporaryDirectory(dir=options.keep) as fresh:
             for row in speed.scale(models, sets[0], options, Path(fresh), limit, pace):
                 results.add("scale", row)
-        print("\n" + markdown.scale_table(results.parts["scale"]))
+        print("\n" + report_tables.scale_table(results.parts["scale"]))
         return
     if "throughput" in options.parts:
         timed = {k: m for k, m in models.items() if options.device != "cuda" or k != TEACHER} or models
@@ -223,7 +223,7 @@ def measure(
         texts = texts[: min(options.texts, count)]
         for rows in speed.throughput(timed, texts, options, pace, limit):
             results.put("throughput", rows)
-        print("\nEmbed + add\n\n" + markdown.throughput_table(results.parts["throughput"]), flush=True)
+        print("\nEmbed + add\n\n" + report_tables.throughput_table(results.parts["throughput"]), flush=True)
     if "latency" in options.parts:
         one = inputs.shortened(sets[0], max(FEWEST, limit.affords(sets[0].documents, each, 0.4)))
         with ExitStack() as opened:
@@ -233,14 +233,14 @@ def measure(
                 indexes |= {(label, kind): built[kind] for kind in options.latency_kinds}
             for row in speed.latency(indexes, models, one.queries, options, limit):
                 results.add("latency", row | {"set": one.name})
-        print("\nEmbed + search, ms\n\n" + markdown.latency_table(results.parts["latency"]), flush=True)
+        print("\nEmbed + search, ms\n\n" + report_tables.latency_table(results.parts["latency"]), flush=True)
     if "quality" in options.parts:
         left_out: list[str] = results.info.setdefault("left_out", [])
         for one in in_time(sets, limit, each, left_out):
             quality(one, models, options, folder, results)
-        print("\nIndexes\n\n" + markdown.quality_table(results.parts["quality"]), flush=True)
+        print("\nIndexes\n\n" + report_tables.quality_table(results.parts["quality"]), flush=True)
         if options.plot and results.parts["quality"]:
-            markdown.draw(results.parts["quality"], options.plot)
+            report_tables.draw(results.parts["quality"], options.plot)
 
 
 def settle(options: argparse.Namespace) -> dict[str, Any]:

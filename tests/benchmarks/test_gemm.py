@@ -298,6 +298,19 @@ def test_whole_models_have_a_verdict_only_beside_compiled_fp16():
     assert gpu_tables.models(found).endswith("| - / 2.00 | 1.25x | missed |")
 
 
+def test_the_short_table_of_speeds_compares_graphs_with_graphs_and_shows_a_level_row():
+    rows = [
+        [c.strip() for c in line.strip("| ").split(" | ")] for line in gpu_tables.speed().splitlines()[2:]
+    ]
+    assert len(rows) == 6 and min(float(ratio.removesuffix("x")) for *_, ratio in rows) < 1.05
+    passes = (
+        gpu_tables.load("h200-encode.json")["rows"] + gpu_tables.load("h200-encode-compiled.json")["rows"]
+    )
+    in_graphs = {f"{r['p50_ms']:.3g} ms" for r in passes if "p50_ms" in r and "graph" in r["kind"]}
+    models = [row for row in rows if "CUDA graphs" in row[0]]
+    assert len(models) == 3 and all({before, after} <= in_graphs for _, before, after, _ in models)
+
+
 def test_the_pages_tables_are_those_of_the_results(tmp_path, monkeypatch):
     pages = {
         "README.md": "| **minilm-l6-ternary** |",

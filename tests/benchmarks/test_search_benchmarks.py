@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from quality import eval_sets
-from search import ann, embed_search, inputs, markdown, speed
+from search import ann, embed_search, inputs, report_tables, speed
 from search.inputs import SearchSet
 
 from .test_quality import TEXTS, WORDS, retrieval
@@ -268,7 +268,7 @@ def test_tables_have_a_cell_for_every_title():
         "| 1 | 2.50 |",
         "| - | - |",
     ]
-    for table in (markdown.quality_table, markdown.throughput_table, markdown.latency_table):
+    for table in (report_tables.quality_table, report_tables.throughput_table, report_tables.latency_table):
         assert table([]).count("\n") == 1
 
 
