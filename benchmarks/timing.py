@@ -120,7 +120,7 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
 
 
-def run(name: str, build: Callable[[Case], Entry], case: Case, replays: int) -> Row:
+def race_one(name: str, build: Callable[[Case], Entry], case: Case, replays: int) -> Row:
     """Build, check, time and check again; whatever goes wrong becomes the row's reason."""
     row = Row(name, *case.shape, zeros=case.zeros)
     try:
@@ -173,7 +173,7 @@ def race_shape(
         if case is None or lost:
             rows.append(Row(name, *shape, reason=lost or reason))
             continue
-        rows.append(run(name, build, case, 10 if quick else 20))
+        rows.append(race_one(name, build, case, 10 if quick else 20))
         gc.collect()  # copied modules hold themselves in cycles
         try:
             torch.cuda.synchronize()

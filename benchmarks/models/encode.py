@@ -172,7 +172,7 @@ def measure(options: argparse.Namespace, arm: str, path: str) -> dict[str, float
     return {"sentences_per_second": max(rates), **queries, "held_mb": held, "peak_mb": peak - before}
 
 
-def run_arm(options: argparse.Namespace, arm: str, path: str, ternary_path: str) -> dict[str, Any]:
+def measure_apart(options: argparse.Namespace, arm: str, path: str, ternary_path: str) -> dict[str, Any]:
     """``measure`` in a fresh process; a failure becomes the row's reason."""
     command = [sys.executable, __file__, "--one-arm", arm, "--ternary-path", ternary_path, "--model", path]
     command += ["--device", "cpu", "--sentences", options.sentences, "--batch-size", *options.batch_size]
@@ -262,7 +262,7 @@ def rounds(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list[
         turns = [(r, a) for r in range(options.rounds) for a in arms]
         for _, arm in tqdm(turns, desc="Measuring", unit="run"):
             if not found[arm] or "reason" not in found[arm][-1]:
-                found[arm].append(run_arm(options, arm, path, folder))
+                found[arm].append(measure_apart(options, arm, path, folder))
     facts = {n: getattr(options, n) for n in ("sentences", "batch_size", "rounds", "instruction_set")}
     return environment("cpu") | {"model": options.model or "all-MiniLM-L6-v2"} | facts, found
 
@@ -284,7 +284,7 @@ def main() -> None:
         from models import text_to_vector
 
         try:
-            text_to_vector.run(options)
+            text_to_vector.measure_models(options)
         except (ValueError, OSError) as error:
             parser.error(str(error))
         return

@@ -267,8 +267,8 @@ def main() -> None:
             if time.perf_counter() - begin > options.seconds:
                 print(f"out of time: {name}{' compiled' * compiled} not measured")
                 continue
-            chosen = arms(name, wanted, device, compiled)
-            for arm, kinds in chosen.items():
+            kinds_of = arms(name, wanted, device, compiled)
+            for arm, kinds in kinds_of.items():
                 dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(arm, torch.float16)
                 model = build(name, dtype, device)
                 if arm.startswith("ternary"):
@@ -279,7 +279,7 @@ def main() -> None:
                 del model
                 gc.collect()
             with_speeds(rows)
-            if chosen:
+            if kinds_of:
                 print(table([r for r in rows if r["model"] == name]) + "\n", flush=True)
             write()
     if options.path:

@@ -28,12 +28,12 @@ def build(name: str, dtype: torch.dtype, device: str) -> nn.Module:
     from transformers import AutoModel, BertConfig, Qwen3Config
 
     m = MODELS[name]
-    common = {"hidden_size": m["hidden"], "num_hidden_layers": m["layers"], "num_attention_heads": m["heads"]}
-    common |= {"intermediate_size": m["intermediate"]}
+    shared = {"hidden_size": m["hidden"], "num_hidden_layers": m["layers"], "num_attention_heads": m["heads"]}
+    shared |= {"intermediate_size": m["intermediate"]}
     if m["type"] == "bert":
-        config = BertConfig(**common)
+        config = BertConfig(**shared)
     else:
-        config = Qwen3Config(**common, num_key_value_heads=8, head_dim=128, use_cache=False)
+        config = Qwen3Config(**shared, num_key_value_heads=8, head_dim=128, use_cache=False)
     with torch.device("meta"):
         model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype)
     small = type(config)(

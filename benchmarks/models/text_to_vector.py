@@ -65,16 +65,16 @@ def measure(model: Any, arm: str, texts: list[str], options: argparse.Namespace)
     sizes = options.batch_size if arm.startswith("encode") else [32]
     rates = {batch: rate(model, sample, batch) for batch in sizes if batch <= len(sample)} or {32: 0.0}
     best = max(rates, key=lambda batch: rates[batch])
-    chosen = texts[: max(len(sample), int(rates[best] * options.seconds))]
-    rate(model, chosen, best)  # all shapes have come once
-    row: dict[str, Any] = {"texts_measured": len(chosen), "batch_size": best, "sampled": rates}
-    row["passes"] = [rate(model, chosen, best) for _ in range(PASSES)]
+    measured = texts[: max(len(sample), int(rates[best] * options.seconds))]
+    rate(model, measured, best)  # all shapes have come once
+    row: dict[str, Any] = {"texts_measured": len(measured), "batch_size": best, "sampled": rates}
+    row["passes"] = [rate(model, measured, best) for _ in range(PASSES)]
     row["sentences_per_second"] = statistics.median(row["passes"])
     encode.latencies(model, texts[:5])
     row |= encode.latencies(model, texts[: options.queries])
     if options.device == "cuda":
         row["gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
-    return row | ({"stages": stages(model, chosen)} if arm.startswith("engine") else {})
+    return row | ({"stages": stages(model, measured)} if arm.startswith("engine") else {})
 
 
 @torch.inference_mode()
@@ -220,10 +220,10 @@ def rows_of(
             yield row
 
 
-def turns(names: Sequence[str], chosen: Sequence[str]) -> Iterator[tuple[str, str]]:
+def turns(names: Sequence[str], wanted: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Models and arms; what is compiled comes last, for it takes longest."""
     for compiled in (False, True):
-        yield from ((n, a) for n in names for a in chosen if ("compiled" in a) == compiled)
+        yield from ((n, a) for n in names for a in wanted if ("compiled" in a) == compiled)
 
 
 def facts_of(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -237,14 +237,14 @@ def facts_of(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any
     }
 
 
-def run(options: argparse.Namespace) -> None:
+def measure_models(options: argparse.Namespace) -> None:
     """Measure what is wanted and not yet in the file; print and write each row.
 
     Raises:
         ValueError: an arm that there is not, or a file of texts that cannot be read.
     """
-    chosen = options.arms or (arms.ON_GPU if options.device == "cuda" else arms.ON_CPU)
-    if wrong := [arm for arm in chosen if arm not in arms.ALL]:
+    wanted = options.arms or (arms.ON_GPU if options.device == "cuda" else arms.ON_CPU)
+    if wrong := [arm for arm in wanted if arm not in arms.ALL]:
         raise ValueError(f"--arms must be of {', '.join(arms.ALL)}; received {wrong[0]!r}")
     kinds = tokens.real_texts(options.data)
     if options.texts:
@@ -260,7 +260,7 @@ def run(options: argparse.Namespace) -> None:
         model = arms.original(name, torch.float32, options.device)
         return {kind: own_vectors(model, texts[:FEW]) for kind, texts in kinds.items()}
 
-    for name, arm in turns(names, chosen):
+    for name, arm in turns(names, wanted):
         missing = {k: t for k, t in kinds.items() if not table.has(model=name, texts=k, arm=arm)}
         if time.perf_counter() > end:
             late = {"model": name, "arm": arm, "reason": f"the {options.minutes:g} minutes were over"}

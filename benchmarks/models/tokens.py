@@ -95,28 +95,28 @@ def measure(model: Any, fast: Any, texts: list[str], rounds: int) -> dict[str, A
     }
 
 
-def run(model: Any, texts: dict[str, list[str]], rounds: int) -> list[dict[str, Any]]:
+def measure_kinds(model: Any, texts: dict[str, list[str]], rounds: int) -> list[dict[str, Any]]:
     """A row for each kind of text, printed as it comes."""
     from tritern.engine.tokens import fast_tokenizer
 
     rows = []
-    for kind, chosen in texts.items():
+    for kind, sample in texts.items():
         fast = fast_tokenizer(model[0])
-        characters = statistics.median(map(len, chosen))
-        row: dict[str, Any] = {"kind": kind, "texts": len(chosen), "median_characters": characters}
+        characters = statistics.median(map(len, sample))
+        row: dict[str, Any] = {"kind": kind, "texts": len(sample), "median_characters": characters}
         rows.append(row)
         if isinstance(fast, str):
             row["reason"] = f"only its own preprocess: {fast}"
-        elif count := differences(model, fast, chosen):
-            row["reason"] = f"the ids of {count} of {len(chosen)} texts differ from preprocess's"
+        elif count := differences(model, fast, sample):
+            row["reason"] = f"the ids of {count} of {len(sample)} texts differ from preprocess's"
         else:
-            row |= {"tokens_per_text": float(fast(chosen).lengths.mean())}
-            row |= measure(model, fast, chosen, rounds)
+            row |= {"tokens_per_text": float(fast(sample).lengths.mean())}
+            row |= measure(model, fast, sample, rounds)
         if "reason" in row:
             print(f"{kind:6s} not measured: {row['reason']}")
             continue
         rates = ", ".join(f"{arm} {rate:,.0f}" for arm, rate in row["texts_per_second"].items())
-        facts = f"{len(chosen)} texts of {row['tokens_per_text']:.0f} tokens"
+        facts = f"{len(sample)} texts of {row['tokens_per_text']:.0f} tokens"
         print(f"{kind:6s} {facts}, texts/s: {rates}; {row['speed']:.2f}x of {row['best']}", flush=True)
     return rows
 
@@ -144,7 +144,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     texts = {kind: found[: getattr(options, kind)] for kind, found in texts.items()}
-    rows = run(model, texts, options.rounds)
+    rows = measure_kinds(model, texts, options.rounds)
     if options.json:
         facts = encode.environment("cpu") | {"model": options.model, "rounds": options.rounds}
         facts |= {"data": "labelled sets" if options.data else "Python's language reference"}

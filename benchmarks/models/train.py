@@ -86,7 +86,9 @@ def measure(arm: str, options: argparse.Namespace) -> dict[str, float]:
     return {"seconds a step": seconds, "peak MB": peak / 1e6}
 
 
-def run(arm: str, options: argparse.Namespace, steps: int, environment: dict[str, str]) -> dict[str, float]:
+def measure_apart(
+    arm: str, options: argparse.Namespace, steps: int, environment: dict[str, str]
+) -> dict[str, float]:
     """``measure`` in a process of its own."""
     command = [sys.executable, __file__, "--arm", arm, "--model", options.model, "--texts", options.texts]
     command += ["--steps", steps, "--batch-size", options.batch_size]
@@ -117,7 +119,7 @@ def main() -> None:
         return
     rows: dict[str, dict[str, float]] = {}
     for arm in ARMS:
-        timed, frugal = run(arm, options, options.steps, {}), run(arm, options, 4, FRUGAL)
+        timed, frugal = measure_apart(arm, options, options.steps, {}), measure_apart(arm, options, 4, FRUGAL)
         seconds, peak = timed["seconds a step"], frugal["peak MB"]
         rows[arm] = {"seconds a step": seconds, "peak MB": peak, "peak MB, usual allocator": timed["peak MB"]}
         ratio = peak / rows[ARMS[0]]["peak MB"]

@@ -80,7 +80,7 @@ def measure(M: int, N: int, K: int, turns: int) -> dict[str, Any]:
     return row
 
 
-def run(name: str, turns: int) -> dict[str, Any]:
+def measure_layers(name: str, turns: int) -> dict[str, Any]:
     """All shapes in this process, whose environment holds the libraries to an instruction set."""
     hold_to(name)
     torch.manual_seed(0)
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--one", choices=ENVIRONMENT, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(run(options.one, options.turns)))
+        print(json.dumps(measure_layers(options.one, options.turns)))
         return
     facts = report.environment() | {"device": processor(), "threads": torch.get_num_threads()}
     found = {}

@@ -111,15 +111,15 @@ def distilled(path: str, texts: list[str], steps: int, batch_size: int, changes:
     ternary = {f.name: changes.pop(f.name) for f in fields(TernaryConfig) if f.name in changes}
     texts = joined(texts, changes.pop("joined_ratio", JOINED_RATIO))
     with tempfile.TemporaryDirectory() as folder:
-        common = {"output_dir": folder, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-        common |= {"max_steps": steps, "logging_strategy": "no"}
+        shared = {"output_dir": folder, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+        shared |= {"max_steps": steps, "logging_strategy": "no"}
         parts = changes.get(
             "gradient_accumulation_steps", TernaryDistillationArguments.gradient_accumulation_steps
         )
-        common["per_device_train_batch_size"] = batch_size // parts
+        shared["per_device_train_batch_size"] = batch_size // parts
         trainer = TernaryDistiller(
             SentenceTransformer(path),
-            TernaryDistillationArguments(**common, **changes),  # pyright: ignore[reportArgumentType]
+            TernaryDistillationArguments(**shared, **changes),  # pyright: ignore[reportArgumentType]
             Dataset.from_dict({"text": texts}),
             config=TernaryConfig(**{"embedding_bits": 8, **ternary}),
         )

@@ -85,7 +85,7 @@ def build(options: argparse.Namespace) -> None:
     ).close()
 
 
-def run(options: argparse.Namespace, folder: Path, kill_after: float | None) -> dict[str, Any]:
+def build_in_a_process(options: argparse.Namespace, folder: Path, kill_after: float | None) -> dict[str, Any]:
     """Build in a process, for so many seconds or to the end; rows written and MB resident over time."""
     command = [sys.executable, __file__, *sys.argv[1:], CHILD, str(folder)]
     start, sizes, first_rows, all_rows = time.monotonic(), [], None, None
@@ -167,10 +167,10 @@ def interrupted(options: argparse.Namespace, folder: Path, whole: dict[str, Any]
     starting, embedded = whole["seconds_to_first_rows"] or 1.0, whole["seconds_to_all_rows"] or 1.0
     while len(runs) < options.kills:
         share = (embedded - starting) * (1 - rows_in(folder) / options.rows) / (options.kills - len(runs) + 1)
-        runs.append(run(options, folder, draw.uniform(0.5, starting + 2 * share)))
+        runs.append(build_in_a_process(options, folder, draw.uniform(0.5, starting + 2 * share)))
         end = "killed" if runs[-1]["killed"] else "at the end before it was killed"
         print(f"after {runs[-1]['seconds']} s {runs[-1]['rows_after']:,} rows are written; {end}", flush=True)
-    return [*runs, run(options, folder, None)]
+    return [*runs, build_in_a_process(options, folder, None)]
 
 
 def main() -> None:
@@ -182,7 +182,7 @@ def main() -> None:
     runs, equal = [], {}
     with tempfile.TemporaryDirectory(prefix="tritern-crash-") as temporary:
         folder = options.folder or Path(temporary)
-        whole = run(options, folder / "whole", None)
+        whole = build_in_a_process(options, folder / "whole", None)
         print(
             f"without interruption: {whole['seconds']} s, private MB {whole['peak_private_mb']}", flush=True
         )

@@ -181,7 +181,7 @@ class Arm:
 KINDS_OF_ARMS = ("fp32", "fp16", "ternary 16-bit", "ternary int8")
 
 
-def choose_arms(options: argparse.Namespace, patched: Path) -> list[Arm]:
+def wanted_arms(options: argparse.Namespace, patched: Path) -> list[Arm]:
     """The teacher and the arms wanted; without --ternary the model is patched and saved to ``patched``."""
     kinds = options.arms or [k for k in KINDS_OF_ARMS if options.device == "cuda" or k != "fp16"]
     arms = [Arm(TEACHER, TEACHER)] + [Arm(k, k) for k in kinds if k == "fp16"]
@@ -201,7 +201,7 @@ def choose_arms(options: argparse.Namespace, patched: Path) -> list[Arm]:
 
 def load_arms(options: argparse.Namespace, patched: Path) -> dict[str, Any]:
     """Label and sentence-transformer of every arm, the teacher first."""
-    arms = choose_arms(options, patched)
+    arms = wanted_arms(options, patched)
     return {a.label: encode.load(a.kind, options.model, a.folder, options.device) for a in arms}
 
 

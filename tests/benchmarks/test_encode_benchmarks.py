@@ -16,7 +16,7 @@ from models import arms, encode, encode_gpu, text_to_vector, tokens
 from ops import attention
 
 
-def run(module, monkeypatch, *arguments):
+def start(module, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
     module.main()
 
@@ -35,7 +35,7 @@ def table(tiny_path, texts, tmp_path, monkeypatch):
     small = ["--texts", texts, "--sentences", 30, "--seconds", 0.01, "--queries", 3, "--device", "cpu"]
 
     def rows(*arguments):
-        run(encode, monkeypatch, "--models", tiny_path, *small, "--json", file, *arguments)
+        start(encode, monkeypatch, "--models", tiny_path, *small, "--json", file, *arguments)
         return {row["arm"]: row for row in json.loads(file.read_text())["rows"]}
 
     return rows
@@ -117,7 +117,7 @@ def test_what_is_compiled_comes_last():
 def test_a_cpu_measures_memory_in_processes_of_their_own(tiny_path, texts, tmp_path, monkeypatch, capsys):
     small = ["--texts", texts, "--sentences", 8, "--batch-size", 4, "--queries", 2, "--rounds", 1]
     arguments = ["--model", tiny_path, "--device", "cpu", *small, "--json", tmp_path / "a.json"]
-    run(encode, monkeypatch, *arguments, "--arms", "fp32", "ternary int8")
+    start(encode, monkeypatch, *arguments, "--arms", "fp32", "ternary int8")
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert list(rows) == ["fp32", "ternary int8"]
     for name in (
@@ -137,7 +137,7 @@ def test_a_cpu_measures_memory_in_processes_of_their_own(tiny_path, texts, tmp_p
 def test_tokens_are_compared_and_timed(tiny_path, tmp_path, monkeypatch, capsys):
     small = ["--model", tiny_path, "--short", 40, "--long", 5, "--rounds", 1, "--json", tmp_path / "a.json"]
     monkeypatch.delenv("TRITERN_DATA", raising=False)
-    run(tokens, monkeypatch, *small)
+    start(tokens, monkeypatch, *small)
     short, long = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert (short["kind"], short["texts"], long["kind"], long["texts"]) == ("short", 40, "long", 5)
     assert long["median_characters"] > 4 * short["median_characters"]
@@ -162,7 +162,7 @@ def test_other_ids_have_no_speed(tiny, monkeypatch, capsys):
 
     assert tokens.differences(tiny, wrong, ["one two", "three"]) == 1
     monkeypatch.setattr(engine, "fast_tokenizer", lambda *_: wrong)
-    (row,) = tokens.run(tiny, {"short": ["one two", "three"]}, 1)
+    (row,) = tokens.measure_kinds(tiny, {"short": ["one two", "three"]}, 1)
     assert "speed" not in row and "the ids of 1 of 2 texts differ" in row["reason"]
     assert "not measured" in capsys.readouterr().out
 
@@ -174,7 +174,7 @@ def test_other_ids_have_no_speed(tiny, monkeypatch, capsys):
 def test_attention_is_checked_text_by_text(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(attention, "MODELS", {"a": (2, 2, 32, False), "b": (4, 2, 32, True)})
     monkeypatch.setattr(attention, "RANGES", ((2, 70), (8, 8)))
-    run(attention, monkeypatch, "--models", "a", "b", "--tokens", 80, "--json", tmp_path / "a.json")
+    start(attention, monkeypatch, "--models", "a", "b", "--tokens", 80, "--json", tmp_path / "a.json")
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert len(rows) == 4 * len(attention.CONTESTANTS)
     for row in rows:

@@ -206,7 +206,7 @@ def test_held_to_an_instruction_set_products_stay_right(name):
 
 def test_layers_are_measured_only_when_right(monkeypatch, capsys):
     monkeypatch.setattr(cpu_ops, "LAYERS", {"tiny": [(24, 40)]})
-    found = cpu_ops.run("native", turns=1)
+    found = cpu_ops.measure_layers("native", turns=1)
     assert [(r["M"], r["N"], r["K"]) for r in found["rows"]] == [(64, 24, 40), (2048, 24, 40)]
     assert all(r["int8_ms"] > 0 and r["16-bit_speed"] > 0 for r in found["rows"])
     text = cpu_ops.table({"native": found})
@@ -279,7 +279,7 @@ def test_training_step_is_measured(tiny_path, sentences, tmp_path):
     for arm in train.ARMS[1:]:
         found = train.measure(arm, options)
         assert found["seconds a step"] > 0 and found["peak MB"] > 0
-    found = train.run(train.ARMS[0], options, 4, train.FRUGAL)
+    found = train.measure_apart(train.ARMS[0], options, 4, train.FRUGAL)
     assert found["seconds a step"] > 0 and found["peak MB"] > 0
 
 

@@ -95,11 +95,11 @@ def test_varied_texts_are_different_and_come_one_by_one():
 
 def test_arms(tmp_path):
     options = argparse.Namespace(arms=None, device="cpu", ternary=[("x", "folder")], model="m")
-    assert [a.label for a in inputs.choose_arms(options, tmp_path)] == ["fp32", "x 16-bit", "x int8"]
+    assert [a.label for a in inputs.wanted_arms(options, tmp_path)] == ["fp32", "x 16-bit", "x int8"]
     options = argparse.Namespace(
         arms=["fp16", "ternary int8"], device="cpu", ternary=[("x", "f"), ("y", "g")], model="m"
     )
-    arms = inputs.choose_arms(options, tmp_path)
+    arms = inputs.wanted_arms(options, tmp_path)
     assert [(a.label, a.folder) for a in arms] == [
         ("fp32", ""),
         ("fp16", ""),
@@ -108,7 +108,7 @@ def test_arms(tmp_path):
     ]
     options.ternary *= 2
     with pytest.raises(ValueError, match="same NAME"):
-        inputs.choose_arms(options, tmp_path)
+        inputs.wanted_arms(options, tmp_path)
 
 
 def test_agreement():
@@ -133,7 +133,7 @@ def data(tmp_path_factory):
     return folder
 
 
-def run(module, monkeypatch, *arguments):
+def start(module, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     module.main()
 
@@ -153,7 +153,7 @@ def test_embed_search_runs_whole(data, tiny_path, tmp_path, monkeypatch, capsys)
         "--device",
         "cpu",
     ]
-    run(embed_search, monkeypatch, "--data", data, "--model", tiny_path, *files, *small)
+    start(embed_search, monkeypatch, "--data", data, "--model", tiny_path, *files, *small)
     found = json.loads((tmp_path / "a.json").read_text())
     arms = ["fp32", "patched 16-bit", "patched int8"]
     assert [r["arm"] for r in found["throughput"]] == arms
@@ -179,7 +179,7 @@ def test_embed_search_runs_whole(data, tiny_path, tmp_path, monkeypatch, capsys)
 def test_a_run_of_a_minute_says_its_pace(data, tiny_path, tmp_path, monkeypatch):
     arguments = ["--data", data, "--model", tiny_path, "--device", "cpu", "--repeat", 1, "--minutes", 1]
     arguments += ["--arms", "ternary int8", "--kinds", "flat", "--batches", 2, "--json", tmp_path / "a.json"]
-    run(embed_search, monkeypatch, *arguments)
+    start(embed_search, monkeypatch, *arguments)
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["environment"]["left_out"] == [] and found["environment"]["minutes"] == 1
     assert all(one["tritern"] > 0 and one["batch"] == 32 for one in found["environment"]["pace"].values())
@@ -208,7 +208,7 @@ def test_search_parameters_are_swept(tiny_path, tmp_path, monkeypatch):
         "cpu",
     ]
     arguments += ["--arms", "fp32", "--kinds", "ivf-flat", "hnsw", "--json", tmp_path / "a.json"]
-    run(embed_search, monkeypatch, *arguments)
+    start(embed_search, monkeypatch, *arguments)
     rows = json.loads((tmp_path / "a.json").read_text())["quality"]
     probes = {r["parameters"]: r["recall10"] for r in rows if r["kind"] == "ivf-flat"}
     assert list(probes) == ["default", *(f"nprobe={2**i}" for i in range(5))]  # of 16 lists
@@ -218,7 +218,7 @@ def test_search_parameters_are_swept(tiny_path, tmp_path, monkeypatch):
 
 def test_scale_streams_and_says_what_it_is(tiny_path, data, tmp_path, monkeypatch, capsys):
     arguments = ["--model", tiny_path, "--data", data, "--scale", 3000, "--arms", "ternary int8", "--quick"]
-    run(
+    start(
         embed_search,
         monkeypatch,
         *arguments,
@@ -249,7 +249,7 @@ def test_the_experiment_runs_whole(data, tiny_path, tmp_path, monkeypatch, capsy
         "--device",
         "cpu",
     ]
-    run(ann, monkeypatch, *arguments, "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png")
+    start(ann, monkeypatch, *arguments, "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png")
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [(r["arm"], r["index"]) for r in rows] == [
         (a, i) for a in ("fp32", "patched int8") for i in ann.INDEXES
@@ -275,11 +275,11 @@ def test_tables_have_a_cell_for_every_title():
 @pytest.mark.parametrize("module", [embed_search, ann])
 def test_bad_input_is_one_line(module, tiny_path, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="holds none of the sets scifact") as error:
-        run(module, monkeypatch, "--data", tmp_path, "--sets", "scifact", "--model", tiny_path)
+        start(module, monkeypatch, "--data", tmp_path, "--sets", "scifact", "--model", tiny_path)
     assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(SystemExit, match="pip install faiss-cpu"):
-        run(module, monkeypatch, "--model", tiny_path)
+        start(module, monkeypatch, "--model", tiny_path)
 
 
 def test_all_kinds_are_measured():
@@ -290,7 +290,7 @@ def test_all_kinds_are_measured():
 
 def test_bad_numbers_are_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        run(embed_search, monkeypatch, "--batches", "0")
+        start(embed_search, monkeypatch, "--batches", "0")
     assert "whole number of at least 1; received '0'" in capsys.readouterr().err
 
 
