@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -80,8 +81,8 @@ def convert(
     settings = {name: value for name, value in {**settings, "calibration_texts": texts}.items() if value}
     preview = not is_ternary(loaded) and not texts
     if not is_ternary(loaded):
-        logging.getLogger("tritern.patch").setLevel(logging.ERROR)  # the last line has the same warning
-        tritern.patch(loaded, **settings)
+        with _without_warnings("tritern.patch"):  # the last line says the same
+            tritern.patch(loaded, **settings)
     elif settings.keys() == {"embedding_bits"}:
         tritern.patch(loaded, embedding_bits=embedding_bits)
     elif format == "tritern" or settings:
@@ -131,6 +132,18 @@ def _check_output(output: Path, format: str, force: bool) -> None:
             f"{output} is there already: name another file, or write over it with --force"
         )
     reporting.check_writable(output)
+
+
+@contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    """The logger of that name keeps to errors."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _save(model: SentenceTransformer, output: Path, format: str) -> None:

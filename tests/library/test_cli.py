@@ -322,7 +322,7 @@ def test_a_sample_is_drawn_from_all_unless_the_first_are_asked_for(
 
 
 def test_eval_finds_the_teacher_in_the_model_card(tiny_path, ternary_path, texts_file, tmp_path):
-    assert "name the original with --teacher" in error("eval", ternary_path, texts_file)
+    assert "name it with --teacher" in error("eval", ternary_path, texts_file)
     patched = tritern.patch(load(tiny_path))
     card = tmp_path / "own"
     patched.save_pretrained(str(card))

@@ -134,7 +134,7 @@ def test_the_known_names_come_before_what_the_hub_says(monkeypatch):
     said = rf"comes with tritern \({NAME}\): We couldn't connect to the hub.$"
     with pytest.raises(TriternError, match=f"cannot load 'no-such-model': it must be the folder or.*{said}"):
         tritern.load("no-such-model", device="cpu")
-    said = f"taken for a name on the hub; tritern comes with {NAME}) on cpu: We couldn't connect to the hub."
+    said = f"so a name on the hub; tritern comes with {NAME}) on cpu: We couldn't connect to the hub."
     assert said in error("info", "no-such-model")
 
 

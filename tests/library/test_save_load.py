@@ -319,7 +319,7 @@ def test_settings_that_do_not_fit_are_refused(saved, tmp_path):
     change_settings(folder, activation_bits=16)
     refused(
         folder,
-        "copy/config.json is not the file that was saved.*Copy it again; or.*`tritern info .*copy --seal`",
+        "copy/config.json is not the file that was saved.*Copy it again.*`tritern info .*copy --seal`",
     )
     (folder / MANIFEST).unlink()
     change_settings(folder, format_version=2)

@@ -252,7 +252,7 @@ def test_another_models_index_is_refused(built, tiny_path, model):
         ("one text", "received one string"),
         (["good", b"bytes"], "number 1 is bytes"),
         (["good", ""], "texts: number 1 is empty"),
-        (["\ud800"], "no character"),
+        (["\ud800"], "an invalid character"),
     ],
 )
 def test_bad_texts(model, tmp_path, texts, message):
