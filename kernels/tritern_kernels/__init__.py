@@ -1,4 +1,4 @@
-"""Ternary kernels: two-bit weights, int8 or 16-bit activations. Needs torch and triton, nothing else."""
+"""Ternary kernels: two-bit weights, int8 or 16-bit activations. Needs only torch and triton."""
 
 from .embedding import lookup, quantize_table
 from .formats import ATOM, MAX_K, PackedTernary, pack, padded_k, unpack

@@ -1,4 +1,4 @@
-"""Attention over packed texts: texts laid end to end, without padding between them."""
+"""Attention over packed texts: texts laid end to end, without padding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .ops import FLOATS
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the kernel is compiled: keys it takes at once, warps, and blocks of keys on their way to it."""
+    """Compile-time settings of the kernel: keys per step, warps, and blocks of keys in flight."""
 
     block_k: int
     num_warps: int
@@ -28,7 +28,7 @@ class Blocks:
 
 @cache
 def blocks_of(head_dim: int, dtype: torch.dtype, bias: bool) -> Blocks:
-    """``Blocks`` for heads of a width: what neither spills registers nor needs more than sm_89's 99 KB."""
+    """``Blocks`` for a head width. They spill no registers and fit into sm_89's 99 KB of shared memory."""
     if dtype == torch.float32:
         return Blocks(16, 8, 2)
     block_k, warps = (64, 4) if head_dim <= 64 else (32, 8)
@@ -48,19 +48,19 @@ def packed_attention(
 ) -> Tensor:
     """Attention of each token to those of its own text, softmax(scale * q k^T + bias) v, in one launch.
 
-    A text's result depends on its own rows alone, to the last bit, wherever they lie.
+    A text's result depends on its own rows alone, to the last bit, and not on their place.
 
     Args:
         q: [heads, T, D] fp32, fp16 or bf16, D from 16 to ``widest_head``; rows contiguous.
-        k, v: [key heads, T, D] of the same dtype; as many query heads after each other share each.
-        tiles: int32 [G, 3], contiguous: the first row of ``QUERY_ROWS`` queries, and start and end of their
-            text. The first row is a multiple of ``QUERY_ROWS`` behind the start. Tiles whose first row is not
-            before the end are unused.
+        k, v: [key heads, T, D] of the same dtype; heads / key heads consecutive query heads share each.
+        tiles: int32 [G, 3], contiguous: the first row of ``QUERY_ROWS`` queries, and the start and end of
+            their text. The first row is the start plus a multiple of ``QUERY_ROWS``. A tile is unused if its
+            first row is not before the end.
         scale: of the products.
-        causal: a token attends to itself and those before it.
-        window: a token attends to those less than so many positions away.
+        causal: a token attends to itself and earlier tokens.
+        window: a token attends to tokens less than this many positions away.
         bias: [heads, B], B odd: added by the key's position relative to the query's, from -(B // 2) to
-            B // 2; farther ones have the outermost's.
+            B // 2. Farther positions have the outermost bias.
 
     Returns:
         [T, heads, D], contiguous. Rows in no tile are undefined.

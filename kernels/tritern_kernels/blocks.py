@@ -1,5 +1,5 @@
-"""The steps of a transformer block around attention: four products, and between them norms and activations
-that give the next product's int8 activations in the same pass over memory.
+"""The steps of a transformer block around attention: four products. The norms and activations between them
+write the next product's int8 activations in the same pass over memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 from . import cuda
 
 Int8 = tuple[Tensor, Tensor]
-"""Activations as a product takes them: q int8 [M, padded K] in packed order and scale float32 [M]."""
+"""Activations of a product: q int8 [M, padded K] in packed order and scale float32 [M]."""
 
 
 class Product(NamedTuple):
@@ -23,8 +23,8 @@ class Product(NamedTuple):
 
 
 class BertWeights(NamedTuple):
-    """Of a BERT block: products of query with key and value, output, intermediate and last; weight, bias and
-    eps of its two LayerNorms.
+    """Weights of a BERT block: the products query-key-value, output, intermediate and last; weight, bias and
+    eps of the two LayerNorms.
     """
 
     qkv: Product
@@ -36,9 +36,9 @@ class BertWeights(NamedTuple):
 
 
 class DecoderWeights(NamedTuple):
-    """Of a decoder's block: products of query with key and value, output, gate with up, down; the weights of
-    its RMSNorms: before attention, before the feed-forward part, of query and key heads (or none); their eps;
-    numbers of query and of key heads.
+    """Weights of a decoder block: the products query-key-value, output, gate-up and down; the weights of the
+    RMSNorms before attention, before the feed-forward part, and of query and key heads (or none); their eps;
+    the numbers of query heads and key heads.
     """
 
     qkv: Product
@@ -52,12 +52,12 @@ class DecoderWeights(NamedTuple):
 
 
 def bert_qkv(x: Tensor, known: Int8 | None, weights: BertWeights) -> Tensor:
-    """qkv [M, 3 * hidden] of x [M, hidden]. ``known``: x in int8 as ``bert_output`` gives it, or None."""
+    """qkv [M, 3 * hidden] of x [M, hidden]. ``known``: x in int8 from ``bert_output``, or None."""
     return _product(weights.qkv, known or cuda.quantize(x), x)
 
 
 def bert_output(context: Tensor, x: Tensor, weights: BertWeights) -> tuple[Tensor, Int8]:
-    """z [M, hidden] of attention's context [M, hidden] and the block's input x; z in int8.
+    """z [M, hidden] of attention's context [M, hidden] and the block's input x; also z in int8.
 
     y = norm(context Wout + x);  z = norm(gelu(y Winner) Wlast + y)
     """
@@ -71,11 +71,11 @@ def bert_output(context: Tensor, x: Tensor, weights: BertWeights) -> tuple[Tenso
 
 
 def decoder_qkv(x: Tensor, known: Int8 | None, cos: Tensor, sin: Tensor, weights: DecoderWeights) -> Tensor:
-    """qkv [M, (heads + 2 key heads) * head_dim] of x [M, hidden]: norm(x) Wqkv, queries and keys normalized
-    (or not) and rotated.
+    """qkv [M, (heads + 2 key heads) * head_dim] of x [M, hidden]: norm(x) Wqkv. Queries and keys are rotated,
+    and normalized first if they have norms.
 
-    ``known``: norm(x) in int8 as ``decoder_output`` gives it, or None. cos and sin [period, head_dim],
-    contiguous, in x's dtype: row m is turned by row m % period.
+    ``known``: norm(x) in int8 from ``decoder_output``, or None. cos and sin are [period, head_dim],
+    contiguous, in x's dtype; they rotate row m by their row m % period.
     """
     eps = weights.epsilons
     if known is None:
@@ -89,8 +89,8 @@ def decoder_qkv(x: Tensor, known: Int8 | None, cos: Tensor, sin: Tensor, weights
 def decoder_output(
     context: Tensor, x: Tensor, weights: DecoderWeights, next_norm: Tensor | None
 ) -> tuple[Tensor, Int8 | None]:
-    """z [M, hidden] of attention's context [M, heads * head_dim] and the block's input x; and the next
-    block's norm(z) in int8, by that norm's weight.
+    """z [M, hidden] of attention's context [M, heads * head_dim] and the block's input x; also norm(z) in
+    int8, with the weight of the next block's norm.
 
         y = context Wout + x;  z = swiglu(norm(y) Winner) Wlast + y
     """
@@ -106,6 +106,6 @@ def decoder_output(
 
 
 def _product(product: Product, int8: Int8, x: Tensor) -> Tensor:
-    """y [M, N] in x's dtype of what is as wide as x, in int8."""
+    """y [M, N] in x's dtype, of int8 activations."""
     packed, scale, bias = product
     return cuda.linear_int8(*int8, packed, scale, bias, x.shape[1], x.dtype)

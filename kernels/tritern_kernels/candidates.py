@@ -1,4 +1,4 @@
-"""What ``tune`` measures: shapes of known models, and the configurations to try for a shape."""
+"""Candidates of ``tune``: shapes of known models, and configurations to try for a shape."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def candidates(mode: Mode, M: int, N: int, K: int, capability: int) -> list[Kern
 
 
 def _small(mode: Mode, M: int) -> Iterator[KernelConfig]:
-    """Up to 128 tokens: one row of tiles that holds them all, or two; split along K where that fills the
-    GPU.
-    """
+    """Up to 128 tokens: one or two rows of tiles for all tokens; a split along K if it fills the GPU."""
     needed = max(16, 1 << (M - 1).bit_length())
     sizes = (needed, needed // 2) if M > 32 else (needed,)
     for block_m, (block_n, warps) in product(sizes, ((32, 4), (64, 4), (128, 4), (128, 8))):
@@ -64,7 +62,7 @@ def _small(mode: Mode, M: int) -> Iterator[KernelConfig]:
 
 
 def _few(mode: Mode, M: int, K: int) -> Iterator[KernelConfig]:
-    """Up to 32 tokens: warps that share out K."""
+    """Up to 32 tokens: the warps of a program share K."""
     block_m = max(16, 1 << (M - 1).bit_length())
     whole = 1 << (padded_k(K) - 1).bit_length()
     for block_n, warps in product((16, 32, 64) if M <= 16 else (16, 32), (4, 8)):

@@ -1,6 +1,6 @@
-"""Kernel configurations: what is valid, and a formula for shapes that no table has.
+"""Kernel configurations: their validity, and a formula for shapes that are in no table.
 
-Nothing is measured or compiled to choose (``tables.choose``): a new number of tokens never stalls a call.
+The choice (``tables.choose``) measures and compiles nothing, so a new number of tokens never stalls a call.
 """
 
 from __future__ import annotations
@@ -23,34 +23,32 @@ specifications).
 """
 
 MOST_TOKENS = 16384
-"""More tokens than this are computed as this many are."""
+"""Larger numbers of tokens use the configuration of this one."""
 
 QUERY_ROWS = 64
-"""Queries of a text that one program of the attention over packed texts takes: the rows of a tile."""
+"""Rows of a tile: queries of a text per program of the attention over packed texts."""
 
 
 def widest_head(dtype: torch.dtype) -> int:
-    """Most features of a head that this attention takes: a tile of them fits every GPU's shared memory."""
+    """Largest head width of this attention. A tile of such heads fits every GPU's shared memory."""
     return 128 if dtype == torch.float32 else 256
 
 
 MOST_ACCUMULATORS = {"plain": 128, "split": 32}
-"""Accumulators a thread can hold without spills, by what follows the loop; read off compiled code
-(compile_check).
-"""
+"""Accumulators per thread without spills, by the code after the loop (from compiled code, compile_check)."""
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """One way to launch a GEMM kernel: tile of ``block_m`` tokens x ``block_n`` weight rows x ``block_k``
+    """One way to launch a GEMM kernel: a tile of ``block_m`` tokens x ``block_n`` weight rows x ``block_k``
     along K.
 
     Attributes:
-        split_k: programs that share out K of one tile.
-        expand: where the activations have 16 bits, write the weights out in that dtype and leave the product
-            to torch (with many tokens the faster way); the tile is then for float32 activations.
-        share_k: the warps of a program share out K, ``block_k`` of every step to each: the kernels of
-            ``gemm_few``.
+        split_k: number of programs that share K of one tile.
+        expand: for 16-bit activations: write the weights in that dtype and let torch multiply. It is faster
+            for many tokens. The tile is then for float32 activations.
+        share_k: the warps of a program share K; each takes ``block_k`` of every step (kernels of
+            ``gemm_few``).
         quantizing: with ``share_k`` and all of K in one step, the product quantizes its activations itself.
     """
 
@@ -66,7 +64,7 @@ class KernelConfig:
 
     @property
     def step(self) -> int:
-        """What a program advances along K at once."""
+        """Length of a program's step along K."""
         return self.block_k * (self.num_warps if self.share_k else 1)
 
     def shared_bytes(self, mode: Mode) -> int:
@@ -75,18 +73,18 @@ class KernelConfig:
         return self.num_stages * (x + self.block_n * self.step // 4)
 
     def tiles(self, M: int, N: int) -> int:
-        """Tiles of an [M, N] result."""
+        """Number of tiles of an [M, N] result."""
         return -(-M // self.block_m) * -(-N // self.block_n)
 
     def grid(self, M: int, N: int) -> tuple[int, int]:
-        """Programs to launch for an [M, N] result."""
+        """Number of programs to launch for an [M, N] result."""
         if self.share_k:
             return -(-N // self.block_n), -(-M // self.block_m)
         return self.tiles(M, N), self.split_k
 
     def lines(self, K_padded: int) -> int:
-        """Lines of 128 bytes of packed weights, rounded up to a power of two, that a program asks for ahead
-        in each of its rows. None with more than 64 tokens: there the products take longer than the weights.
+        """Lines of 128 bytes of packed weights that a program prefetches per row, rounded up to a power of
+        two. 0 with more than 64 tokens: there the products take longer than reading the weights.
         """
         if self.block_m > 64:
             return 0
@@ -95,11 +93,11 @@ class KernelConfig:
 
     @property
     def accumulators(self) -> int:
-        """32-bit accumulator registers a thread holds."""
+        """32-bit accumulator registers per thread."""
         return self.block_m * self.block_n // (32 * (1 if self.share_k else self.num_warps))
 
     def invalid(self, mode: Mode, K: int, capability: int) -> str | None:
-        """Why this configuration cannot run well, or None. The one statement of the constraints."""
+        """Why this configuration cannot run well, or None. All constraints are here."""
         if capability < OLDEST_CAPABILITY:
             return f"sm_{capability} has no kernels; the oldest that has is sm_{OLDEST_CAPABILITY}"
         for name, low in (("block_m", 16), ("block_n", 16), ("block_k", ATOM)):
@@ -140,11 +138,10 @@ class KernelConfig:
 
 
 def shared_memory_limit(capability: int) -> int:
-    """Bytes of shared memory a program may use on sm_``capability``; 99 KiB, the least of those known, for
-    others.
+    """Bytes of shared memory per program on sm_``capability``; for unknown ones 99 KiB, the least known.
 
     Raises:
-        ValueError: older than any GPU with kernels.
+        ValueError: the capability is older than any GPU with kernels.
     """
     if capability < OLDEST_CAPABILITY:
         raise ValueError(
@@ -154,7 +151,7 @@ def shared_memory_limit(capability: int) -> int:
 
 
 def formula_tiles(mode: Mode, capability: int) -> list[KernelConfig]:
-    """The tiles ``formula`` chooses from, smallest number of tokens first; block_k is halved where K asks for
+    """The tiles that ``formula`` chooses from, smallest number of tokens first. block_k is halved if K needs
     it.
     """
     wide = shared_memory_limit(capability) >= 160 * 1024
@@ -175,9 +172,9 @@ def formula_tiles(mode: Mode, capability: int) -> list[KernelConfig]:
 
 
 def few_tokens(mode: Mode, N: int, K: int, capability: int, processors: int) -> KernelConfig | None:
-    """For up to 16 tokens: warps that share out K, on the smallest tiles that the multiprocessors can all
-    take at once, and more warps where K is long. None where plain tiles do better: with 16-bit activations
-    and a short K, or more tiles than multiprocessors. Read off the H200's table.
+    """For up to 16 tokens: warps share K on the smallest tiles that all fit on the multiprocessors at once,
+    with more warps for a long K. None if plain tiles are faster: with 16-bit activations and a short K, or
+    with more tiles than multiprocessors (from the H200's table).
     """
     block_n = 16 if N <= 16 * processors else 32
     all_at_once = math.ceil(N / block_n) <= processors
@@ -191,9 +188,9 @@ def few_tokens(mode: Mode, N: int, K: int, capability: int, processors: int) -> 
 
 
 def formula(mode: Mode, M: int, N: int, K: int, capability: int, processors: int) -> KernelConfig:
-    """Up to 16 tokens ``few_tokens``. Up to 64: the smallest tile that holds them all, int8 splitting K
-    until every multiprocessor has work. Above: the largest tile that leaves no multiprocessor idle; 16-bit
-    activations expand the weights from 2,048 tokens on.
+    """A configuration by formula. Up to 16 tokens: ``few_tokens``. Up to 64: the smallest tile for all
+    tokens; int8 splits K until every multiprocessor has work. Above: the largest tile that leaves no
+    multiprocessor idle; 16-bit activations expand the weights from 2,048 tokens on.
     """
     tiles = [
         replace(c, block_k=min(c.block_k, padded_k(K) & -padded_k(K)))
@@ -219,5 +216,5 @@ def formula(mode: Mode, M: int, N: int, K: int, capability: int, processors: int
 
 
 def bucket(M: int) -> int:
-    """The number of tokens that M counts as: the next power of two, from 16 to ``MOST_TOKENS``."""
+    """M rounded up to a power of two from 16 to ``MOST_TOKENS``."""
     return min(1 << (max(M, 16) - 1).bit_length(), MOST_TOKENS)

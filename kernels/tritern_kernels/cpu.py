@@ -1,8 +1,8 @@
-"""The product on a CPU, by libraries that torch brings: the GPU kernels' int32 sums, bit for bit.
+"""The product on a CPU by libraries inside torch: the same int32 sums as the GPU kernels, bit for bit.
 
-Processors differ by an order of magnitude in how fast they multiply int8, and no one flag tells. So each
-library's int8 product is timed once a process and the fastest is taken; all give the same bits. A weight is
-kept in the form which that product reads, made once.
+Processors differ by an order of magnitude in their int8 speed, and no flag tells which is fast. So each
+process times every library's int8 product once and takes the fastest; all give the same bits. A weight is
+converted once to the form of that product and kept.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .formats import unpack
 from .reference import ONE_127TH, SMALLEST_ABSMAX
 
 ROWS = 1024
-"""Tokens taken at a time: temporaries stay a few MB, and larger pieces are no faster."""
+"""Tokens at a time: temporaries stay at a few MB, and larger pieces are no faster."""
 
 LARGEST_EXACT_K = 2**24 // 127
 """Up to this K every partial sum of int8 activations times codes is an integer that float32 holds."""
 
 _127 = torch.tensor(127.0, dtype=torch.float32, device="cpu")
-"""As a tensor: the division of a number by a tensor multiplies by a rounded reciprocal."""
+"""A tensor, because torch divides a number by a tensor with a rounded reciprocal."""
 
 
 # ---------------------------------------------------------------- products
@@ -39,10 +39,10 @@ class Product(NamedTuple):
     """A way to multiply activations by codes.
 
     Attributes:
-        prepare: codes int8 [N, K] -> what is kept of them.
-        multiply: activations [M, K], what is kept -> sums [M, N], int32 or float32.
-        operand: dtype of the activations. Where it is float32 they may be integers from -127 to 127.
-        bytes: kept for each weight.
+        prepare: codes int8 [N, K] -> the form to keep.
+        multiply: activations [M, K] and that form -> sums [M, N], int32 or float32.
+        operand: dtype of the activations. float32 ones may be integers from -127 to 127.
+        bytes: size of the form per weight.
     """
 
     prepare: Callable[[Tensor], Any]
@@ -52,25 +52,25 @@ class Product(NamedTuple):
 
 
 def _int_mm(x: Tensor, codes: Tensor) -> Tensor:
-    if x.shape[1] == 1:  # torch 2.13 leaves the result as it found the memory
+    if x.shape[1] == 1:  # torch 2.13 leaves this result uninitialized
         return x.int() * codes.t()
     return torch.ops.aten._int_mm(x, codes.t())  # looked up at each call: benchmarks replace it
 
 
 def _mm(x: Tensor, codes: Tensor) -> Tensor:
-    with torch.autocast("cpu", enabled=False):  # which would round the sums
+    with torch.autocast("cpu", enabled=False):  # autocast would round the sums
         return torch.mm(x, codes.t())
 
 
 def _pack_fbgemm(codes: Tensor) -> Any:
-    with warnings.catch_warnings():  # torch may drop this product one day: it is then not among those timed
+    with warnings.catch_warnings():  # torch may drop this product one day; then it is not timed
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor.*deprecated", UserWarning)
         weight = torch._make_per_tensor_quantized_tensor(codes, 1.0, 0)  # pyright: ignore
     return _with_fbgemm(lambda: torch.ops.quantized.linear_prepack(weight, None))
 
 
 def _with_fbgemm(pack: Callable[[], Any]) -> Any:
-    """What ``pack`` gives while torch's quantized engine is FBGEMM; on x86 it is by default."""
+    """The result of ``pack`` with FBGEMM as torch's quantized engine, the default on x86."""
     engine = torch.backends.quantized.engine
     if engine in ("x86", "fbgemm"):
         return pack()
@@ -97,23 +97,23 @@ PRODUCTS = {
     ),
     "float32": Product(lambda codes: codes.float(), _mm, torch.float32, 4),
 }
-"""By name: the library and the dtype in which codes are kept."""
+"""Products by name: the library and the dtype of the kept codes."""
 
 _CHOICES = {8: ("oneDNN int8", "FBGEMM int8", "float32"), 16: ("FBGEMM fp16", "float32")}
-"""Products for int8 activations, of which the fastest is taken, and for 16-bit ones, of which it is the first
-that torch has: their sums differ in the last bits, so that every process takes the same.
+"""Products for int8 and for 16-bit activations. int8 takes the fastest. 16 bits take the first that torch
+has, the same in every process, because their sums differ in the last bits.
 """
 
 HOPELESS = 4
-"""A product so many times slower than another is not timed again: without VNNI torch multiplies int8 in a
+"""A product slower than another by this factor is not timed again. Without VNNI torch multiplies int8 in a
 plain loop.
 """
 
 
 @cache
 def fastest(activation_bits: int) -> tuple[str, ...]:
-    """Names of the products that are right on this processor, the fastest first (of 16 bits, in a fixed
-    order); timed once a process.
+    """Names of the products with right results on this processor, the fastest first (for 16 bits, in a fixed
+    order). They are timed once per process.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     codes = torch.randint(-1, 2, (512, 512), generator=generator, device="cpu").to(torch.int8)
@@ -127,7 +127,7 @@ def fastest(activation_bits: int) -> tuple[str, ...]:
     if activation_bits == 16:
         return tuple(kept)
     seconds = {name: [math.inf, math.inf] for name in kept}
-    for _ in range(5):  # in turn, so that other work on the machine meets all alike
+    for _ in range(5):  # in turn, so that other load slows all alike
         quickest = min(times[0] for times in seconds.values())
         for name, times in seconds.items():
             if HOPELESS * quickest < times[0] < math.inf:
@@ -142,7 +142,7 @@ def fastest(activation_bits: int) -> tuple[str, ...]:
 
 
 def _form_if_right(product: Product, rows: Tensor, codes: Tensor) -> Any:
-    """What the product keeps of the codes; None if torch has it not, or its sums are wrong here."""
+    """The product's form of the codes; None if torch lacks the product or its sums are wrong here."""
     try:
         form = product.prepare(codes)
         sums = product.multiply(rows.to(product.operand), form)
@@ -152,19 +152,19 @@ def _form_if_right(product: Product, rows: Tensor, codes: Tensor) -> Any:
 
 
 def product_for(activation_bits: int, K: int) -> str:
-    """Name of the product by which K features are multiplied here."""
+    """Name of the product for K features on this processor."""
     if activation_bits == 8 and K > LARGEST_EXACT_K:
         return "oneDNN int8"  # the others give the sums in float32
     return fastest(activation_bits)[0]
 
 
-# ---------------------------------------------------------------- what is kept of a weight
+# ---------------------------------------------------------------- kept forms of a weight
 
 
 class _Kept(NamedTuple):
-    """Forms of a packed weight, by product, and what tells that it has changed since they were made.
+    """Forms of a packed weight, by product, and a mark that shows later changes of the weight.
 
-    Writes that torch counts nowhere, through ``.data`` or NumPy, are not noticed.
+    It does not notice writes that torch does not count, through ``.data`` or NumPy.
     """
 
     K: int
@@ -178,7 +178,7 @@ _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _forms(packed: Tensor, K: int) -> dict[str, Any]:
-    """Forms of the weight as it is now; none that were made before a change in place."""
+    """Forms of the present weight, none from before a change in place."""
     kept = _kept.get(packed)
     if kept is not None and kept.K == K and kept.address == packed.data_ptr():
         if kept.copy is None:
@@ -187,7 +187,7 @@ def _forms(packed: Tensor, K: int) -> dict[str, Any]:
             same = torch.equal(kept.copy, _words(packed))
         if same:
             return kept.forms
-    # tensors made in inference mode count no versions: a copy shows changes, at two bits a weight
+    # tensors of inference mode have no version counter: a copy, two bits per weight, shows changes
     version = copy = None
     if packed.is_inference():
         copy = _words(packed).clone()
@@ -198,12 +198,12 @@ def _forms(packed: Tensor, K: int) -> dict[str, Any]:
 
 
 def _words(packed: Tensor) -> Tensor:
-    """Packed bytes as int64, where they can be seen so: eight times as fast to compare."""
+    """Packed bytes viewed as int64 if possible: comparing is eight times as fast."""
     return packed if packed.storage_offset() % 8 else packed.view(torch.int64)
 
 
 def _form(packed: Tensor, K: int, name: str) -> Any:
-    """The weight as a product reads it, made once and kept as long as the weight lives."""
+    """The weight in a product's form, made once and kept while the weight lives."""
     forms = _forms(packed, K)
     if name not in forms:
         with torch.inference_mode(False):
@@ -213,12 +213,12 @@ def _form(packed: Tensor, K: int, name: str) -> Any:
 
 
 def codes_of(packed: Tensor, K: int) -> Tensor:
-    """Codes int8 [N, K] of a packed weight, unpacked once and kept as long as it lives."""
+    """Codes int8 [N, K] of a packed weight, unpacked once and kept while it lives."""
     return _form(packed, K, "oneDNN int8")
 
 
 def remember(packed: Tensor, codes: Tensor) -> None:
-    """Keep the codes int8 [N, K] that a packed weight was made of, so that they need not be unpacked."""
+    """Keep the codes int8 [N, K] of a packed weight, so that they need not be unpacked."""
     _forms(packed, codes.shape[1])["oneDNN int8"] = codes
 
 
@@ -244,9 +244,9 @@ def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 def linear_int8(
     x_q: Tensor, scale_x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """``linear`` of activations that ``quantize`` has made int8: y [M, N] in ``dtype``, the same bits.
+    """``linear`` of int8 activations from ``quantize``: y [M, N] in ``dtype``, the same bits.
 
-    For weights that change with every step: a product that has to pack them first is not taken.
+    It serves weights that change with every step, so it takes no product that must pack them first.
     """
     K = x_q.shape[1]
     unpacked = (name for name in fastest(8) if not name.startswith("FBGEMM"))
@@ -267,7 +267,7 @@ def _fill(
     scale: Tensor,
     bias: Tensor | None,
 ) -> None:
-    """Fill out [M, N] for x [M, K]: integers with their scale [M, 1], or floating point without."""
+    """Fill out [M, N] for x [M, K]: integers with their scale [M, 1], or floating point without one."""
     product = PRODUCTS[name]
     y = product.multiply(x.to(product.operand), form)
     if scale_x is not None:

@@ -23,7 +23,7 @@ from .tables import choose
 from .ternarize import expand
 
 Activation = Literal["", "gelu", "swiglu"]
-"""What is quantized: x itself, its exact (erf) GELU, or the silu of its first half times its second."""
+"""The quantized value: x itself, its exact (erf) GELU, or the silu of its first half times its second."""
 
 
 # ---------------------------------------------------------------- choose
@@ -55,7 +55,7 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """y [M, N] in x's dtype for x [M, K] of fp32, fp16 or bf16, M at least 1, and a packed weight [N, K].
 
-    With an activation, and 8 bits only, the product is of what it makes of x; x is [M, 2 K] for "swiglu".
+    An activation (8 bits only) is applied to x first; for "swiglu" x is [M, 2 K].
     """
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
@@ -81,7 +81,7 @@ def linear_int8(
     x_q: Tensor, scale_x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, K: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """y [M, N] in ``dtype`` for activations [M, K] that ``quantize`` has made int8; M may be 0."""
+    """y [M, N] in ``dtype`` for int8 activations [M, K] from ``quantize``; M may be 0."""
     if x_q.shape[0] == 0:
         return x_q.new_empty((0, packed.shape[0]), dtype=dtype)
     config = configuration(8, x_q.shape[0], packed.shape[0], K, x_q.device)
@@ -93,10 +93,9 @@ def linear_int8(
 
 @cache
 def quantize_blocks(K: int) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_K and PIECES for rows of K: about 4,096 elements a program.
+    """BLOCK_M, BLOCK_K and PIECES for rows of K: about 4,096 elements per program.
 
-    BERT's rows of 3 * 2**n are three pieces, which leaves no lane idle. Rows above 8,192 are read twice, in
-    pieces.
+    BERT's rows of 3 * 2**n are three pieces, so no lane is idle. Rows above 8,192 are read twice, in pieces.
     """
     padded = padded_k(K)
     if padded % 3 == 0 and padded <= 6144 and (piece := padded // 3) & (piece - 1) == 0:
@@ -107,9 +106,9 @@ def quantize_blocks(K: int) -> tuple[int, int, int]:
 
 
 def quantize(x: Tensor, clear: Tensor | None = None, activation: Activation = "") -> tuple[Tensor, Tensor]:
-    """Quantize x [M, K] (fp32, fp16 or bf16, rows contiguous), or what an activation makes of it, per token.
+    """Quantize x [M, K] (fp32, fp16 or bf16, rows contiguous), or an activation of it, per token.
 
-    ``clear``, int32 of a multiple of 128 elements, is set to zero by the same launch: a GEMM's tickets. For
+    The same launch sets ``clear`` to zero: a GEMM's tickets, int32 of a multiple of 128 elements. For
     "swiglu", silu(gate) * up, x is [M, 2 K]: gate and up side by side.
 
     Returns:
@@ -131,15 +130,13 @@ def quantize(x: Tensor, clear: Tensor | None = None, activation: Activation = ""
 
 
 def _int8(x: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Room for int8 activations [M, padded_k(K)] and their scales [M]."""
+    """Empty tensors for int8 activations [M, padded_k(K)] and their scales [M]."""
     q = torch.empty((x.shape[0], padded_k(K)), dtype=torch.int8, device=x.device)
     return q, torch.empty((x.shape[0],), dtype=torch.float32, device=x.device)
 
 
 def int8_kernel(config: KernelConfig, K_padded: int, has_bias: bool) -> tuple[Any, tuple[int | bool, ...]]:
-    """The kernel for int8 activations that a configuration stands for, and its compile-time arguments but the
-    last.
-    """
+    """A configuration's kernel for int8 activations, and its compile-time arguments but the last."""
     tile, end = (config.block_m, config.block_n, config.block_k), (has_bias, ASM)
     if config.share_k:
         even = K_padded % (config.num_warps * config.block_k) == 0
@@ -153,8 +150,8 @@ def gemm_int8(
 ) -> Tensor:  # fmt: skip
     """y [M, N] in ``out_dtype`` from ``quantize``'s output and a packed weight.
 
-    With ``split_k > 1``, ``tickets`` must be ``make_tickets``'s, set to zero (None: made here, by a launch
-    of its own).
+    With ``split_k > 1``, ``tickets`` must come from ``make_tickets`` and be zero (None: they are made here,
+    with a further launch).
     """
     M, K_padded = x_q.shape
     N = packed.shape[0]
@@ -182,17 +179,17 @@ def gemm_int8(
 
 
 def make_tickets(x: Tensor, N: int, config: KernelConfig) -> Tensor:
-    """int32, one for each tile of the product of x [M, K], with M rounded up as in ``choose``; not set.
+    """Uninitialized int32 tickets, one per tile of the product of x [M, K]; M is rounded up as in ``choose``.
 
-    Rounded up to 128, which the quantizer's kernel clears in one store.
+    Their number is rounded up to 128, because the quantizer's kernel clears 128 in one store.
     """
     tiles = config.tiles(max(bucket(x.shape[0]), x.shape[0]), N)
     return torch.empty(-(-tiles // 128) * 128, dtype=torch.int32, device=x.device)
 
 
 def direct_kernel(config: KernelConfig, K: int, has_bias: bool) -> tuple[Any, tuple[int | bool, ...]]:
-    """The kernel that takes activations as they are, 16-bit ones or (``quantizing``) to quantize them itself,
-    and its compile-time arguments but the last.
+    """The kernel that takes unquantized activations, and its compile-time arguments but the last. It uses
+    16-bit ones as they are, or (``quantizing``) quantizes them itself.
     """
     tile, end = (config.block_m, config.block_n, config.block_k), (has_bias, ASM)
     if config.quantizing:
@@ -207,8 +204,8 @@ def gemm_direct(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None,
     config: KernelConfig, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """y [M, N] in ``out_dtype`` from x [M, K], rows contiguous: fp16 or bf16, used as they are, or with a
-    ``quantizing`` configuration also fp32, quantized per token on the way.
+    """y [M, N] in ``out_dtype`` from x [M, K], rows contiguous. fp16 or bf16 are used as they are. A
+    ``quantizing`` configuration quantizes them per token, and takes fp32, too.
     """
     (M, K), N = x.shape, packed.shape[0]
     weight = packed if config.quantizing else packed.view(torch.uint16)
@@ -240,14 +237,14 @@ def norm_quantize(
     weight and bias [K].
 
     Returns:
-        [M, K] in x's dtype: the LayerNorm's result, or the sum that the RMSNorm is of (x itself without a
-        residual); q and scale as ``quantize`` gives them for the norm's result.
+        [M, K] in x's dtype: the LayerNorm's result, or the RMSNorm's input sum (x itself without a residual);
+        q and scale of the norm's result, as from ``quantize``.
     """
     M, K = x.shape
     if residual is None and bias is None:
         y = x
     else:
-        with torch.inference_mode(False):  # a tensor that counts its changes
+        with torch.inference_mode(False):  # a tensor with a version counter
             y = torch.empty_like(x)
     q, scale = _int8(x, K)
     if M:
@@ -264,7 +261,7 @@ def norm_quantize(
 
 
 def rotate_blocks(head_dim: int) -> int:
-    """BLOCK: heads a program takes, 4,096 elements or so."""
+    """BLOCK: heads per program, about 4,096 elements."""
     return max(1, 4096 // head_dim)
 
 
@@ -279,10 +276,10 @@ def norm_rotate(
     """RMSNorm and rotary embedding of queries and keys, in place, in one launch.
 
     Args:
-        x: [M, width], rows contiguous: query heads, key heads and whatever follows, which stays.
-        cos, sin: contiguous [period, head_dim] in x's dtype; row m is turned by row m % period. head_dim is a
-            power of two. Turned by halves: (a, b) -> (a cos - b sin, b cos + a sin).
-        heads: numbers of query and of key heads.
+        x: [M, width], rows contiguous: query heads, key heads, then columns that do not change.
+        cos, sin: contiguous [period, head_dim] in x's dtype; they rotate row m by their row m % period.
+            head_dim is a power of two. Halves rotate: (a, b) -> (a cos - b sin, b cos + a sin).
+        heads: numbers of query heads and key heads.
         weights: of the norms of queries and keys, [head_dim] each; none: no norm.
         eps: of the norms.
     """

@@ -1,4 +1,4 @@
-"""Which devices have kernels, and what is said on all others."""
+"""The devices with kernels, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GO_ON = (
 
 @cache
 def unsupported(device: torch.device) -> str | None:
-    """Why no kernel runs on a device, or None. The one statement of what is supported.
+    """Why no kernel runs on a device, or None. This alone decides which devices are supported.
 
     The meta device counts as supported: operators give shapes there.
     """
@@ -35,7 +35,7 @@ def unsupported(device: torch.device) -> str | None:
     if (device.index or 0) >= torch.cuda.device_count():
         return f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA GPUs here"
     if find_spec("triton") is None:
-        return "Triton is not installed, which compiles the kernels for GPUs"
+        return "Triton, which compiles the kernels for GPUs, is not installed"
     major, minor = torch.cuda.get_device_capability(device)
     if 10 * major + minor < OLDEST_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}"
@@ -46,14 +46,14 @@ def check_device(device: torch.device) -> None:
     """Refuse a device without kernels.
 
     Raises:
-        ValueError: what is there, what is supported and how to go on.
+        ValueError: the error names the device, the supported devices and a way out.
     """
     if why := unsupported(device):
         raise ValueError(f"cannot compute on {device}: {why}; {SUPPORTED}. {GO_ON}.")
 
 
 def refuse(*arguments: object) -> None:
-    """What the operators do for tensors that have no kernel: on other devices, or not dense.
+    """The operators' implementation for tensors without a kernel: on other devices, or not dense.
 
     Raises:
         ValueError: as ``check_device``.

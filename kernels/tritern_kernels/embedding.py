@@ -1,8 +1,8 @@
-"""Embedding tables of 4 bits a value: the format, rounding to it, and looking rows up.
+"""Embedding tables with 4 bits per value: the format, rounding, and lookup of rows.
 
-32 values of a row, a group, share a scale: value = scale * (nibble - 8). Byte i of a group holds value i in
-its low and value 16 + i in its high half, as in llama.cpp's Q4_0, and as there a scale may be negative. A
-row that does not end with a group is filled up with zeros.
+A group of 32 values of a row shares a scale: value = scale * (nibble - 8). Byte i of a group holds value i in
+its low half and value 16 + i in its high half. A scale may be negative. (Both are as in llama.cpp's Q4_0.)
+Rows are padded with zeros to whole groups.
 
 ``tritern::lookup`` reads the packed rows on CUDA (a Triton kernel) and on the CPU, to the same bits.
 """
@@ -18,25 +18,25 @@ from .ops import FLOATS
 GROUP = 32
 _HALF = GROUP // 2
 _FACTORS = tuple(0.7 + 0.05 * i for i in range(9))
-"""Scales that are tried for a group, as multiples of that which maps its largest magnitude to -8. More of
-them lower the squared error by less than a hundredth (all-MiniLM-L6-v2).
+"""Scales to try for a group, as multiples of the scale that maps its largest magnitude to -8. More scales
+would lower the squared error by less than a hundredth (all-MiniLM-L6-v2).
 """
 LOOKUP_BLOCK = 64
-"""Groups that a program of the lookup takes."""
+"""Groups per program of the lookup."""
 _CHUNKS = {"cpu": 1 << 10, "cuda": 1 << 15}
-"""Rows that are rounded at once: few enough for a CPU's cache, enough to keep a GPU busy."""
+"""Rows to round at once: few enough for a CPU's cache, enough to keep a GPU busy."""
 
 
 def groups(width: int) -> int:
-    """Groups in a row of so many values."""
+    """Number of groups in a row of ``width`` values."""
     return -(-width // GROUP)
 
 
 def quantize_table(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a table to 4 bits, each group with the scale of the smallest squared error that was found.
+    """Round a table to 4 bits, with the best scale found for each group (least squared error).
 
-    The best of the scales tried gives a first set of codes. Their least-squares scale is rounded to the
-    table's dtype. The values divided by it give the codes.
+    The best of the tried scales gives first codes. Their least-squares scale is rounded to the table's dtype.
+    The values divided by it give the final codes.
 
     Args:
         weight: [rows, width] fp32, fp16 or bf16, finite.
@@ -65,7 +65,7 @@ def _quantize(weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
     values = torch.nn.functional.pad(weight.float(), (0, GROUP * count - weight.shape[1]))
     values = values.view(-1, count, GROUP)
     peak = values.gather(-1, values.abs().argmax(-1, keepdim=True))
-    shares = values / torch.where(peak == 0, 1.0, peak)  # whose squares neither over- nor underflow
+    shares = values / torch.where(peak == 0, 1.0, peak)  # their squares neither over- nor underflow
     best, least = torch.zeros_like(values), torch.full_like(peak, torch.inf)
     for factor in _FACTORS:
         codes = (shares * (-8 / factor)).round_().clamp_(-8, 7)
@@ -79,17 +79,17 @@ def _quantize(weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _codes(values: Tensor, scale: Tensor) -> Tensor:
-    """values / scale, rounded, from -8 to 7, as floats; 0 where the scale is 0."""
+    """values / scale, rounded, from -8 to 7, as floats; 0 if the scale is 0."""
     codes = (values / scale).round_().clamp_(-8, 7)
     return torch.where(scale == 0, 0.0, codes)
 
 
 def lookup(ids: Tensor, packed: Tensor, scale: Tensor, width: int) -> Tensor:
-    """Rows of a table of 4 bits.
+    """Rows of a 4-bit table.
 
     Args:
         ids: int32 or int64 [...].
-        packed, scale: as ``quantize_table`` gives them, on ids' device.
+        packed, scale: from ``quantize_table``, on ids' device.
         width: values in a row.
 
     Returns:
@@ -97,7 +97,7 @@ def lookup(ids: Tensor, packed: Tensor, scale: Tensor, width: int) -> Tensor:
 
     Raises:
         TypeError, ValueError: an argument's dtype, shape or device does not fit; a device without kernels.
-        IndexError: on a CPU, an id that is no row. On a GPU such an id gives a row of NaN.
+        IndexError: on a CPU, an id out of range. On a GPU such an id gives a row of NaN.
     """
     return torch.ops.tritern.lookup(ids, packed, scale, width)
 

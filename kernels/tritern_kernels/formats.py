@@ -1,16 +1,15 @@
-"""The packed layout: two bits a weight, in the order the tensor cores read them.
+"""The packed layout: two bits per weight, in the order of the tensor cores.
 
 Letters used throughout: ``M`` tokens, ``N`` out_features, ``K`` in_features; ``codes`` are int8 in {-1, 0,
 +1}, ``packed`` are the bytes, ``scale`` always multiplies codes to give values.
 
-A code is stored as 2-bit two's complement: 00 = 0, 01 = +1, 11 = -1 (10 never occurs). Moved to the top of
-its lane it *is* the number: 64*t in int8, 2.0*t in fp16, bf16 and fp8. Unpacking is therefore one shift and
-one AND.
+A code is stored as 2-bit two's complement: 00 = 0, 01 = +1, 11 = -1 (10 never occurs). Shifted to the top of
+its lane it is the number itself: 64*t in int8, 2.0*t in fp16, bf16 and fp8. So unpacking is one shift and one
+AND.
 
-``K`` is padded with zeros to whole atoms of 128 weights. An atom takes 32 bytes, seen as 16 little-endian
-16-bit words; word ``w``, slab ``s`` (bits ``2s, 2s+1``) holds ``k = 16*s + w``. Seen as bytes, byte ``i = 2w
-+ h``, slab ``j`` holds ``k = 64*h + 16*j + w``: the order in which 8-bit activations are stored
-(``to_packed_order``).
+``K`` is padded with zeros to whole atoms of 128 weights. An atom takes 32 bytes, or 16 little-endian 16-bit
+words. Word ``w``, slab ``s`` (bits ``2s, 2s+1``) holds ``k = 16*s + w``. In bytes: byte ``i = 2w + h``, slab
+``j`` holds ``k = 64*h + 16*j + w``. 8-bit activations are stored in this order (``to_packed_order``).
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ def check_shape(N: int, K: int) -> None:
 class PackedTernary:
     """A ternary matrix of ``shape`` (N, K): ``packed`` uint8 [N, padded_k(K)/4] and ``scale`` float32 [N].
 
-    Row n stands for ``scale[n] * codes[n]``. Two are equal if they hold the same bits, on one device; on the
-    meta device, where there are no bits, only an object with itself. Comparing waits for the GPU.
+    Row n is ``scale[n] * codes[n]``. Two objects are equal if they hold the same bits on one device. On the
+    meta device, without bits, an object equals only itself. Comparing waits for the GPU.
 
     Raises:
-        TypeError: wrong dtype. ValueError: shapes that do not belong together, or K beyond ``MAX_K``.
+        TypeError: wrong dtype. ValueError: shapes that do not match, or K beyond ``MAX_K``.
     """
 
     packed: Tensor
@@ -70,7 +69,7 @@ class PackedTernary:
         return torch.equal(self.packed, other.packed) and torch.equal(self.scale, other.scale)
 
     def __hash__(self) -> int:
-        return hash(self.shape)  # not the content, which may be changed in place
+        return hash(self.shape)  # not the content: it may change in place
 
     def codes(self) -> Tensor:
         """int8 [N, K] in {-1, 0, +1}."""
@@ -109,7 +108,7 @@ def check_packed(packed: Tensor, scale: Tensor, N: int, K: int) -> None:
 def check_codes(packed: Tensor) -> None:
     """Raise ``ValueError`` if a byte holds the unused pattern 10. Waits for the GPU."""
     if (packed & ~(packed << 1) & 0xAA).any():  # high bit set, low bit clear
-        raise ValueError("packed holds the bit pattern 10, which is no ternary code: the data is damaged")
+        raise ValueError("packed holds the bit pattern 10, not a ternary code: the data is damaged")
 
 
 def check_scale(scale: Tensor) -> None:
@@ -158,7 +157,7 @@ def unpack(packed: Tensor, K: int, check: bool = True) -> Tensor:
 
 
 def to_packed_order(x: Tensor) -> Tensor:
-    """Reorder [M, padded K] activations from natural order to the order the int8 kernel reads them in."""
+    """Reorder [M, padded K] activations from natural order to the order of the int8 kernel."""
     return x.view(x.shape[0], -1, 2, 4, 16).permute(0, 1, 3, 4, 2).reshape(x.shape)
 
 

@@ -1,4 +1,4 @@
-"""What is used of torch and Triton beyond their public interfaces, and what is done where it has changed."""
+"""Private parts of torch and Triton that tritern uses, and its behaviour if they change."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ LAUNCHER = (
     "gridX", "gridY", "gridZ", "stream", "function",
     "kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook",
 )  # fmt: skip
-"""Arguments of Triton's launcher before the kernel's own, by position; up to Triton 3.6 the last four have no
+"""Arguments of Triton's launcher before the kernel's own, by position. Up to Triton 3.6 the last four have no
 names.
 """
 
 
 @cache
 def changed(what: str, instead: str) -> None:
-    """Say once that another package has changed what is used of it.
+    """Warn once that another package has changed a private part.
 
     Warns:
-        UserWarning: what has changed, and what is done instead.
+        UserWarning: names the change and the behaviour instead.
     """
     warnings.warn(f"{what} is not as tritern knows it: {instead}. Upgrade tritern.", stacklevel=3)
 
 
 def recorded() -> bool:
-    """Whether somebody records or transforms what is computed: torch.compile, torch.export, torch.jit.trace
-    and with it the older ONNX export, make_fx, torch.func. They see operators, but no raw launches.
+    """Whether a recorder or transform is active: torch.compile, torch.export, torch.jit.trace (also in the
+    older ONNX export), make_fx, torch.func. These see operators, but no raw launches.
     """
     try:
         return (

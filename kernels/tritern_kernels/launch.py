@@ -1,7 +1,7 @@
-"""Launching a Triton kernel with little work on the host.
+"""Launch a Triton kernel with little work on the host.
 
-Triton looks at every argument at every call to find the compiled kernel. ``launch`` finds it by a short key
-and launches it directly. Where Triton's launcher is not as known, Triton launches.
+Triton looks at every argument in every call to find the compiled kernel. ``launch`` finds it by a short key
+and launches it directly. If Triton's launcher has changed, Triton launches.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 @cache
 def overlaps(device: int | None) -> bool:
-    """Whether kernels on this GPU may start while the one before ends (programmatic dependent launch)."""
+    """Whether a kernel on this GPU may start before the last one ends (programmatic dependent launch)."""
     return not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def hooked() -> bool:
-    """Whether somebody, such as a profiler, asked Triton to be told of launches, or Triton does not say."""
+    """Whether Triton has launch hooks, such as a profiler's; True if unknown."""
     try:
         hook = knobs.runtime.launch_enter_hook
     except AttributeError:
@@ -45,7 +45,7 @@ def hooked() -> bool:
 
 
 def current_stream(device: int) -> int:
-    """The current stream of a device, as the driver names it."""
+    """The driver's handle of a device's current stream."""
     quick = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     return quick(device) if quick else torch.cuda.current_stream(device).cuda_stream
 
@@ -56,8 +56,8 @@ def launch(
 ) -> None:  # fmt: skip
     """Run ``kernel[grid](*arguments, *constants, PDL)`` on the current device and stream.
 
-    Arguments are tensors, integers and floats. Integers that the kernel is not specialized for, such as the
-    number of tokens, may change from call to call without another search for the compiled kernel.
+    Arguments are tensors, integers and floats. Some integers, such as the number of tokens, do not affect the
+    compiled kernel. They may change between calls without another search for it.
     """
     if INTERPRETED:
         kernel[grid](*arguments, *constants, False)
@@ -88,6 +88,6 @@ def launch(
 
 @cache
 def _not_specialized(kernel: Any) -> frozenset[int]:
-    """Places of the arguments whose values do not change what is compiled."""
+    """Positions of the arguments whose values do not affect the compiled kernel."""
     parameters = getattr(kernel, "params", ())
     return frozenset(i for i, p in enumerate(parameters) if getattr(p, "do_not_specialize", False))

@@ -16,7 +16,7 @@ from .config import KernelConfig, Mode
 from .ternarize import expand, ternarize
 
 COLD_BYTES = 180_000_000
-"""Packed weights to walk through before the first comes again: three times an H200's L2 cache."""
+"""Bytes of packed weights to cycle through: three times an H200's L2 cache."""
 
 
 class Bench:
@@ -34,7 +34,7 @@ class Bench:
         ]
 
     def call(self, mode: Mode, config: KernelConfig, packed: Tensor) -> Tensor:
-        """The product. With a split, quantization is part of it, for it clears the tickets."""
+        """The product. With a split it includes quantization, because that clears the tickets."""
         if config.expand:
             return torch.nn.functional.linear(
                 self.x, expand(packed, self.scale, self.x.shape[1], self.x.dtype)
@@ -48,7 +48,7 @@ class Bench:
         return cuda.gemm_int8(x_q, scale_x, packed, self.scale, None, config, torch.bfloat16, tickets=tickets)
 
     def correct(self, mode: Mode, y: Tensor) -> bool:
-        """Whether y is the product, rounded to bf16 once, on up to 256 tokens spread over all of them."""
+        """Whether y is the product, rounded to bf16 once, on up to 256 tokens spread over all."""
         rows = torch.arange(0, self.x.shape[0], max(1, self.x.shape[0] // 256), device="cuda")
         if mode == "16bit":
             exact = self.x[rows].double() @ self.codes.double().T
@@ -61,7 +61,7 @@ class Bench:
         return bool(error.square().mean() <= (2.5e-3 * self.scale.double() * exact).square().mean())
 
     def microseconds(self, mode: Mode, config: KernelConfig) -> float:
-        """Median time of a call in a CUDA graph that walks through all copies of the weights."""
+        """Median time of a call in a CUDA graph that cycles through all copies of the weights."""
         start = time.perf_counter()
         self.call(mode, config, self.packed[0])
         torch.cuda.synchronize()

@@ -2,7 +2,7 @@
 
 ``tritern::linear`` and ``tritern::quantize_activations`` run on CUDA (``cuda``) and on CPUs (``cpu``), with
 equal int32 sums. They refuse other devices (``devices``). ``torch.compile`` sees fake implementations.
-``linear`` has a gradient with respect to x and bias, which takes the activations' rounding as the identity
+``linear`` has gradients for x and bias; they treat the activations' rounding as the identity
 (straight-through).
 """
 
@@ -131,9 +131,7 @@ def _linear(
 def linear_unchecked(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, K: int, activation_bits: int
 ) -> Tensor:
-    """``tritern::linear`` on CUDA and the CPU, without its checks, its gradients and the cost of a call
-    through torch's dispatcher.
-    """
+    """``tritern::linear`` on CUDA and the CPU, without checks, gradients and torch's dispatcher."""
     rows, N = x.reshape(-1, K), packed.shape[0]
     if rows.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], N))

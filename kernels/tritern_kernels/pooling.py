@@ -1,4 +1,4 @@
-"""Vectors of packed texts, and their length: each text's in an order of additions that is its own."""
+"""Pooling of packed texts and normalization. The order of a text's sums does not depend on other texts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .ops import FLOATS
 Mode = Literal["cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 BLOCK_T, BLOCK_H = 16, 128
-"""Tokens and columns that a program takes at once."""
+"""Tokens and columns per step of a program."""
 WIDEST = 16384
-"""Columns of a row that ``normalize`` takes."""
+"""Most columns of a row in ``normalize``."""
 
 
 def pool(x: Tensor, starts: Tensor, mode: str) -> Tensor:
-    """One vector of each text's token vectors, in one launch, as sentence-transformers' Pooling gives it.
+    """Pool each text's token vectors into one, like sentence-transformers' Pooling, in one launch.
 
     A text's vector depends on its own tokens alone, to the last bit: no atomics.
 

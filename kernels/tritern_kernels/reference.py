@@ -1,6 +1,6 @@
-"""What every operation computes, in plain torch: the oracle the kernels are tested against.
+"""Every operation in plain torch. Tests compare the kernels with this.
 
-Written to be read, not to be fast. All functions work in natural (unpacked) order.
+It is written for reading, not for speed. All functions work in natural (unpacked) order.
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ Rule = Literal["mse", "absmean", "twn"]
 RULES: tuple[str, ...] = get_args(Rule)
 
 SMALLEST_ABSMAX = 1e-30
-"""Rows with a smaller absolute maximum are quantized as if they had this one, so that 127 / absmax stays
-finite.
-"""
+"""Least absolute maximum for quantizing a row, so that 127 / absmax stays finite."""
 ONE_127TH = 1.0 / 127.0
 
 
 def ternarize(weight: Tensor, rule: Rule = "mse") -> tuple[Tensor, Tensor]:
     """Weight [N, K] -> codes int8 [N, K] and scale float32 [N], with ``scale * codes`` close to the weight.
 
-    ``mse``: per row, the threshold and scale that minimise the squared error: of the row sorted by |w|, the k
-    that maximises (sum of the k largest)^2 / k. ``absmean``: one scale for the matrix, mean|W|, codes rounded
-    and clamped (BitNet b1.58, arXiv:2402.17764). ``twn``: per row, threshold 0.7 * mean|w| and the mean
-    magnitude above it (Ternary Weight Networks, arXiv:1605.04711).
+    ``mse``: per row, the threshold and scale with the smallest squared error; they keep the k largest
+    magnitudes, where k maximises (sum of the k largest)^2 / k. ``absmean``: one scale for the matrix,
+    mean|W|; codes are rounded and clamped (BitNet b1.58, arXiv:2402.17764). ``twn``: per row, threshold
+    0.7 * mean|w| and the mean magnitude above it (Ternary Weight Networks, arXiv:1605.04711).
     """
     w = weight.float()
     magnitude = w.abs()
@@ -59,7 +57,7 @@ def codes_given(weight: Tensor, scale: Tensor) -> Tensor:
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """Per-token absmax int8: x [M, K] -> int8 [M, K] and scale float32 [M], with ``scale * q`` close to x.
 
-    A token that holds NaN or infinity gets q = 0 and scale = NaN: its outputs are NaN, nobody else's are.
+    A token with NaN or infinity gets q = 0 and scale = NaN. Then only its own outputs are NaN.
     """
     values = x.float()
     absmax = values.abs().amax(1).clamp(min=SMALLEST_ABSMAX)

@@ -1,9 +1,9 @@
-"""Which configuration to use: tables of measured ones, those that come with the package and the user's.
+"""The choice of a configuration from tables of measured ones: the package's and the user's.
 
-``configs/<gpu>.json`` comes with the package; ``tune`` writes ``<gpu>.json`` to ``user_folder()``. A GPU
-takes entries from all tables of its own name and of its sisters: GPUs with as many multiprocessors of the
-same compute capability (an H100 has those of an H200). For one shape its own entry comes before a sister's,
-and the user's before the package's.
+``configs/<gpu>.json`` comes with the package; ``tune`` writes ``<gpu>.json`` to ``user_folder()``. A GPU uses
+entries from the tables of its own name and of its sisters. A sister has the same number of multiprocessors
+and the same compute capability, such as an H100 and an H200. For one shape a GPU's own entry comes before a
+sister's, and the user's before the package's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .config import MOST_TOKENS, KernelConfig, Mode, bucket, formula
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 CACHE_VARIABLE = "TRITERN_CACHE"
-"""Environment variable: the folder for what tritern keeps between processes."""
+"""Environment variable that names the folder of tritern's cache."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class TableEntry:
 
     @property
     def shape(self) -> tuple[Mode, int, int, int]:
-        """What the choice is for."""
+        """The shape that the choice is for."""
         return self.mode, self.M, self.N, self.K
 
 
 def user_folder() -> Path | None:
-    """Folder of the user's tables: ``kernels`` in $TRITERN_CACHE, in $XDG_CACHE_HOME/tritern or in
-    ~/.cache/tritern, the first that is set. None for a user without a home.
+    """Folder of the user's tables: ``kernels`` in the first of $TRITERN_CACHE, $XDG_CACHE_HOME/tritern and
+    ~/.cache/tritern that is set. None for a user without a home.
     """
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen) / "kernels"
@@ -59,7 +59,7 @@ def user_table(gpu: str) -> Path:
     """The user's table for a GPU.
 
     Raises:
-        ValueError: there is no place for it.
+        ValueError: the user has no home folder.
     """
     folder = user_folder()
     if folder is None:
@@ -77,16 +77,16 @@ def load_table(path: Path) -> tuple[TableEntry, ...]:
     "K", "config": {...}}]}``.
 
     Raises:
-        ValueError: the file is not a table, or an entry is none. OSError: it cannot be read.
+        ValueError: the file is not a table, or an entry is invalid. OSError: the file cannot be read.
     """
     return _read(path)[1]
 
 
 def check_table(path: Path) -> None:
-    """Refuse, before hours of work, a file that results cannot be merged with or written to.
+    """Refuse a file that cannot take results, before hours of work.
 
     Raises:
-        ValueError: it is no table. OSError: it cannot be written.
+        ValueError: the file is not a table. OSError: it cannot be written.
     """
     if path.exists():
         load_table(path)
@@ -96,7 +96,7 @@ def check_table(path: Path) -> None:
 
 
 def _read(path: Path) -> tuple[tuple[int | None, int | None], tuple[TableEntry, ...]]:
-    """A table's compute capability and number of multiprocessors, where it names them, and its entries."""
+    """A table's compute capability and number of multiprocessors, if named, and its entries."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         entries = tuple(map(_entry, table["entries"]))
@@ -119,7 +119,7 @@ def _entry(e: dict[str, Any]) -> TableEntry:
 
 @cache
 def table(gpu: str, capability: int, processors: int) -> tuple[TableEntry, ...]:
-    """All entries for a GPU, one for each shape.
+    """All entries for a GPU, one per shape.
 
     Warns:
         UserWarning: a table is damaged or cannot be read. It is left out.
@@ -165,7 +165,7 @@ def _choose(mode: Mode, M: int, N: int, K: int, gpu: str, capability: int, proce
 
 
 def choose(mode: Mode, M: int, N: int, K: int, gpu: str, capability: int, processors: int) -> KernelConfig:
-    """Configuration for M tokens; M counts as the next power of two, from 16 to ``MOST_TOKENS``, so that few
-    distinct kernels are ever needed.
+    """Configuration for M tokens. M is rounded up to a power of two from 16 to ``MOST_TOKENS``, so there are
+    few kernels.
     """
     return _choose(mode, bucket(M), N, K, gpu, capability, processors)

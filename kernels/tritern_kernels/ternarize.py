@@ -12,15 +12,15 @@ from .device import ternarize as device
 from .formats import ATOM, BYTES_PER_ATOM, PackedTernary, check_shape, padded_k
 from .reference import RULES, Rule
 
-_expand_kernel: Any = device.expand_kernel  # Triton's types do not know of compile-time arguments
+_expand_kernel: Any = device.expand_kernel  # Triton's types lack compile-time arguments
 _ternarize_kernel: Any = device.ternarize_kernel
 
 
 def ternarize(weight: Tensor, rule: Rule = "mse") -> PackedTernary:
     """Ternarize and pack a finite weight [N, K] (fp32, fp16, bf16).
 
-    ``absmean`` and ``twn`` follow ``reference.ternarize``. ``mse`` searches the threshold on two grids of 32
-    followed by one step of Lloyd's algorithm; its squared error is within 1e-4 of the exact optimum's.
+    ``absmean`` and ``twn`` follow ``reference.ternarize``. ``mse`` searches the threshold on two grids of 32,
+    then does one step of Lloyd's algorithm. Its squared error is within 1e-4 of the exact optimum's.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}; received {rule!r}")

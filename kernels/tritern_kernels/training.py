@@ -1,6 +1,6 @@
-"""The ternary product with gradients for its weights: what a layer computes while it is trained.
+"""The ternary product with gradients for its weights, for training.
 
-Forward is the inference path (packed codes, int8 activations), so what is trained is what is served. Backward
+Forward is the inference path (packed codes, int8 activations), so training sees the served model. Backward
 treats both roundings as straight-through (see ``ternary_linear``).
 """
 
@@ -17,7 +17,7 @@ from .formats import from_packed_order, pack, unpack
 
 
 class Codes(NamedTuple):
-    """A weight's packed codes [N, K] and, on CUDA, those of its transpose [K, N] for the input gradient."""
+    """A weight's packed codes [N, K] and, on CUDA, those of its transpose [K, N] (for the input gradient)."""
 
     packed: Tensor
     transposed: Tensor | None
@@ -43,7 +43,7 @@ def ternarize_given(weight: Tensor, scale: Tensor) -> Codes:
 
 
 def transpose(packed: Tensor, K: int) -> Tensor | None:
-    """Packed codes of the transpose [K, N] on CUDA; None on the CPU, which multiplies by the codes."""
+    """Packed codes of the transpose [K, N] on CUDA; None on the CPU, where codes are multiplied directly."""
     if not packed.is_cuda:
         return None
     from .ternarize import ternarize_given as kernel
@@ -65,7 +65,7 @@ def ternary_linear(
 ) -> Tensor:
     """``linear(x, scale * codes, bias)`` with gradients for x, weight, scale and bias.
 
-    With G = dL/dY, W^ = scale[n] * codes[n, k] and x^ the activations as multiplied, the gradients are
+    Let G = dL/dY, W^ = scale[n] * codes[n, k] and x^ the multiplied activations. The gradients are
 
         dX = G W^                                     the rounding of x passes as the identity
         dW^ = G^T x^
@@ -73,14 +73,14 @@ def ternary_linear(
         dscale[n] = sum over k of dW^[n, k] * (codes[n, k] - inside * weight[n, k] / scale[n])
         dbias[n] = sum over m of G[m, n]
 
-    which for clip = 1 is learned step size quantization (arXiv:1902.08153) with levels -1, 0 and 1.
+    For clip = 1 this is learned step size quantization (arXiv:1902.08153) with levels -1, 0 and 1.
 
     Args:
         x: [..., K] fp32, fp16 or bf16.
         weight: latent weight [N, K]; only its gradient is used here, the values are in ``codes``.
         scale: float32 [N], positive.
         bias: [N] or None.
-        codes: of ``weight`` for ``scale``, by ``ternarize_given``.
+        codes: of ``weight`` for ``scale``, from ``ternarize_given``.
         activation_bits: 8 or 16, as in ``linear``.
         clip: see above.
         backward_dtype: of the operands of the products in dX and dW^; None: x's.
@@ -90,9 +90,9 @@ def ternary_linear(
 
 
 def blended_weight(weight: Tensor, scale: Tensor, codes: Codes, blend: float, clip: float = 1.0) -> Tensor:
-    """``(1 - blend) * weight + blend * scale * codes`` [N, K], with the gradients of each.
+    """``(1 - blend) * weight + blend * scale * codes`` [N, K], with gradients of both parts.
 
-    Those of the second part are ``ternary_linear``'s: straight-through inside the clip, learned scales.
+    The second part has the gradients of ``ternary_linear``: straight-through inside the clip, learned scales.
     """
     ratio = weight / scale[:, None]
     through = ratio.masked_fill(ratio.detach().abs() > clip, 0.0)
@@ -106,7 +106,7 @@ class _TernaryLinear(torch.autograd.Function):
         activation_bits, clip, dtype = options
         N, K = weight.shape
         rows = x.reshape(-1, K)
-        if activation_bits == 8 and rows.shape[0]:  # keep one byte a value, not four
+        if activation_bits == 8 and rows.shape[0]:  # keep one byte per value, not four
             kept, scale_x = _quantize(rows)
             y = _linear_int8(kept, scale_x, codes.packed, scale, bias, K, x.dtype).view(*x.shape[:-1], N)
         else:
@@ -134,7 +134,7 @@ class _TernaryLinear(torch.autograd.Function):
 
 
 def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 in the order in which the device multiplies it: packed on CUDA, natural on the CPU."""
+    """int8 in the device's order: packed on CUDA, natural on the CPU."""
     return torch.ops.tritern.quantize_activations(rows) if rows.is_cuda else cpu.quantize(rows)
 
 
@@ -156,7 +156,7 @@ def _linear_int8(
 
 
 def _input_gradient(grad: Tensor, scale: Tensor, packed: Tensor, transposed: Tensor | None, K: int) -> Tensor:
-    """grad [M, N] times the weight [N, K]: on CUDA by the 16-bit kernel on the packed transpose."""
+    """grad [M, N] times the weight [N, K]. On CUDA the 16-bit kernel multiplies by the packed transpose."""
     if transposed is None:
         return grad @ (scale[:, None] * cpu.codes_of(packed, K)).to(grad.dtype)
     ones = torch.ones(K, dtype=torch.float32, device=grad.device)
@@ -165,7 +165,7 @@ def _input_gradient(grad: Tensor, scale: Tensor, packed: Tensor, transposed: Ten
 
 
 def _codes_of(packed: Tensor, K: int) -> Tensor:
-    """int8 [N, K]; on the CPU kept from when they were packed."""
+    """Codes int8 [N, K]; the CPU has kept them since packing."""
     return unpack(packed, K, check=False) if packed.is_cuda else cpu.codes_of(packed, K)
 
 

@@ -4,11 +4,11 @@
     python -m tritern_kernels.tune --shapes 4096x1024 --tokens 1 64 4096 --json my-gpu.json
 
 For every weight [N, K], number of tokens M and kind of activations, all valid candidates are compiled in
-parallel, checked (int8: the same bits as every other candidate; 16-bit: against float64) and timed in CUDA
-graphs, with weights that are out of the L2 cache where a large model's would be. The table goes to the user's
-folder (``tables.user_folder``; TRITERN_CACHE names another), where later processes look it up over the one
-that comes with the package, or to --json FILE, such as one that is to come with the package. Entries of an
-older table for other shapes are kept. Calls look tables up; they never tune.
+parallel, checked and timed. int8 results must have the same bits for every candidate; 16-bit results are
+compared with float64. Timing uses CUDA graphs; the weights are out of the L2 cache if a large model's would
+be. The table goes to the user's folder (``tables.user_folder``; TRITERN_CACHE names another) or to --json
+FILE. Later processes prefer the user's table to the package's. Entries of an older table for other shapes
+stay. Calls look up tables; they never tune.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 def compile_one(mode: Mode, config: KernelConfig, K: int) -> str:
-    """Compile a configuration into Triton's cache, in a process of its own; why it does not, or nothing."""
+    """Compile a configuration into Triton's cache, in a process of its own; return the error or nothing."""
     try:
         bench = Bench(32, 512, K)
         bench.call(mode, config, bench.packed[0])
@@ -54,7 +54,7 @@ def compile_one(mode: Mode, config: KernelConfig, K: int) -> str:
 
 
 def compile_all(work: Iterable[tuple[Mode, KernelConfig, int]], workers: int | None = None) -> list[str]:
-    """Compile in parallel; the failures."""
+    """Compile in parallel; return the failures."""
     todo = list(work)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return [why for why in pool.map(compile_one, *zip(*todo, strict=True)) if why]
@@ -72,9 +72,9 @@ def tune(
     Args:
         shapes: M tokens, N out_features, K in_features. M counts as the next power of two.
         modes: "int8", "16bit" or both.
-        report: takes a line of text for each shape, and for each candidate that is wrong or does not run.
-        done: takes each entry as soon as it is there.
-        seconds: stop before the next shape after this time.
+        report: called with a line of text for each shape and for each candidate that is wrong or fails.
+        done: called with each entry as soon as it is measured.
+        seconds: after this time, stop before the next shape.
 
     Raises:
         RuntimeError: there is no CUDA GPU.
@@ -134,8 +134,8 @@ def _tune_case(
 
 
 def consolidate(entries: list[dict[str, Any]], slack: float = 0.04) -> list[dict[str, Any]]:
-    """The same entries with fewer different configurations, so that fewer kernels are compiled: of those
-    within ``slack`` of the fastest, that which serves most entries.
+    """The same entries with fewer different configurations, so that fewer kernels are compiled. An entry gets
+    the most widely used configuration within ``slack`` of its fastest.
     """
     options = {}
     for i, entry in enumerate(entries):
@@ -163,7 +163,7 @@ def describe(c: KernelConfig) -> str:
 
 
 def write_table(path: Path, entries: list[dict[str, Any]]) -> None:
-    """Write entries over those for the same shapes in the table at ``path``, if there is one."""
+    """Write entries to the table at ``path``; they replace entries for the same shapes."""
     old = json.loads(path.read_text())["entries"] if path.exists() else []
     merged = {(e["mode"], e["M"], e["N"], e["K"]): e for e in (*old, *entries)}
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -197,9 +197,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--modes", nargs="+", default=["int8", "16bit"], choices=["int8", "16bit"])
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="stop before the next shape after this"
+        "--seconds", type=float, default=float("inf"), help="after this time, stop before the next shape"
     )
-    parser.add_argument("--json", type=Path, help="the table; default: this GPU's in the user's folder")
+    parser.add_argument(
+        "--json", type=Path, help="the table's file; default: this GPU's in the user's folder"
+    )
     options = parser.parse_args(arguments)
     known = list(MODELS) if "all" in options.models else options.models
     if bad := [n for n in known if n not in MODELS] + [

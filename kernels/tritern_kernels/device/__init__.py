@@ -1,1 +1,1 @@
-"""The kernels: functions for Triton alone. ``cuda`` and its neighbours launch them."""
+"""The kernels: functions for Triton only. ``cuda`` and the modules beside it launch them."""

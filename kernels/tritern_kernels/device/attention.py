@@ -1,4 +1,4 @@
-"""Attention over packed texts: one program takes ``QUERY_ROWS`` queries of a text and a head."""
+"""Attention over packed texts: one program for ``QUERY_ROWS`` queries of a text and a head."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import triton.language as tl
 from .common import wait_for_inputs
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
-_LOWEST = tl.constexpr(-1e38)  # below every score, yet finite: a row that has seen no key gives no NaN
+_LOWEST = tl.constexpr(-1e38)  # below every score, but finite: a row without keys gives no NaN
 
 
 @triton.jit
 def _tile(x_ptr, first, stride, rows, count, cols, D: tl.constexpr, UPCAST: tl.constexpr):
-    """[rows, cols] of a head, from its row ``first``; zero from row ``count`` and from column D."""
+    """[rows, cols] of a head, from its row ``first`` on; zero from row ``count`` and from column D on."""
     at = x_ptr + first.to(tl.int64) * stride + rows[:, None] * stride + cols[None, :]
     x = tl.load(at, mask=(rows[:, None] < count) & (cols[None, :] < D), other=0.0)
     return x.to(tl.float32) if UPCAST else x
@@ -28,9 +28,8 @@ def packed_attention_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A tile (first, start, end) of queries of one head: y [T, heads, D] from row ``first``. GROUP heads
-    share keys and values. Positions count from the text's start, and so do blocks of keys. SCALE includes
-    log2(e).
+    """A tile (first, start, end) of queries of one head: y [T, heads, D] from row ``first`` on. GROUP heads
+    share keys and values. Positions and blocks of keys count from the text's start. SCALE includes log2(e).
     """
     wait_for_inputs(PDL)
     first = tl.load(tiles_ptr + 3 * tl.program_id(0))

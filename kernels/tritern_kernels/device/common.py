@@ -1,4 +1,4 @@
-"""What the GEMM kernels have in common: unpacking, the epilogue, and waiting for their inputs."""
+"""Common parts of the GEMM kernels: unpacking, the epilogue, and waiting for inputs."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def store_scaled(
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """With programmatic dependent launch this kernel starts while the one before it ends: wait for its
-    results, and let the next one start.
+    """Wait for the results of the kernel before, and let the next kernel start. With programmatic dependent
+    launch this kernel starts before that one has ended.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -94,9 +94,9 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 @triton.jit
 def prefetch(w_ptr, rows, stride, first, last, LINES: tl.constexpr, ASM: tl.constexpr):
-    """Ask for lines of 128 bytes, ``first`` to ``last`` - 1 bytes into these rows of packed weights, to
-    come to the L2 cache: all at once, and while the kernel before may still run. Nothing is read here, so
-    it does not matter if that kernel writes the weights.
+    """Prefetch lines of 128 bytes of these rows of packed weights, bytes ``first`` to ``last`` - 1, to the L2
+    cache, all at once. The kernel before may still run. Nothing is read here, so that kernel may even write
+    the weights.
     """
     if ASM:
         line = tl.minimum(first + tl.arange(0, LINES) * 128, last - 1)
@@ -112,7 +112,7 @@ def prefetch(w_ptr, rows, stride, first, last, LINES: tl.constexpr, ASM: tl.cons
 
 @triton.jit
 def warm(pointers, ASM: tl.constexpr):
-    """Bring what is needed after the loop, a hundred scales or so, to the L1 cache before it."""
+    """Bring the operands of the epilogue, about a hundred scales, to the L1 cache before the loop."""
     if ASM:
         tl.inline_asm_elementwise(
             "prefetch.global.L1 [$1]; mov.b32 $0, 0;",

@@ -1,4 +1,4 @@
-"""Looking up rows of an embedding table of 4 bits (``embedding``)."""
+"""Lookup of rows of a 4-bit embedding table (``embedding``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .common import wait_for_inputs
 def lookup_kernel(
     ids_ptr, packed_ptr, scale_ptr, y_ptr, M, ROWS, GROUPS, WIDTH, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    """y [M, WIDTH] = the rows of a table of ROWS rows of GROUPS groups; NaN where an id is no row."""
+    """y [M, WIDTH] = rows of a table with ROWS rows of GROUPS groups; NaN for an id out of range."""
     wait_for_inputs(PDL)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token, group = index // GROUPS, index % GROUPS

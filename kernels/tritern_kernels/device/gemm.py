@@ -2,9 +2,9 @@
 
     y[m, n] = scale_x[m] * scale[n] * sum_k x[m, k] * codes[n, k] + bias[n]
 
-Both compute the transpose, [BLOCK_N, BLOCK_M] = W x^T: with the weights on the left, the unpacked codes feed
-the tensor cores as the register operand and never pass through shared memory. int32 sums are exact, and the
-epilogue is one function with an explicit fused multiply-add, so a token's outputs do not depend on the tile,
+Both compute the transpose, [BLOCK_N, BLOCK_M] = W x^T. With the weights on the left, the unpacked codes are
+the register operand of the tensor cores and never pass through shared memory. int32 sums are exact, and the
+epilogue is one function with an explicit fused multiply-add. So a token's outputs do not depend on the tile,
 the split or the batch.
 """
 
@@ -37,8 +37,8 @@ def gemm_int8_kernel(
     SPLIT: tl.constexpr, LINES: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """x int8 [M, K_padded] in packed order. With SPLIT > 1, program_id(1) takes a share of K; the last
-    program to finish a tile, which the tile's ticket tells, adds the shares and stores.
+    """x int8 [M, K_padded] in packed order. With SPLIT > 1, program_id(1) takes a share of K. The last
+    program to finish a tile (by the tile's ticket) adds the shares and stores the sum.
     """
     pm, pn = _tile(M, N, BLOCK_M, BLOCK_N)
     m = pm * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -78,7 +78,7 @@ def gemm_int8_kernel(
         offsets = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         shares = shares_ptr + tl.program_id(0).to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M) + offsets
         tl.store(shares + tl.program_id(1) * (BLOCK_N * BLOCK_M), acc)
-        tl.debug_barrier()  # every thread has stored its part before the ticket is drawn
+        tl.debug_barrier()  # every thread must store its part before the ticket is drawn
         ticket = tl.atomic_add(tickets_ptr + tl.program_id(0), 1, sem="acq_rel")
         if ticket == SPLIT - 1:
             acc = tl.load(shares, cache_modifier=".cg")
@@ -100,7 +100,7 @@ def gemm_16bit_kernel(
     EVEN_K: tl.constexpr, LINES: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """x fp16 or bf16 [M, K] in natural order; packed as uint16 words, stride_p words a row."""
+    """x fp16 or bf16 [M, K] in natural order; packed as uint16 words, stride_p words per row."""
     pm, pn = _tile(M, N, BLOCK_M, BLOCK_N)
     m = pm * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pn * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,8 +1,8 @@
-"""The GEMM kernels for few tokens, where the packed weights have to come from memory and little is computed.
+"""The GEMM kernels for few tokens, where reading the packed weights takes longer than computing.
 
-The same products and the same epilogue as in ``gemm``, but the warps of a program share out K: each
-multiplies its own part of every step, and the parts are added once, at the end. So tiles can be small and
-many, and fill the GPU without splitting K among programs.
+Products and epilogue are those of ``gemm``, but the warps of a program share K: each multiplies its own part
+of every step, and the parts are added once, at the end. So tiles can be small and many. They fill the GPU
+without splitting K among programs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .quantize import absmax_bits, codes_of, load_rows, scales_of
 
 @triton.jit
 def _parts(BLOCK_K: tl.constexpr, PARTS: tl.constexpr):
-    """k [PARTS, BLOCK_K] of the first step: part p has the p-th BLOCK_K of it."""
+    """k [PARTS, BLOCK_K] of the first step; part p has its p-th BLOCK_K."""
     return tl.arange(0, PARTS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
 
 
@@ -31,8 +31,8 @@ def _by_part(w, PARTS: tl.constexpr):
 
 @triton.jit
 def _add_parts(acc, PARTS: tl.constexpr):
-    """[PARTS, BN, BM] -> [BN, BM]. By halves, which brings the parts into one thread before they are added;
-    tl.sum shuffles every element for itself and takes longer than the products.
+    """[PARTS, BN, BM] -> [BN, BM]. Halving brings the parts into one thread before they are added. tl.sum
+    would shuffle every element and take longer than the products.
     """
     acc = tl.permute(acc, (1, 2, 0))
     for _ in tl.static_range(PARTS.bit_length() - 1):
@@ -85,8 +85,8 @@ def gemm_quantizing_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x fp32, fp16 or bf16 [M, K], K at most PARTS * BLOCK_K: quantized to int8 per token by every program
-    for itself, all of K in one step.
+    """x fp32, fp16 or bf16 [M, K], K at most PARTS * BLOCK_K. Every program quantizes x itself, to int8 per
+    token, with all of K in one step.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -113,7 +113,7 @@ def gemm_16bit_few_kernel(
     EVEN_K: tl.constexpr, LINES: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """x fp16 or bf16 [M, K] in natural order; packed as uint16 words, stride_p words a row."""
+    """x fp16 or bf16 [M, K] in natural order; packed as uint16 words, stride_p words per row."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_n = tl.minimum(n, N - 1).to(tl.int64)

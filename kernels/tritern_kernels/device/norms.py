@@ -1,5 +1,5 @@
-"""A transformer block's steps around its norms, in one pass over memory each: a residual's addition,
-LayerNorm or RMSNorm and int8 quantization; and the norm of heads with their rotation.
+"""Two steps of a transformer block, each in one pass over memory: addition of a residual, LayerNorm or
+RMSNorm and int8 quantization; norm and rotation of heads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .quantize import absmax_bits, load_rows, rounded, rounded_product, scales_o
 
 @triton.jit
 def _sum(x_ptr, residual_ptr, y_ptr, rows, cols, M, K, RMS: tl.constexpr, ADD: tl.constexpr):
-    """What is normalized, in fp32; an RMSNorm's sum is stored."""
+    """The norm's input in fp32; an RMSNorm's sum is also stored."""
     v = load_rows(x_ptr, rows, cols, K, M, K)
     if ADD:
         v = rounded(v + load_rows(residual_ptr, rows, cols, K, M, K), x_ptr)
@@ -24,7 +24,7 @@ def _sum(x_ptr, residual_ptr, y_ptr, rows, cols, M, K, RMS: tl.constexpr, ADD: t
 
 @triton.jit
 def _normalized(v, mean, rstd, weight_ptr, bias_ptr, y_ptr, rows, cols, M, K, RMS: tl.constexpr):
-    """The norm's result, rounded to the dtype, in fp32; a LayerNorm's is stored."""
+    """The norm's result, rounded to the dtype, in fp32; a LayerNorm's is also stored."""
     weight = tl.load(weight_ptr + cols, mask=cols < K, other=0.0).to(tl.float32)
     y = (v - mean[:, None]) * rstd[:, None]
     if RMS:
@@ -54,9 +54,9 @@ def norm_quantize_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
     RMS: tl.constexpr, ADD: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """norm(x + residual), or without ADD norm(x), all [M, K] of one dtype and contiguous; its q and scale,
-    and PIECES (1 or 3), as in ``quantize_kernel``. A LayerNorm's result goes to y; an RMSNorm's is not kept,
-    and the sum goes to y. Sum and result are rounded to the dtype, as if by torch.
+    """norm(x + residual), or without ADD norm(x); all are [M, K] of one dtype and contiguous. q, scale and
+    PIECES (1 or 3) are as in ``quantize_kernel``. y gets a LayerNorm's result or an RMSNorm's input sum.
+    Sum and result are rounded to the dtype, like torch's.
     """
     wait_for_inputs(PDL)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -103,9 +103,9 @@ def norm_rotate_kernel(
     x_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, period, M, Q_HEADS, HEADS, stride_x, EPS,
     BLOCK: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """In place, the first HEADS heads, 2 * HALF wide, of each of M rows: RMSNorm (with NORM), then rotation
-    by row ``m % period`` of cos and sin [period, 2 * HALF]. The first Q_HEADS heads are queries, the others
-    keys. Every step is rounded to the dtype, as if by torch.
+    """Change the first HEADS heads, 2 * HALF wide, of each of M rows in place: RMSNorm (with NORM), then
+    rotation by row ``m % period`` of cos and sin [period, 2 * HALF]. The first Q_HEADS heads are queries, the
+    others keys. Every step is rounded to the dtype, like torch's.
     """
     wait_for_inputs(PDL)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

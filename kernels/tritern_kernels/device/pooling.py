@@ -1,4 +1,4 @@
-"""Vectors of packed texts, and rows of length 1."""
+"""Pooling of packed texts, and normalization of rows to length 1."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pool_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def normalize_kernel(x_ptr, y_ptr, N, W, stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """y [N, W] = rows of x, divided by their length or, if that is less, by 1e-12."""
+    """y [N, W] = rows of x, divided by their length, or by 1e-12 if that is larger."""
     wait_for_inputs(PDL)
     row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * stride + cols, mask=cols < W, other=0.0).to(tl.float32)

@@ -1,5 +1,5 @@
-"""Per-token int8 quantization, written in the order the int8 GEMM reads (see ``formats``), alone or behind a
-GELU or SwiGLU, in one pass over memory.
+"""Per-token int8 quantization, alone or after a GELU or SwiGLU, in one pass over memory. The output has the
+order of the int8 GEMM (see ``formats``).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ def load_rows(x_ptr, rows, cols, stride_x, M, K):
 
 @triton.jit
 def rounded(x, like_ptr):
-    """x rounded to the dtype of what the pointer points to, in fp32."""
+    """x rounded to the dtype of the pointer's elements, in fp32."""
     return x.to(like_ptr.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
 def rounded_product(x, y, like_ptr):
-    """x * y, both fp32 of one shape, rounded like ``rounded``, whatever it is added to."""
+    """x * y, both fp32 of one shape, rounded like ``rounded``, never fused with a later addition."""
     if _ASM:
-        # LLVM turns a rounded product of 16-bit values into a 16-bit multiplication, and this with the sum
-        # that follows into one fma: a rotation's results differed from torch's in one of eight last bits.
+        # LLVM makes a rounded product of 16-bit values a 16-bit multiplication, and fuses it with the next
+        # sum into one fma: the last bit of one in eight results of a rotation differed from torch's.
         z = tl.inline_asm_elementwise(
             "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -55,7 +55,7 @@ def absmax_bits(x):
 
 @triton.jit
 def scales_of(bits, BLOCK_M: tl.constexpr):
-    """From largest magnitudes as bits: the scale, the factor that quantizes, whether all is finite."""
+    """From largest magnitudes as bits: the scale, the quantizing factor, and whether all is finite."""
     finite = bits < _INF_BITS
     absmax = tl.maximum(tl.where(finite, bits, 0).to(tl.float32, bitcast=True), _SMALLEST)
     inverse = tl.div_rn(tl.full((BLOCK_M,), 127.0, tl.float32), absmax)
@@ -64,10 +64,10 @@ def scales_of(bits, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def codes_of(x, inverse, finite, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr):
-    """x fp32 [BLOCK_M, BLOCK_K] quantized to int8, each atom in packed order; zeros where not ``finite``."""
+    """x fp32 [BLOCK_M, BLOCK_K] quantized to int8, each atom in packed order; zeros if not ``finite``."""
     if ASM:
-        # Adding 1.5 * 2**23 rounds to nearest even and leaves the integer in the low byte. As instructions of
-        # their own, product and sum are not fused into one, which would round once where torch rounds twice.
+        # Adding 1.5 * 2**23 rounds to nearest even and leaves the integer in the low byte. Separate
+        # instructions keep product and sum from being fused: that would round once, and torch rounds twice.
         q = tl.inline_asm_elementwise(
             """{ .reg .f32 a, b, c, d; .reg .b32 i, j, k, l;
             mul.rn.f32 a, $1, $5; mul.rn.f32 b, $2, $6; mul.rn.f32 c, $3, $7; mul.rn.f32 d, $4, $8;
@@ -128,8 +128,8 @@ def _exp2(x, ASM: tl.constexpr):
 
 @triton.jit
 def _gelu(x, ASM: tl.constexpr):
-    """x fp32 -> relu(x) - |x| erfc(|x| / sqrt 2) / 2, to 3e-7 |x|: 7.1.26 of Abramowitz and Stegun, with a
-    third of the instructions of the library's erf, which would take longer than reading and writing memory.
+    """x fp32 -> relu(x) - |x| erfc(|x| / sqrt 2) / 2, to 3e-7 |x| (Abramowitz and Stegun 7.1.26). It has a
+    third of the instructions of the library's erf; that would take longer than reading and writing memory.
     """
     a = tl.abs(x)
     t = _reciprocal(1.0 + 0.231641888 * a, ASM)
@@ -156,9 +156,9 @@ def quantize_kernel(
     ACTIVATION: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x, gelu(x) or swiglu(x) [M, K] -> q int8 [M, K_padded] in packed order, scale fp32 [M]. A row is 1 or
-    3 pieces of BLOCK_K, held in registers; PIECES = 0: any number, read twice. For swiglu a row of x holds
-    gate and then up, K each; silu and product are rounded to the dtype, as if by torch. The first program
-    also sets CLEAR int32 to zero.
+    3 pieces of BLOCK_K in registers; with PIECES = 0 it is any number of pieces, read twice. For swiglu a row
+    of x holds gate, then up, K each; silu and product are rounded to the dtype, like torch's. The first
+    program also sets CLEAR int32 to zero.
     """
     wait_for_inputs(PDL)
     if CLEAR > 0:

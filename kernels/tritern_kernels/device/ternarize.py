@@ -29,9 +29,7 @@ def _kept(w_ptr, thresholds, K):
 
 @triton.jit
 def _best_threshold(w_ptr, low, high, K):
-    """Of 32 thresholds spaced evenly in the logarithm, the one with the largest sum^2 / count, and the
-    spacing.
-    """
+    """The best of 32 thresholds, evenly spaced in the logarithm (largest sum^2 / count), and the spacing."""
     step = tl.exp2((tl.log2(high) - tl.log2(low)) / (_GRID - 1))
     thresholds = low * tl.exp2(tl.arange(0, _GRID).to(tl.float32) * tl.log2(step))
     sums, counts = _kept(w_ptr, thresholds, K)
@@ -44,7 +42,7 @@ def _best_threshold(w_ptr, low, high, K):
 def ternarize_kernel(
     w_ptr, packed_ptr, scale_ptr, given_scale_ptr, K, stride_w, stride_p, RULE: tl.constexpr
 ):
-    """One program a row. A row is read a few times over, from cache. ``absmean`` reads one scale from
+    """One program per row. It reads the row several times, from cache. ``absmean`` reads one scale from
     given_scale_ptr, ``given`` one per row.
     """
     row = tl.program_id(0).to(tl.int64)
