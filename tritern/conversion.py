@@ -98,7 +98,7 @@ def _warn_of_the_rest(model: nn.Module, linears: list[Selection]) -> None:
             [largest.name, *(c.name for c in matrices if starred(c.name) == starred(largest.name))]
         )
         warnings.warn(
-            f"{sum(sizes):,} weights are in matrices that are no nn.Linear and stay in full precision; "
+            f"{sum(sizes):,} weights are in matrices that are not nn.Linear and stay in full precision; "
             f"{ternary:,} become ternary. The largest: {name}: {largest.reason}. "
             "tritern.summary(model) lists them all.",
             stacklevel=4,

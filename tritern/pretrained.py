@@ -170,7 +170,7 @@ def load(
         ) from error
     if not is_ternary(model):
         raise TriternError(
-            f"{name} is no ternary model; tritern.patch(SentenceTransformer({str(name)!r})) makes it one"
+            f"{name} is not a ternary model; tritern.patch(SentenceTransformer({str(name)!r})) makes it one"
         )
     attach(model, fuse=true_or_false(fuse, "fuse"))
     named = settings.get("model_kwargs") or {}

@@ -35,7 +35,7 @@ def unsupported(device: torch.device) -> str | None:
     if (device.index or 0) >= torch.cuda.device_count():
         return f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA GPUs here"
     if find_spec("triton") is None:
-        return "Triton, which compiles the kernels for GPUs, is not installed"
+        return "Triton is not installed (it compiles the kernels for GPUs)"
     major, minor = torch.cuda.get_device_capability(device)
     if 10 * major + minor < OLDEST_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}"

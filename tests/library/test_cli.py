@@ -471,7 +471,7 @@ def test_texts_that_cannot_be_read(ternary_path, texts_file, tmp_path, monkeypat
     assert "has no text column 'body'" in error(*command, texts_file, "--column", "body")
     assert "k + 2 = 12" in error(*command, "-", input="one\ntwo")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "'a-data-set' is no file, and a data set needs more packages" in error(*command, "a-data-set")
+    assert "'a-data-set' is not a file, and a data set needs more packages" in error(*command, "a-data-set")
     plain = tmp_path / "plain.txt"
     plain.write_bytes(b"\xef\xbb\xbfone\r\n\ntwo\nthree\n")
     assert loading.read(str(plain), limit=3) == ["one", "two"]

@@ -512,8 +512,8 @@ def of_a_class_of_its_own(model):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (hook_inside, "somebody hooks into its modules"),
-        (replaced_forward, "somebody hooks into its modules"),
+        (hook_inside, "its modules have hooks or another forward"),
+        (replaced_forward, "its modules have hooks or another forward"),
         (compiled, "it is compiled"),
         (of_a_class_of_its_own, "has a forward or preprocess of its own"),
         (lambda m: m[0].processing_kwargs.update(text={"max_length": 5}), "it has processing_kwargs"),

@@ -195,7 +195,7 @@ def test_a_mixture_of_experts_is_warned_of(made):
     warned = {name: result[3] for name, result in made.items() if result[3]}
     assert list(warned) == ["qwen3-moe"]
     (message,) = warned["qwen3-moe"]
-    assert message.startswith("24,832 weights are in matrices that are no nn.Linear")
+    assert message.startswith("24,832 weights are in matrices that are not nn.Linear")
     assert "6,144 become ternary. The largest: *.model.layers.*.mlp.experts: not a linear layer:" in message
 
 

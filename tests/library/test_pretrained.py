@@ -94,7 +94,7 @@ def test_the_command_line_knows_it(tmp_path, sentences, monkeypatch):
 
 def test_what_is_no_ternary_model_is_refused(tiny_path, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(TriternError, match=r"model is no ternary model; tritern.patch\(SentenceTransformer"):
+    with pytest.raises(TriternError, match=r"is not a ternary model; tritern.patch\(SentenceTransformer"):
         tritern.load(tiny_path, device="cpu")
     missing = str(tmp_path / "missing")
     with pytest.raises(TriternError, match=rf"cannot load '.*missing'.*comes with tritern \({NAME}\)"):

@@ -101,10 +101,10 @@ PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + zlib.compress(b"0" * 1000)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("one\ntwo\n".encode("utf-16"), "is no UTF-8 text file but UTF-16; convert"),
+        ("one\ntwo\n".encode("utf-16"), "is not a UTF-8 text file but UTF-16; convert"),
         (b"\xfe\xff" + "one\ntwo\n".encode("utf-16-be"), "but UTF-16"),
         ("one\n".encode("utf-32"), "but UTF-32; convert it"),
-        ("one\n".encode("utf-16-le"), "is no text file: its first line holds NUL bytes. If it is UTF-16"),
+        ("one\n".encode("utf-16-le"), "is not a text file: its first line holds NUL bytes. If it is UTF-16"),
         (gzip.compress(b"one\n" * 50), r"but gzip data; give its name the ending .gz"),
         (zstandard.compress(b"one\n" * 50), r"but zstd data; give its name the ending .zst"),
         (bz2.compress(b"one\n" * 50), r"but bzip2 data; .* .bz2"),
@@ -114,7 +114,7 @@ PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + zlib.compress(b"0" * 1000)
         (PNG, "but an image"),
         (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n", "but a PDF document; extract its text first"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(500), "but an old Office file; save the sheet as .csv"),
-        (b"\x93NUMPY\x01\0v\0{'descr'", "is no text file: its first line holds NUL bytes"),
+        (b"\x93NUMPY\x01\0v\0{'descr'", "is not a text file: its first line holds NUL bytes"),
     ],
     # named: what gzip writes differs from one second to the next, and then two workers collect two names
     ids="utf16 utf16-be utf32 utf16-no-mark gzip zstd bzip2 xz zip parquet png pdf office numpy".split(),
@@ -210,7 +210,7 @@ def test_data_sets(monkeypatch):
         read_texts("a/set")
     monkeypatch.setattr("datasets.load_dataset", lambda name, **settings: 1 / 0)
     with pytest.raises(
-        TriternError, match="'a/set' is no file, and loading it as a data set failed: division"
+        TriternError, match="'a/set' is not a file, and loading it as a data set failed: division"
     ):
         read_texts("a/set")
 
@@ -237,8 +237,8 @@ def test_the_command_says_what_is_wrong(ternary_path, read, caplog):
             objects({"text": ["a"]}),
             "x.jsonl, line 1: column 'text' must hold strings; received list",
         ),
-        ("x.txt", PNG, "x.txt is no UTF-8 text file but an image"),
-        ("x.txt", "one\n".encode("utf-16"), "x.txt is no UTF-8 text file but UTF-16"),
+        ("x.txt", PNG, "x.txt is not a UTF-8 text file but an image"),
+        ("x.txt", "one\n".encode("utf-16"), "x.txt is not a UTF-8 text file but UTF-16"),
         ("x.csv", "text\na, b\n", "x.csv, line 2: 2 cells"),
     ):
         with open(name, "wb") as file:
@@ -246,7 +246,7 @@ def test_the_command_says_what_is_wrong(ternary_path, read, caplog):
         result = run("search", ternary_path, name, "query")
         assert result.exit_code == 1 and message in result.stderr, result.stderr
     result = run("search", ternary_path, "-", "query", input=PNG)
-    assert result.exit_code == 1 and "standard input is no UTF-8 text file but an image" in result.stderr
+    assert result.exit_code == 1 and "standard input is not a UTF-8 text file but an image" in result.stderr
     with open("x.NDJSON", "w") as file:
         file.write(objects({"text": "a text"}, {"text": None}))
     assert "a text" in run("search", ternary_path, "x.NDJSON", "query").stdout

@@ -191,7 +191,7 @@ def test_ids_are_ints_or_strings_and_unique(folder, model, corpus, small_windows
         rows = len(index)
         for ids, message in (
             ([0, 1], "id 0 is in the index already"),
-            (["x", "x"], "ids must be unique; 'x' is there twice"),
+            (["x", "x"], "ids must be unique; 'x' occurs twice"),
             ([1.5, 2], "ids must be 64-bit ints or strings without NUL; received 1.5, float"),
             ([True, 2], "received True, bool"),
             ([2**63, 1], "ids must be 64-bit ints"),

@@ -115,7 +115,7 @@ def test_windows_are_not_taken_apart(model):
         (["one", " "], None, "texts: number 1 is empty"),
         (iter([None]), None, "texts must be strings; number 0 is NoneType"),
         (["one", "two"], [1, 2.0], "ids must be 64-bit ints or strings without NUL; received 2.0, float"),
-        (["one", "two"], ["x", "x"], "ids must be unique; 'x' is there twice"),
+        (["one", "two"], ["x", "x"], "ids must be unique; 'x' occurs twice"),
         (["one", "two"], ["x"], "after 1 ids there are more texts"),
         (["one"], ["x", "y"], "after 1 texts there are more ids"),
     ],

@@ -109,7 +109,7 @@ def _elsewhere(model: Any, state: State, tokenizer: FastTokenizer | str) -> str:
     if model.device.type not in ("cpu", "cuda"):
         return unsupported(model.device) or f"its weights are on the {model.device} device"
     if state.hooked:
-        return "somebody hooks into its modules"
+        return "its modules have hooks or another forward"
     if isinstance(tokenizer, str):
         return tokenizer
     if _changed(type(model)):

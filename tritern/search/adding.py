@@ -161,7 +161,7 @@ def _windows(
         waiting = {id for ids, _ in list(under_way) for id in ids}
         ids = store.new_ids([id for id, _ in window])
         if twice := waiting.intersection(ids):
-            raise TriternError(f"ids must be unique; {twice.pop()!r} is there twice")
+            raise TriternError(f"ids must be unique; {twice.pop()!r} occurs twice")
         under_way.append((ids, texts))
         first += len(texts)
         yield texts

@@ -21,7 +21,7 @@ def unique(ids: Iterable[Any]) -> list[Id]:
     plain: dict[Id, None] = {}
     for id in map(plain_id, ids):
         if id in plain:
-            raise TriternError(f"ids must be unique; {id!r} is there twice")
+            raise TriternError(f"ids must be unique; {id!r} occurs twice")
         plain[id] = None
     return list(plain)
 

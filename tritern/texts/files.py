@@ -149,14 +149,14 @@ def _of_data_set(name: str, column: str | None) -> Iterator[str]:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"texts: {name!r} is no file, and a data set needs more packages: pip install 'tritern[train]' "
-            f"({error})"
+            f"texts: {name!r} is not a file, and a data set needs more packages: pip install "
+            f"'tritern[train]' ({error})"
         ) from None
     try:
         rows = load_dataset(name, split="train", streaming=True)
     except Exception as error:  # the hub may answer anything
         raise TriternError(
-            f"texts: {name!r} is no file, and loading it as a data set failed: {error}"
+            f"texts: {name!r} is not a file, and loading it as a data set failed: {error}"
         ) from error
     numbered = ((f"row {number}", cast(dict, row)) for number, row in enumerate(rows, 1))
     yield from columns.column_texts(numbered, column, name)
@@ -189,9 +189,9 @@ def _check_start(line: bytes, name: str) -> None:
     """Refuse a file that starts like another kind of file."""
     for starts, kind in _CONTENTS:
         if line.startswith(starts):
-            raise TriternError(f"texts: {name} is no UTF-8 text file but {kind}")
+            raise TriternError(f"texts: {name} is not a UTF-8 text file but {kind}")
     if b"\0" in line:
         raise TriternError(
-            f"texts: {name} is no text file: its first line holds NUL bytes. If it is UTF-16, convert it, "
+            f"texts: {name} is not a text file: its first line holds NUL bytes. If it is UTF-16, convert it, "
             "for example with iconv -f utf-16 -t utf-8"
         )
