@@ -80,7 +80,5 @@ def _base_model(model: str) -> str:
     except Exception:  # no card, no network or no YAML: no base model
         base = None
     if not isinstance(base, str):
-        raise reporting.Refused(
-            f"{model} has no original in its model card: name the original with --teacher"
-        )
+        raise reporting.Refused(f"{model} has no model card that names its original: name it with --teacher")
     return base
