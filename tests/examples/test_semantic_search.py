@@ -527,10 +527,13 @@ def test_code_keeps_its_indentation(page):
     shown = """() => {
         show({passages: 1, total_ms: 1, batch: 1, resident_bytes: 1, sides: [{name: "n", embed_ms: 1,
             search_ms: 1, weight_bytes: 1, unpacked_bytes: 0, index_bytes: 1,
-            hits: [{id: "a", score: 1, text: "if a:\\n    b"}]}]});
-        return document.querySelector("li p").innerText;
+            hits: [{id: "a", score: 1, html: HTML}]}]});
+        return document.querySelector(".text").innerText.trim();
     }"""
-    assert page.evaluate(shown) == "if a:\n    b"
+    render = importlib.import_module("search_page.render").render
+    for name, text in (("a.txt:1", "if a:\n    b"), ("a.md:1", "```python\nif a:\n    b\n```")):
+        made = json.dumps(render(name, text))
+        assert page.evaluate(shown.replace("HTML", made)) == "if a:\n    b"
 
 
 def test_markup_stays_text(page, server):
@@ -541,6 +544,7 @@ def test_markup_stays_text(page, server):
     assert page.title().startswith(HOSTILE)
     assert page.evaluate("window.taken") is None
     assert page.query_selector_all("li img, li script") == []
+    assert page.query_selector_all("li p mark") != []
     for query in ("", "   "):
         page.fill("input", query)
         page.keyboard.press("Enter")
