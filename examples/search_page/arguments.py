@@ -64,6 +64,13 @@ def parse(description: str | None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1: this machine only)")
     add("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
     add("--compare", metavar="MODEL", help="show this model's answers too: packaged, a hub name or a folder")
+    add(
+        "--example",
+        metavar="QUESTION",
+        action="append",
+        default=[],
+        help="a question that the page offers; may be repeated (default: three titles of the texts)",
+    )
     args = parser.parse_args()
     if getattr(args, "k", 1) < 1:
         parser.error(f"-k must be at least 1; received {args.k}")

@@ -150,6 +150,7 @@ def index(args: argparse.Namespace) -> None:
     wanted = read_folder(args.texts, strict=args.strict, leave=[args.to])
     begin(args.to, args.model)
     with settings_of(args.to, writing=True) as settings:
+        (args.to / "texts").write_bytes(os.fsencode(args.texts.resolve()))  # where serve finds the sources
         start = time.perf_counter()
         texts = list(wanted.values()) if args.calibrate else []
         model = ternary_model(args.to / "model", settings["model"], args.device, texts)
@@ -191,16 +192,18 @@ def serve(args: argparse.Namespace) -> None:
     from tritern.search import SearchIndex
 
     from . import server
+    from .corpus import Corpus
 
     listening = server.bound(args.host, args.port)
     with settings_of(args.index) as settings:
         model = load(str(args.index / "model"), args.device)
         with SearchIndex.open(args.index / "index", model) as own:
+            corpus = Corpus.of(args.index, ((str(id), text) for id, text in own.items()), args.example)
             name = short(settings["model"])
             name += "" if name.endswith("ternary") else ", ternary"
             sides = [server.Side(model, own, name)]
             if not args.compare:
-                return server.serve(sides, listening, args.host)
+                return server.serve(sides, corpus, listening, args.host)
             original = load(args.compare, args.device)
             say(f"Embedding the passages with {short(args.compare)} too, unless that was done before")
             passages = {str(id): text for id, text in own.items()}
@@ -208,7 +211,7 @@ def serve(args: argparse.Namespace) -> None:
             with keep(folder, original, passages, own.kind)[0] as other:
                 dtype = str(next(original.parameters()).dtype).removeprefix("torch.")
                 sides.append(server.Side(original, other, f"{short(args.compare)}, {dtype}"))
-                server.serve(sides, listening, args.host)
+                server.serve(sides, corpus, listening, args.host)
 
 
 def say(text: str) -> None:

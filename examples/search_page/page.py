@@ -16,6 +16,10 @@ input { flex: 1 1 18rem; min-width: 0; }
 button { background: var(--accent); color: var(--paper); font-weight: 600; cursor: pointer; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 #status { margin: .75rem 0; min-height: 1.5em; color: var(--soft); }
+[hidden] { display: none !important; }
+#start { display: flex; flex-wrap: wrap; gap: .5rem; }
+#start p { flex-basis: 100%; margin: 0; color: var(--soft); }
+#start button { background: var(--card); color: var(--accent); font-weight: 400; }
 #sides { display: grid; gap: 1.25rem;
   grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
 dl, dl div, header { display: flex; flex-wrap: wrap; gap: .1rem .7rem; font-size: .85rem;
@@ -48,6 +52,7 @@ mark { background: var(--mark); color: inherit; border-radius: .2rem; }
 SCRIPT = r"""
 const form = document.querySelector("form"), { q: box, k: many } = form.elements, plain = document.title;
 const said = document.getElementById("status"), sides = document.getElementById("sides");
+const start = document.getElementById("start");
 let running;
 const mb = bytes => bytes === null ? "unknown" : (bytes / 1e6).toFixed(1) + " MB";
 function add(parent, tag, text = "") {
@@ -87,8 +92,18 @@ function show(answer) {
     (found.length > 1 ? `; ${shared} of ${found[0].size} hits on both sides` : "") +
     `; the process holds ${mb(answer.resident_bytes)}`;
 }
+async function begin() {
+  const corpus = await (await fetch("api/corpus")).json(), count = n => n.toLocaleString("en");
+  document.querySelector("h1").textContent = "Search in " + corpus.name;
+  add(start, "p", `${count(corpus.documents)} documents, ${count(corpus.passages)} passages. Try:`);
+  for (const example of corpus.examples) add(start, "button", example).addEventListener("click", () => {
+    box.value = example;
+    form.requestSubmit();
+  });
+}
 async function ask() {
   const q = box.value.trim();
+  start.hidden = Boolean(q);
   document.title = q ? q + " - " + plain : plain;
   running?.abort();
   sides.replaceChildren();
@@ -118,6 +133,7 @@ form.addEventListener("submit", event => {
 many.addEventListener("change", () => form.requestSubmit());
 addEventListener("popstate", fromAddress);
 fromAddress();
+begin();
 """
 
 PAGE = f"""<!doctype html>
@@ -128,7 +144,7 @@ PAGE = f"""<!doctype html>
   maxlength="1000" autocomplete="off" autofocus>
 <select name="k" aria-label="Hits shown"><option>5<option selected>10<option>20<option>50</select>
 <button>Search</button></form>
-<p id="status" role="status"></p><div id="sides"></div>
+<p id="status" role="status"></p><div id="start"></div><div id="sides"></div>
 <noscript>This page needs JavaScript; api/search?q=...&amp;k=10 answers in JSON.</noscript></main>
 <script>{SCRIPT}</script></body></html>"""
 

@@ -17,23 +17,28 @@ COMMON = frozenset(
 """Words of a question that are not marked."""
 
 FENCE = re.compile(r"^ {0,3}(?:```+|~~~+)(.*)$", re.MULTILINE)
-NO_TITLE = re.compile(r"\s|```|~~~|---|[-*+>|#] |\d+[.)] ")
+NO_TITLE = re.compile(r"\s|```|~~~|---|[-*+>|] |#+ |\d+[.)] ")
 """How a first line begins that is Markdown and not the titles that ``documents.passages`` puts there."""
 
 
 def render(id: str, text: str, query: str = "") -> str:
     """Safe HTML of a passage: no tag of it comes from the text."""
     name = re.sub(r":\d+(#\d+)?$", "", id).lower()
-    made, body = "", text
-    if name.endswith((".md", ".rst")):
-        title, _, rest = text.partition("\n")
-        if not NO_TITLE.match(title) and title[-1:] not in (".", ",", ":"):
-            made, body = f"<h3>{html.escape(title.replace(chr(96), ''))}</h3>", rest
+    title, body = split_title(name, text)
+    made = f"<h3>{html.escape(title.replace('`', ''))}</h3>" if title else ""
     if body and MarkdownIt is not None and name.endswith(".md"):
         made += _markdown(body)
     elif body:
         made += f'<p class="plain">{html.escape(body)}</p>'
     return mark(made, query)
+
+
+def split_title(name: str, text: str) -> tuple[str, str]:
+    """(titles, body) of a passage of a file; titles are empty where its first line is none."""
+    title, _, body = text.partition("\n")
+    if not name.lower().endswith((".md", ".rst")) or NO_TITLE.match(title) or title[-1:] in (".", ",", ":"):
+        return "", text
+    return title, body
 
 
 def mark(made: str, query: str) -> str:

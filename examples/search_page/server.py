@@ -22,6 +22,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 import tritern
 from tritern.search import SearchIndex, embed
 
+from .corpus import Corpus
 from .page import PAGE, POLICY
 from .render import render
 
@@ -115,8 +116,8 @@ def resident_bytes() -> int | None:
         return None
 
 
-def application(sides: Sequence[Side], hosts: Sequence[str]) -> FastAPI:
-    """The page at ``/``, answers at ``/api/search?q=&k=``, and ``/api/health``.
+def application(sides: Sequence[Side], corpus: Corpus, hosts: Sequence[str]) -> FastAPI:
+    """The page at ``/``, answers at ``/api/search?q=&k=``, ``/api/corpus`` and ``/api/health``.
 
     ``hosts`` are the names that it may be called by: else a page elsewhere could read the passages by giving
     its own name this machine's address.
@@ -137,6 +138,11 @@ def application(sides: Sequence[Side], hosts: Sequence[str]) -> FastAPI:
     @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         return HTMLResponse(PAGE, headers={"Content-Security-Policy": POLICY})
+
+    @app.get("/api/corpus")
+    async def start() -> dict[str, Any]:
+        sizes = {"documents": len(corpus.documents), "passages": len(sides[0].index)}
+        return {"name": corpus.name, **sizes, "examples": corpus.examples}
 
     @app.get("/api/health")
     async def health() -> dict[str, Any]:
@@ -175,10 +181,10 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
-def serve(sides: Sequence[Side], listening: socket.socket, host: str) -> None:
+def serve(sides: Sequence[Side], corpus: Corpus, listening: socket.socket, host: str) -> None:
     """Answer until interrupted; what is under way is answered first."""
     local = host in ("127.0.0.1", "localhost")
-    app = application(sides, ["127.0.0.1", "localhost"] if local else ["*"])
+    app = application(sides, corpus, ["127.0.0.1", "localhost"] if local else ["*"])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises its signal again at the end
     name = f"[{host}]" if ":" in host else host
     print(f"http://{name}:{listening.getsockname()[1]}/ (Ctrl-C ends)", file=sys.stderr, flush=True)

@@ -57,3 +57,18 @@ def test_only_text_is_marked(rendering):
 def test_without_the_package_markdown_is_plain_text(rendering, monkeypatch):
     monkeypatch.setattr(rendering, "MarkdownIt", None)
     assert rendering.render("a.md:1", "- `a`\n    b") == '<p class="plain">- `a`\n    b</p>'
+
+
+def test_example_questions_are_titles_of_different_documents(tmp_path):
+    corpus = importlib.import_module("search_page.corpus")
+    passages = [(f"d{n}.md:{line}", f"Book > Title {n} at {line}\ntext") for n in range(6) for line in (1, 5)]
+    passages += [
+        ("a.txt:1", "What is it? It is long."),
+        ("https://example.org:80", "x"),
+        ("b.txt:1", "<b> begins with a sign"),
+    ]
+    made = corpus.Corpus.of(tmp_path, passages)
+    assert made.name == tmp_path.name and made.folder is None and len(made.documents) == 9
+    assert made.examples == ("Title 0 at 1", "Title 2 at 1", "Title 4 at 1")
+    assert corpus.Corpus.of(tmp_path, passages[-3:]).examples == ("What is it?",)
+    assert corpus.Corpus.of(tmp_path, passages, ["roof?", "door?"]).examples == ("roof?", "door?")

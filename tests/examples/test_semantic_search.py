@@ -494,6 +494,20 @@ def page(server):
         browser.close()
 
 
+def test_the_start_view_offers_questions(page, server, built):
+    corpus = json.loads(get(server + "api/corpus"))
+    assert corpus["name"] == "texts" and corpus["documents"] == 3
+    assert corpus["passages"] == json.loads(get(server + "api/health"))["passages"]
+    page.wait_for_selector("#start button")
+    buttons = page.query_selector_all("#start button")
+    assert [button.inner_text() for button in buttons] == corpus["examples"] != []
+    assert page.inner_text("#start p").startswith(f"3 documents, {corpus['passages']} passages")
+    assert page.inner_text("h1") == "Search in texts"
+    buttons[0].click()
+    page.wait_for_selector("section + section li")
+    assert page.input_value("input") == corpus["examples"][0] and not page.is_visible("#start")
+
+
 def test_the_page_answers_on_both_sides(page, built, tmp_path):
     with index_of(built) as index:
         id, text = next((i, t) for i, t in index.items() if i.startswith("a.txt"))
