@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from .render import split_title
 
@@ -52,6 +53,11 @@ class Corpus:
 def document(id: str) -> str:
     """The file or address that a passage comes from: its id without the line."""
     return id if is_address(id) else re.sub(r":\d+(#\d+)?$", "", id)
+
+
+def link(id: str) -> str:
+    """Where the page's link to a passage's source leads."""
+    return id if is_address(id) else f"source?path={quote(document(id))}"
 
 
 def is_address(id: str) -> bool:

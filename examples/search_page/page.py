@@ -30,7 +30,7 @@ dl div { gap: .3rem; }
 dd { margin: 0; color: var(--ink); }
 ol { list-style: none; margin: 0; padding: 0; display: grid; gap: .6rem; }
 li { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .6rem .8rem; }
-code { overflow-wrap: anywhere; }
+a { color: var(--accent); overflow-wrap: anywhere; }
 .text { margin: .25rem 0 0; overflow-wrap: anywhere; font-size: .92rem; max-height: 12em; overflow: auto; }
 .text > * { margin: 0 0 .5rem; }
 .text > :last-child { margin-bottom: 0; }
@@ -80,7 +80,7 @@ function show(answer) {
       text.className = "text";
       text.innerHTML = hit.html;  // escaped by the server
       add(head, "b", hit.score.toFixed(3));
-      add(head, "code", hit.id);
+      Object.assign(add(head, "a", hit.id), { href: hit.link, target: "_blank", rel: "noopener" });
       if (!found.every(ids => ids.has(hit.id))) add(head, "span", "only here");
       if (text.scrollHeight > text.clientHeight) text.tabIndex = 0;  // so that keys can scroll it
     }

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import tritern
 from tritern.search import SearchIndex, embed
 
-from .corpus import Corpus
+from .corpus import Corpus, link
 from .page import PAGE, POLICY
 from .render import render
 
@@ -60,7 +60,13 @@ class Side:
         found = self.index.hits(*self.index.search_vectors(vectors, k))
         stages = {"embed_ms": 1e3 * (embedded - begin), "search_ms": 1e3 * (time.perf_counter() - embedded)}
         return [
-            {**stages, "hits": [{**asdict(h), "html": render(str(h.id), h.text, query)} for h in hits]}
+            {
+                **stages,
+                "hits": [
+                    {**asdict(h), "html": render(str(h.id), h.text, query), "link": link(str(h.id))}
+                    for h in hits
+                ],
+            }
             for query, hits in zip(queries, found)
         ]
 
@@ -117,7 +123,7 @@ def resident_bytes() -> int | None:
 
 
 def application(sides: Sequence[Side], corpus: Corpus, hosts: Sequence[str]) -> FastAPI:
-    """The page at ``/``, answers at ``/api/search?q=&k=``, ``/api/corpus`` and ``/api/health``.
+    """The page at ``/``, answers at ``/api/search?q=&k=``, ``/api/corpus``, ``/api/health``, ``/source``.
 
     ``hosts`` are the names that it may be called by: else a page elsewhere could read the passages by giving
     its own name this machine's address.
@@ -143,6 +149,14 @@ def application(sides: Sequence[Side], corpus: Corpus, hosts: Sequence[str]) -> 
     async def start() -> dict[str, Any]:
         sizes = {"documents": len(corpus.documents), "passages": len(sides[0].index)}
         return {"name": corpus.name, **sizes, "examples": corpus.examples}
+
+    @app.get("/source", response_class=PlainTextResponse)
+    def source(path: str = "") -> PlainTextResponse:
+        file = corpus.source(path)
+        if file is None or not file.is_file():
+            raise HTTPException(404, "no such document in the index")
+        text = file.read_bytes().decode("utf-8-sig", errors="replace")
+        return PlainTextResponse(text, headers={"X-Content-Type-Options": "nosniff"})
 
     @app.get("/api/health")
     async def health() -> dict[str, Any]:

@@ -72,3 +72,10 @@ def test_example_questions_are_titles_of_different_documents(tmp_path):
     assert made.examples == ("Title 0 at 1", "Title 2 at 1", "Title 4 at 1")
     assert corpus.Corpus.of(tmp_path, passages[-3:]).examples == ("What is it?",)
     assert corpus.Corpus.of(tmp_path, passages, ["roof?", "door?"]).examples == ("roof?", "door?")
+
+
+def test_links_lead_to_addresses_or_to_the_source_route():
+    corpus = importlib.import_module("search_page.corpus")
+    assert corpus.link("https://example.org/a:8") == "https://example.org/a:8"
+    assert corpus.link("deep/a b&c.md:12#2") == "source?path=deep/a%20b%26c.md"
+    assert corpus.link("javascript:taken()") == "source?path=javascript%3Ataken%28%29"

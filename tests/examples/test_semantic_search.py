@@ -456,6 +456,30 @@ def test_pages_elsewhere_cannot_read_it(server):
     assert not re.search(r"(src|href)=.?(https?:)?//|@import|url\(", page)
 
 
+def test_sources_are_served_only_where_they_are_in_the_index(server, built):
+    texts = built.parent / "texts"
+    (texts / "later.txt").write_text("ba")  # not in the index
+    hit = next(h for h in asked(server, "ba de", 100)["sides"][0]["hits"] if h["id"].startswith("deep/b.md:"))
+    with urllib.request.urlopen(server + hit["link"], timeout=60) as reply:
+        assert reply.headers["content-type"] == "text/plain; charset=utf-8"
+        assert reply.read() == (texts / "deep" / "b.md").read_bytes()
+    assert get(server + "source?path=hostile.txt") == HOSTILE
+    wrong = [
+        "",
+        "later.txt",
+        "deep",
+        "deep/../hostile.txt",
+        "./a.txt",
+        "../index/settings.json",
+        "/etc/passwd",
+    ]
+    for path in [*wrong, str(texts / "a.txt"), "a.txt\0", "../texts/a.txt"]:
+        with pytest.raises(urllib.error.HTTPError) as error:
+            get(f"{server}source?path={quote(path, safe='')}")
+        assert error.value.code == 404
+    (texts / "later.txt").unlink()
+
+
 def test_a_port_in_use(run, built):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -515,7 +539,7 @@ def test_the_page_answers_on_both_sides(page, built, tmp_path):
     page.keyboard.press("Enter")
     page.wait_for_selector("section + section li")
     for section in page.query_selector_all("section"):
-        assert section.query_selector("li code").inner_text() == id
+        assert section.query_selector("li header a").inner_text() == id
         assert section.query_selector("li b").inner_text() == "1.000"
         assert section.query_selector("ol + dl")  # the figures stand below the hits
         facts = " ".join(section.query_selector("dl").inner_text().split())
@@ -541,7 +565,7 @@ def test_code_keeps_its_indentation(page):
     shown = """() => {
         show({passages: 1, total_ms: 1, batch: 1, resident_bytes: 1, sides: [{name: "n", embed_ms: 1,
             search_ms: 1, weight_bytes: 1, unpacked_bytes: 0, index_bytes: 1,
-            hits: [{id: "a", score: 1, html: HTML}]}]});
+            hits: [{id: "a", score: 1, html: HTML, link: ""}]}]});
         return document.querySelector(".text").innerText.trim();
     }"""
     render = importlib.import_module("search_page.render").render
