@@ -203,7 +203,7 @@ def test_ids_are_ints_or_strings_and_unique(folder, model, corpus, small_windows
             with pytest.raises(tritern.TriternError, match=message):
                 index.add(["one", "two"], ids)
             assert len(index) == rows
-        with pytest.raises(tritern.TriternError, match="'n0' is"):  # in a window before
+        with pytest.raises(tritern.TriternError, match="'n0' occurs twice"):  # in a window before
             index.add(corpus[:200], ids=[f"n{i % 190}" for i in range(197)] + ["n3", "o", "p"])
 
 
