@@ -9,6 +9,7 @@ STYLE = r"""
 body { margin: 0 auto; max-width: 76rem; padding: 1.25rem 1rem 3rem; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.25rem; margin: 0 0 .75rem; }
+body:not(:has(section + section)) { max-width: 56rem; }
 form { display: flex; gap: .5rem; flex-wrap: wrap; }
 input, select, button { font: inherit; color: inherit; background: var(--card); padding: .55rem .75rem;
   border: 1px solid var(--line); border-radius: .5rem; }
@@ -16,6 +17,7 @@ input { flex: 1 1 18rem; min-width: 0; }
 button { background: var(--accent); color: var(--paper); font-weight: 600; cursor: pointer; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 #status { margin: .75rem 0; min-height: 1.5em; color: var(--soft); }
+#status:empty { min-height: 0; }
 [hidden] { display: none !important; }
 #start { display: flex; flex-wrap: wrap; gap: .5rem; }
 #start p { flex-basis: 100%; margin: 0; color: var(--soft); }
@@ -28,10 +30,11 @@ dl { margin: .75rem 0 0; font-size: .75rem; }
 h2 { font-size: 1rem; margin: 0 0 .5rem; }
 dl div { gap: .3rem; }
 dd { margin: 0; color: var(--ink); }
+footer { margin: .3rem 0 0; font-size: .75rem; color: var(--soft); }
 ol { list-style: none; margin: 0; padding: 0; display: grid; gap: .6rem; }
 li { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .6rem .8rem; }
 a { color: var(--accent); overflow-wrap: anywhere; }
-.text { margin: .25rem 0 0; overflow-wrap: anywhere; font-size: .92rem; max-height: 12em; overflow: auto; }
+.text { margin: .25rem 0 0; overflow-wrap: anywhere; font-size: .92rem; max-height: 15em; overflow: auto; }
 .text > * { margin: 0 0 .5rem; }
 .text > :last-child { margin-bottom: 0; }
 .text :is(h1, h2, h3, h4, h5, h6) { font-size: 1em; }
@@ -52,7 +55,7 @@ mark { background: var(--mark); color: inherit; border-radius: .2rem; }
 SCRIPT = r"""
 const form = document.querySelector("form"), { q: box, k: many } = form.elements, plain = document.title;
 const said = document.getElementById("status"), sides = document.getElementById("sides");
-const start = document.getElementById("start");
+const start = document.getElementById("start"), took = document.getElementById("took");
 let running;
 const mb = bytes => bytes === null ? "unknown" : (bytes / 1e6).toFixed(1) + " MB";
 function add(parent, tag, text = "") {
@@ -87,7 +90,9 @@ function show(answer) {
     part.append(facts);  // below the hits
   }
   const shared = [...found[0]].filter(id => found.every(ids => ids.has(id))).length;
-  said.textContent = `${answer.passages.toLocaleString("en")} passages, ${answer.total_ms.toFixed(1)} ms` +
+  const passages = answer.passages.toLocaleString("en");
+  said.textContent = `${passages} ${answer.passages === 1 ? "passage" : "passages"} searched`;
+  took.textContent = `answered in ${answer.total_ms.toFixed(1)} ms` +
     (answer.batch > 1 ? ` in a batch of ${answer.batch}` : "") +
     (found.length > 1 ? `; ${shared} of ${found[0].size} hits on both sides` : "") +
     `; the process holds ${mb(answer.resident_bytes)}`;
@@ -107,6 +112,7 @@ async function ask() {
   document.title = q ? q + " - " + plain : plain;
   running?.abort();
   sides.replaceChildren();
+  took.textContent = "";
   said.textContent = q ? "Searching ..." : "";
   if (!q) return;
   const signal = (running = new AbortController()).signal;
@@ -144,7 +150,7 @@ PAGE = f"""<!doctype html>
   maxlength="1000" autocomplete="off" autofocus>
 <select name="k" aria-label="Hits shown"><option>5<option selected>10<option>20<option>50</select>
 <button>Search</button></form>
-<p id="status" role="status"></p><div id="start"></div><div id="sides"></div>
+<p id="status" role="status"></p><div id="start"></div><div id="sides"></div><footer id="took"></footer>
 <noscript>This page needs JavaScript; api/search?q=...&amp;k=10 answers in JSON.</noscript></main>
 <script>{SCRIPT}</script></body></html>"""
 

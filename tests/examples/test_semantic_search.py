@@ -547,7 +547,8 @@ def test_the_page_answers_on_both_sides(page, built, tmp_path):
             r"embed [\d.]+ ms search [\d.]+ ms weights [\d.]+ MB( \+ [\d.]+ MB unpacked)? index [\d.]+ MB",
             facts,
         )
-    assert re.search(r"hits on both sides; the process holds \d+\.\d MB", page.inner_text("#status"))
+    assert re.search(r"hits on both sides; the process holds \d+\.\d MB", page.inner_text("#sides + footer"))
+    assert re.fullmatch(r"\d+ passages searched", page.inner_text("#status"))
     assert f"q={text.split()[0]}" in page.url
     shot = tmp_path / "page.png"
     page.screenshot(path=shot)
