@@ -65,6 +65,7 @@ def _markdown(text: str) -> str:
     fences = FENCE.findall(text)
     if len(fences) % 2 and not fences[0].strip():  # the passage begins inside a block of code
         text = f"```\n{text}"
+    assert MarkdownIt is not None
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     for rule in ("link_open", "link_close"):  # the text of a link: its target means nothing on this page
         parser.add_render_rule(rule, lambda *_: "")
