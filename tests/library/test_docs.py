@@ -190,3 +190,13 @@ def test_measured_figures_are_those_of_the_readmes():
         measured = re.findall(r"(?<![\w.])\d+\.\d+(?:x| %)?(?![\w.])", written)
         assert len(measured) > least
         assert not [m for m in measured if m not in here]
+
+
+def test_figures_of_the_readme_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tables = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", re.DOTALL)
+    known = "\n".join(
+        [(ROOT / RESULTS).read_text(encoding="utf-8"), *(m.group() for m in tables.finditer(text))]
+    )
+    figures = re.findall(r"\d+\.\d+(?:x| %| minutes)", tables.sub("", text))
+    assert len(figures) >= 5 and not [figure for figure in figures if figure not in known]
