@@ -85,7 +85,7 @@ def check(job: Job) -> Row:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
-        sass = _run("nvdisasm", "-c", f.name)
+        sass = _run("nvdisasm", "-c", "-ndf", f.name)  # without dataflow analysis: the labels are the same
         usage = _run("cuobjdump", "-res-usage", f.name)
     loop = _main_loop(sass)
     counts = collections.Counter(loop)

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +25,8 @@ from tests.conftest import WORDS
 from tritern import CheckpointError, TernaryLinear
 from tritern.formats.bitnet import from_bitnet
 from tritern.formats.bitnet_layers import METHOD, Header
+
+from .forks import run_script
 
 SIZES = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -294,8 +294,7 @@ def test_a_new_process_that_imports_tritern_loads_what_was_saved(embedding, tmp_
     model = from_bitnet(embedding[0], device="cpu", dtype=torch.float32)
     model.save_pretrained(str(tmp_path))
     assert not any(METHOD in file.read_text() for file in tmp_path.rglob("*.json"))
-    command = [sys.executable, "-c", LOAD, str(tmp_path), "bado kemi lu"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_script(LOAD, tmp_path, "bado kemi lu")
     assert result.stdout == model.encode("bado kemi lu").tobytes().hex(), result.stderr[-2000:]
 
 

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,6 +12,8 @@ from tritern import TernaryLinear, TriternError
 from tritern.adapters import lora
 from tritern.nn.embedding import QuantizedEmbedding
 from tritern.nn.linear import RMSNorm
+
+from .forks import run_script
 
 LOAD = """
 import sys
@@ -42,9 +41,7 @@ def test_dequantized_models_load_without_tritern(tiny_path, tmp_path):
         np.testing.assert_allclose(expected[folder], vectors, rtol=0, atol=1e-5)
         model.save_pretrained(str(folder / "plain"))
         (folder / "texts").write_text("|".join(TEXTS))
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, "-c", LOAD, *map(str, expected)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    result = run_script(LOAD, *expected, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     for folder, vectors in expected.items():
         assert np.array_equal(np.load(folder / "vectors.npy"), vectors)

@@ -1,9 +1,6 @@
 """``patch``, save and load for every family: what is patched, what is left, and the same vectors after."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -17,6 +14,8 @@ from tests.library import families
 from tritern import TriternError
 from tritern.checkpoint.digest import MANIFEST
 from tritern.selection import starred
+
+from .forks import run_script
 
 ROOT = Path(__file__).parents[2]
 CONV = "not a linear layer: Conv2d (weight 32 x 3 x 8 x 8)"
@@ -158,10 +157,7 @@ def made(tmp_path_factory):
         model.save_pretrained(str(folder / name / "saved"))
         messages = [str(w.message) for w in caught if w.category is UserWarning]
         results[name] = before, families.vectors(model), tritern.summary(model), messages
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-c", CHILD, str(folder), *EXPECTED]
-    child = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=300)
+    child = run_script(CHILD, folder, *EXPECTED)
     assert child.returncode == 0, child.stderr[-3000:]
     again = np.load(folder / "again.npz")
     return {name: (*result, again[name]) for name, result in results.items()}

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,8 @@ import tritern
 from tritern import CheckpointError, TernaryConfig, TernaryLinear, TriternError
 from tritern.checkpoint.digest import DIGEST_KEY, MANIFEST, digest
 from tritern_cli import loading
+
+from .forks import run_script
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,13 +35,6 @@ def copy_of(folder, tmp_path):
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-def in_new_process(code, *arguments, **environment):
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {**os.environ, "PYTHONPATH": paths, **environment}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=300)
-
-
 def test_identical_vectors_in_a_new_process(saved, tmp_path):
     folder, vectors = saved
     code = """
@@ -51,7 +43,7 @@ from sentence_transformers import SentenceTransformer
 from tests.conftest import TEXTS
 numpy.save(sys.argv[2], SentenceTransformer(sys.argv[1], device="cpu").encode(TEXTS))
 """
-    result = in_new_process(code, folder, tmp_path / "vectors.npy")
+    result = run_script(code, folder, tmp_path / "vectors.npy")
     assert result.returncode == 0, result.stderr[-2000:]
     assert np.array_equal(np.load(tmp_path / "vectors.npy"), vectors)
 
@@ -69,7 +61,7 @@ assert started() < 8, started()  # a progress bar's alone
 torch.ones(1 << 20).add(1)
 assert started() >= 8
 """
-    result = in_new_process(code)
+    result = run_script(code)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
@@ -79,7 +71,7 @@ import sys
 from sentence_transformers import SentenceTransformer
 SentenceTransformer(sys.argv[1], device="cpu")
 """
-    result = in_new_process(code, saved[0])
+    result = run_script(code, saved[0])
     assert result.returncode != 0
     assert "tritern" in result.stderr
 

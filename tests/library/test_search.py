@@ -18,6 +18,8 @@ from sentence_transformers import SentenceTransformer, util
 import tritern
 from tritern.search import KINDS, Hit, SearchIndex, adding, embed, faiss_index, kinds, store
 
+from .forks import run_script
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -310,11 +312,7 @@ def test_faiss_missing(built, model):
         except tritern.TriternError as error:
             print(error)
     """
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, timeout=300
-    )
+    done = run_script(textwrap.dedent(code))
     assert "faiss is missing: pip install 'tritern[search]'" in done.stdout, done.stderr[-2000:]
 
 
