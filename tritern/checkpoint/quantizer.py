@@ -205,8 +205,7 @@ def attach(model: nn.Module, config: TernaryConfig | None = None, calibrated_on:
         ):
             outermost.append(name)
             if is_ternary(module):
-                settings = _described(module, config)
-                module.config.quantization_config = settings
+                module.config.quantization_config = settings = _described(module, config)
                 module.hf_quantizer = TernaryHfQuantizer(settings, pre_quantized=False)  # type: ignore[assignment]
     extend(attach)
     if hasattr(model, "_model_card_text"):  # a sentence-transformers model
