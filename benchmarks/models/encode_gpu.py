@@ -43,11 +43,11 @@ from models.passes import (
     held,
     host_microseconds,
     milliseconds,
-    without_cudnn_attention,
 )
 from torch import Tensor, nn
 
 import tritern
+from tritern.modes import without_cudnn_attention
 
 KINDS = ("eager", "graph", "compiled", "compiled graph")
 SHAPES = ((1, 16), (32, 128), (256, 128))

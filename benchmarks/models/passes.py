@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -91,17 +90,6 @@ def graphed(call: Callable[[], Tensor], encoder: bool = True) -> Callable[[], Te
         return out
 
     return replay
-
-
-@contextmanager
-def without_cudnn_attention() -> Iterator[None]:
-    """Attention by torch's other kernels: cuDNN takes tens of milliseconds to plan for a new shape."""
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def milliseconds(call: Callable[[], Tensor]) -> dict[str, float]:
