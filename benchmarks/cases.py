@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tritern_kernels import PackedTernary, reference, ternarize_weight
+from tritern_kernels import PackedWeight, reference, ternarize_weight
 from tritern_kernels.tune import MODELS
 
 CHUNK_BYTES = 256 * 2**20  # float64 operands of the check are made in pieces of at most this size
@@ -67,7 +67,7 @@ class Case:
     shape: Shape
     x: Tensor  # bf16 [M, K]
     dense: Tensor  # bf16 [N, K]
-    weight: PackedTernary  # ``dense`` made ternary
+    weight: PackedWeight  # ``dense`` made ternary
     zeros: float  # fraction of its codes
     quick: bool
 

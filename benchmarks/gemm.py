@@ -44,7 +44,7 @@ from torch.nn.functional import linear as dense_linear
 from torch.nn.functional import pad
 
 from tritern_kernels import (
-    PackedTernary,
+    PackedWeight,
     cuda,
     linear,
     padded_k,
@@ -76,7 +76,7 @@ def tritern_linear(case: Case, bits: int) -> Entry:
     note = tune.describe(_config(mode, case))
 
     def call(weights: tuple[Tensor, Tensor]) -> Tensor:
-        return linear(case.x, PackedTernary(*weights, w.shape), activation_bits=bits)
+        return linear(case.x, PackedWeight(*weights, w.shape), activation_bits=bits)
 
     return Entry(call, (w.packed, w.scale), operands, ONE_ROUNDING, stored_bytes(case.x), note)
 

@@ -6,7 +6,7 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tritern_kernels import PackedTernary
+from tritern_kernels import PackedWeight
 
 from .config import TernaryConfig
 from .engine.fused import fuse
@@ -15,7 +15,7 @@ from .errors import CheckpointError, TriternError
 from .evaluate import Fidelity, evaluate
 from .formats.dequantize import dequantize
 from .nn.embedding import Int4Embedding, Int8Embedding
-from .nn.linear import TernaryLinear
+from .nn.linear import Int4Linear, TernaryLinear
 from .patch import patch
 from .pretrained import load
 from .summary import Summary, summary
@@ -29,8 +29,9 @@ __all__ = [
     "CheckpointError",
     "Fidelity",
     "Int4Embedding",
+    "Int4Linear",
     "Int8Embedding",
-    "PackedTernary",
+    "PackedWeight",
     "Summary",
     "TernaryConfig",
     "TernaryLinear",

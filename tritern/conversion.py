@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,22 +17,35 @@ from tritern_kernels.formats import check_shape
 from tritern_kernels.ops import FLOATS
 
 from .calibration.fitting import calibrate
-from .config import TernaryConfig
+from .calibration.sensitivity import layers_to_widen
+from .calibration.store import Store
+from .config import TernaryConfig, covers
 from .errors import TriternError
 from .nn.embedding import embedding_of
-from .nn.linear import TernaryLinear
+from .nn.linear import TernaryLinear, linear_of
 from .nn.replace import put
 from .progress import bar
 from .selection import Selection, common_name, matrices_of, others, select_linears, select_tables, starred
 
 
-def convert(model: nn.Module, config: TernaryConfig, texts: Sequence[Any] | None = None) -> None:
+def convert(
+    model: nn.Module,
+    config: TernaryConfig,
+    texts: Sequence[Any] | None = None,
+    bits: float | None = None,
+    folder: Path | None = None,
+) -> TernaryConfig:
     """Replace a model's linear layers by ternary ones and round its tables, in place, layer by layer.
 
     Args:
         model: the model.
         config: settings.
         texts: from ``calibration.fitting.checked``; None: weights are not fitted.
+        bits: from ``calibration.sensitivity.budget``: choose ``weight_bits`` within it; needs texts.
+        folder: where the calibration keeps what it has, and goes on from.
+
+    Returns:
+        The settings, with the ``weight_bits`` chosen.
 
     Raises:
         TriternError: as ``patch``. The model is then unchanged.
@@ -47,7 +62,15 @@ def convert(model: nn.Module, config: TernaryConfig, texts: Sequence[Any] | None
     fitted: dict[str, TernaryLinear] = {}
     if texts is not None:
         own = [c.names for c in linears if sum(c.module.weight is d.module.weight for d in linears) == 1]
-        fitted = calibrate(model, own, table_names, texts, config)
+        store = None if folder is None else Store(folder, model, texts, config, bits)
+        if bits is not None:
+            chosen = store and store.bits()
+            if chosen is None:
+                chosen = layers_to_widen(model, own, texts, config, bits)
+                if store is not None:
+                    store.keep_bits(chosen)
+            config = replace(config, weight_bits=chosen)
+        fitted = calibrate(model, own, table_names, texts, config, store)
     del linears, tables  # each full-precision weight is freed when its layer is replaced
 
     for names, source in bar(sources, desc="Ternarizing", unit="layer", delay=2, leave=False):
@@ -56,7 +79,8 @@ def convert(model: nn.Module, config: TernaryConfig, texts: Sequence[Any] | None
         if names[0] in fitted:
             new = fitted.pop(names[0]).train(old.training)
         elif source == names[0]:
-            new = TernaryLinear.from_linear(old, rule=config.rule, activation_bits=config.activation_bits)
+            kind = linear_of(config.bits_of(names))
+            new = kind.from_linear(old, rule=config.rule, activation_bits=config.activation_bits)
         else:
             twin = model.get_submodule(source)
             assert isinstance(twin, TernaryLinear)
@@ -68,6 +92,7 @@ def convert(model: nn.Module, config: TernaryConfig, texts: Sequence[Any] | None
         table = model.get_submodule(names[0])
         assert isinstance(table, nn.Embedding)
         put(model, names, embedding_of(config.embedding_bits).from_embedding(table))
+    return config
 
 
 def selected(model: nn.Module, config: TernaryConfig) -> tuple[list[Selection], list[Selection]]:
@@ -127,6 +152,12 @@ def _check(
                 if linears
                 else f"skip={pattern!r} matches nothing: the model has no linear layers"
             )
+    for pattern in config.weight_bits if isinstance(config.weight_bits, Mapping) else ():
+        if not any(covers(pattern, name) for c in linears if not c.reason for name in c.names):
+            known = next((c.name for c in linears if not c.reason), "")
+            raise TriternError(
+                f"weight_bits={{{pattern!r}: ...}} matches no ternary layer. Names look like {known!r}."
+            )
     refuse_adapters(model)
     if all(c.reason for c in linears):
         detail = _reasons([*linears, *others(model)]) or "it has no nn.Linear at all"
@@ -152,7 +183,8 @@ def _check(
             )
         try:
             if isinstance(c.module, nn.Linear):
-                check_shape(*weight.shape)
+                N, K = weight.shape
+                check_shape(N, K, config.bits_of(c.names))
         except ValueError as error:
             raise TriternError(f"{c.name}: {error} Or name it in skip=.") from None
 

@@ -1,10 +1,12 @@
-"""Checks of users' arguments: texts, other iterables, whole numbers, vectors, folders. All public functions
+"""Checks of users' arguments: texts, other iterables, numbers, vectors, folders. All public functions
 use these.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -125,6 +127,19 @@ def whole_number(value: Any, name: str, least: int, most: int | None = None) -> 
     if number < least or (most is not None and number > most):
         raise TriternError(f"{name} must be {allowed}; received {number}")
     return number
+
+
+def number(value: Any, name: str) -> float:
+    """``value`` as a float.
+
+    Raises:
+        TriternError: a bool, a string or another type; NaN or infinity.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TriternError(f"{name} must be a number; received {value!r} ({type(value).__name__})")
+    if not math.isfinite(value):
+        raise TriternError(f"{name} must be finite; received {value!r}")
+    return float(value)
 
 
 def true_or_false(value: Any, name: str) -> bool:

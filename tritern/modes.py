@@ -33,3 +33,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def quick_products() -> Iterator[None]:
+    """float32 products in half the time or less, by bf16 (CPU) or TF32 (CUDA) with float32 sums, while the
+    context lasts. For statistics over many tokens, where the rounding averages out.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

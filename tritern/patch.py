@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -12,14 +12,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .calibration.fitting import checked
+from .calibration.sensitivity import budget
 from .checkpoint import quantizer
 from .checkpoint.card import model_card, settings_of
-from .config import EMBEDDING_BITS, TernaryConfig, bits
+from .config import EMBEDDING_BITS, TernaryConfig
+from .config import bits as one_of
 from .conversion import convert, refuse_adapters
 from .engine.encoder import attach
 from .engine.fused import fuse_what_fits
 from .errors import TriternError
-from .inputs import check_model, many, true_or_false
+from .inputs import check_folder, check_model, many, true_or_false
 from .nn.embedding import QuantizedEmbedding, embedding_of
 from .nn.linear import TernaryLinear
 from .nn.replace import is_ternary, put
@@ -44,8 +46,11 @@ def patch(
     skip: Iterable[str] | None = None,
     rule: str | None = None,
     activation_bits: int | None = None,
+    weight_bits: int | Mapping[str, int] | None = None,
     embedding_bits: int | None = None,
+    bits: float | None = None,
     calibration_texts: Iterable[Any] | None = None,
+    calibration_folder: str | Path | None = None,
     fuse: bool = True,
 ) -> Model:
     """Make a model's linear layers ternary, in place, and return the model.
@@ -80,10 +85,14 @@ def patch(
             finite, in float32, float16 or bfloat16. Or the folder or hub name of a SentenceTransformer, which
             is loaded.
         config: settings; None: the defaults of ``TernaryConfig``.
-        skip, rule, activation_bits, embedding_bits: replace the config's field of that name.
+        skip, rule, activation_bits, weight_bits, embedding_bits: replace the config's field of that name.
+        bits: from 2 to 4, with ``calibration_texts``: average bits of a weight. Layers that lose most in two
+            bits get four, as many as fit; the rest is ternary.
         calibration_texts: at least 16 different texts in any iterable, or other inputs of a
             sentence-transformers model, such as pairs. Empty and repeated texts are left out. The model's
             prompts are put before them in turn.
+        calibration_folder: a folder that keeps each layer as soon as it is fitted. A calibration that was
+            interrupted goes on from there.
         fuse: fuse blocks on a CUDA GPU.
 
     Returns:
@@ -103,16 +112,24 @@ def patch(
     fuse = true_or_false(fuse, "fuse")
     if config is not None and not isinstance(config, TernaryConfig):
         raise TriternError(f"config must be a tritern.TernaryConfig; received {type(config).__name__}")
-    others_given = (config, skip, rule, activation_bits, calibration_texts)
+    others_given = (config, skip, rule, activation_bits, weight_bits, bits, calibration_texts)
     ternary = any(isinstance(m, TernaryLinear) for m in model.modules())
-    if ternary and embedding_bits is not None and others_given == (None,) * 5:
-        return _with_tables(model, bits(embedding_bits, "embedding_bits", EMBEDDING_BITS))
+    if ternary and embedding_bits is not None and others_given == (None,) * 7:
+        return _with_tables(model, one_of(embedding_bits, "embedding_bits", EMBEDDING_BITS))
     changes: dict[str, Any] = {"rule": rule, "activation_bits": activation_bits}
-    changes["embedding_bits"] = embedding_bits
+    changes |= {"weight_bits": weight_bits, "embedding_bits": embedding_bits}
     changes["skip"] = None if skip is None else tuple([skip] if isinstance(skip, str) else many(skip, "skip"))
     config = replace(config or TernaryConfig(), **{k: v for k, v in changes.items() if v is not None})
+    if bits is not None:
+        bits = budget(bits)
+        if config.weight_bits != 2:
+            raise TriternError("bits chooses the weight_bits of each layer; leave one of the two out")
+    for name, value in (("bits", bits), ("calibration_folder", calibration_folder)):
+        if value is not None and calibration_texts is None:
+            raise TriternError(f"{name} goes with calibration_texts: name a few hundred texts, too")
     texts = None if calibration_texts is None else checked(calibration_texts)
-    convert(model, config, texts)
+    folder = None if calibration_folder is None else check_folder(calibration_folder, "calibration_folder")
+    config = convert(model, config, texts, bits, folder)
     quantizer.attach(model, config, len(texts or ()))
     attach(model, fuse=fuse)
     if fuse and any(p.is_cuda for p in model.parameters()):

@@ -7,7 +7,6 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .config import covers
 from .nn.embedding import multiplier
 from .nn.linear import TernaryLinear
 
@@ -157,7 +157,7 @@ class _Context:
         """The reason, if ``skip`` names the layer."""
         for name in names:
             for pattern in self.skip:
-                if fnmatchcase(name, pattern) or name.startswith(pattern + "."):
+                if covers(pattern, name):
                     return f"skip={pattern!r}"
         return ""
 

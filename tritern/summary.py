@@ -148,7 +148,7 @@ def _ternary(name: str, layer: TernaryLinear, dtype: torch.dtype) -> LayerSummar
     N, K = layer.out_features, layer.in_features
     zeros = None if layer.weight.is_meta else _zeros_of(layer.packed().codes())
     after = layer.weight.numel() + 4 * layer.weight_scale.numel()
-    return LayerSummary(name, (N, K), N * K * dtype.itemsize, after, zeros)
+    return LayerSummary(name, (N, K), N * K * dtype.itemsize, after, zeros, layer.weight_bits)
 
 
 def _products(layers: Iterable[tuple[Any, int]]) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _products(layers: Iterable[tuple[Any, int]]) -> dict[str, Any]:
     for layer, bits in layers:
         device, kind = layer.weight.device, f"{'int8' if bits == 8 else '16-bit'} activations"
         if device.type == "cpu":
-            name = cpu.product_for(bits, layer.in_features)
+            name = cpu.product_for(bits, layer.in_features, getattr(layer, "weight_bits", 2))
             each = cpu.PRODUCTS[name].bytes
             unpacked += each * layer.in_features * layer.out_features
             lines[f"{name} on the CPU, {kind}: unpacked to {8 * each} bits a weight at the first use"] = None

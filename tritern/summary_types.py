@@ -23,7 +23,7 @@ def zero_fraction_of(layers: Sequence[LayerSummary]) -> float | None:
 @dataclass(frozen=True)
 class LayerSummary:
     """One ternary layer: shape (N, K), bytes before (in the model's dtype) and after (codes and scales), and
-    the share of zeros (None if the weights are on the meta device).
+    the share of zeros (None if the weights are on the meta device), and bits of a code.
     """
 
     name: str
@@ -31,6 +31,7 @@ class LayerSummary:
     bytes_before: int
     bytes_after: int
     zero_fraction: float | None
+    bits: int = 2
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,11 @@ class Summary:
         if self.refusal:
             lines.insert(0, f"Not ternary, and tritern.patch refuses it: {self.refusal}")
         else:
-            before, after, dtype = self.linear_bytes_before, self.linear_bytes_after, _name(self.dtype)
+            linears = self.linear_bytes_before / max(self.linear_bytes_after, 1)
+            whole = self.model_bytes_before / max(self.model_bytes_after, 1)
             lines.append(
-                f"{self.bits_per_weight:.2f} bits per ternary weight; linears 1/{before / max(after, 1):.1f} "
-                f"and model 1/{self.model_bytes_before / max(self.model_bytes_after, 1):.1f} of {dtype}"
+                f"{self.bits_per_weight:.2f} bits per {self._kind} weight; "
+                f"linears 1/{linears:.1f} and model 1/{whole:.1f} of {_name(self.dtype)}"
             )
         lines += [f"Multiplied by {product}" for product in self.products]
         lines += [f"Encoded by {self.path}"] if self.path else []
@@ -114,17 +116,29 @@ class Summary:
 
     __repr__ = __str__  # a session shows the table
 
+    @property
+    def _kind(self) -> str:
+        return "ternary" if all(layer.bits == 2 for layer in self.layers) else "packed"
+
     def _rows(self) -> Iterator[tuple[str, str, str, str, str, str]]:
         """Rows for each kind of layers, each table and the whole."""
-        groups: dict[tuple[str, tuple[int, int]], list[LayerSummary]] = {}
+        groups: dict[tuple[str, tuple[int, int], int], list[LayerSummary]] = {}
         for layer in self.layers:
-            groups.setdefault((starred(layer.name), layer.shape), []).append(layer)
-        for (_, (N, K)), group in groups.items():
+            groups.setdefault((starred(layer.name), layer.shape, layer.bits), []).append(layer)
+        for (_, (N, K), bits), group in groups.items():
             before, after = sum(g.bytes_before for g in group), sum(g.bytes_after for g in group)
             name, zeros = common_name([g.name for g in group]), _percent(zero_fraction_of(group))
+            name += " (4 bits)" if bits == 4 else ""
             yield name, str(len(group)), f"{N} x {K}", _size(before), _size(after), zeros
         before, after = _size(self.linear_bytes_before), _size(self.linear_bytes_after)
-        yield "all ternary layers", str(len(self.layers)), "", before, after, _percent(self.zero_fraction)
+        yield (
+            f"all {self._kind} layers",
+            str(len(self.layers)),
+            "",
+            before,
+            after,
+            _percent(self.zero_fraction),
+        )
         for t in self.tables:
             before, after = _size(t.bytes_before), _size(t.bytes_after)
             yield f"{t.name} (int{t.bits})", "1", f"{t.shape[0]} x {t.shape[1]}", before, after, ""

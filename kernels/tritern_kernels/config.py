@@ -67,10 +67,10 @@ class KernelConfig:
         """Length of a program's step along K."""
         return self.block_k * (self.num_warps if self.share_k else 1)
 
-    def shared_bytes(self, mode: Mode) -> int:
+    def shared_bytes(self, mode: Mode, weight_bits: int = 2) -> int:
         """Shared memory of the pipelined operands, in bytes."""
         x = self.block_m * self.step * (1 if mode == "int8" else 2)
-        return self.num_stages * (x + self.block_n * self.step // 4)
+        return self.num_stages * (x + self.block_n * self.step * weight_bits // 8)
 
     def tiles(self, M: int, N: int) -> int:
         """Number of tiles of an [M, N] result."""
@@ -82,21 +82,21 @@ class KernelConfig:
             return -(-N // self.block_n), -(-M // self.block_m)
         return self.tiles(M, N), self.split_k
 
-    def lines(self, K_padded: int) -> int:
+    def lines(self, K_padded: int, weight_bits: int = 2) -> int:
         """Lines of 128 bytes of packed weights that a program prefetches per row, rounded up to a power of
         two. 0 with more than 64 tokens: there the products take longer than reading the weights.
         """
         if self.block_m > 64:
             return 0
         steps = -(-K_padded // (self.block_k * self.split_k))
-        return 1 << (-(-steps * self.block_k // 512) - 1).bit_length()
+        return 1 << (-(-steps * self.block_k * weight_bits // 1024) - 1).bit_length()
 
     @property
     def accumulators(self) -> int:
         """32-bit accumulator registers per thread."""
         return self.block_m * self.block_n // (32 * (1 if self.share_k else self.num_warps))
 
-    def invalid(self, mode: Mode, K: int, capability: int) -> str | None:
+    def invalid(self, mode: Mode, K: int, capability: int, weight_bits: int = 2) -> str | None:
         """Why this configuration cannot run well, or None. All constraints are here."""
         if capability < OLDEST_CAPABILITY:
             return f"sm_{capability} has no kernels; the oldest that has is sm_{OLDEST_CAPABILITY}"
@@ -130,10 +130,8 @@ class KernelConfig:
         if self.num_stages < 1:
             return f"num_stages must be at least 1; received {self.num_stages}"
         limit = shared_memory_limit(capability)
-        if self.shared_bytes(mode) > limit:
-            return (
-                f"operands take {self.shared_bytes(mode)} bytes of shared memory; sm_{capability} has {limit}"
-            )
+        if (needed := self.shared_bytes(mode, weight_bits)) > limit:
+            return f"operands take {needed} bytes of shared memory; sm_{capability} has {limit}"
         return None
 
 
@@ -171,7 +169,9 @@ def formula_tiles(mode: Mode, capability: int) -> list[KernelConfig]:
     ]
 
 
-def few_tokens(mode: Mode, N: int, K: int, capability: int, processors: int) -> KernelConfig | None:
+def few_tokens(
+    mode: Mode, N: int, K: int, capability: int, processors: int, weight_bits: int = 2
+) -> KernelConfig | None:
     """For up to 16 tokens: warps share K on the smallest tiles that all fit on the multiprocessors at once,
     with more warps for a long K. None if plain tiles are faster: with 16-bit activations and a short K, or
     with more tiles than multiprocessors (from the H200's table).
@@ -184,10 +184,12 @@ def few_tokens(mode: Mode, N: int, K: int, capability: int, processors: int) -> 
         return KernelConfig(16, 16, ATOM, num_stages=1, share_k=True, quantizing=True)
     warps = 8 if K >= 2048 and all_at_once else 4
     tiles = [KernelConfig(16, block_n, ATOM, num_warps=w, num_stages=3, share_k=True) for w in (warps, 4)]
-    return next((c for c in tiles if c.invalid(mode, K, capability) is None), None)
+    return next((c for c in tiles if c.invalid(mode, K, capability, weight_bits) is None), None)
 
 
-def formula(mode: Mode, M: int, N: int, K: int, capability: int, processors: int) -> KernelConfig:
+def formula(
+    mode: Mode, M: int, N: int, K: int, capability: int, processors: int, weight_bits: int = 2
+) -> KernelConfig:
     """A configuration by formula. Up to 16 tokens: ``few_tokens``. Up to 64: the smallest tile for all
     tokens; int8 splits K until every multiprocessor has work. Above: the largest tile that leaves no
     multiprocessor idle; 16-bit activations expand the weights from 2,048 tokens on.
@@ -196,8 +198,8 @@ def formula(mode: Mode, M: int, N: int, K: int, capability: int, processors: int
         replace(c, block_k=min(c.block_k, padded_k(K) & -padded_k(K)))
         for c in formula_tiles(mode, capability)
     ]
-    tiles = [c for c in tiles if c.invalid(mode, K, capability) is None]
-    if M <= 16 and (few := few_tokens(mode, N, K, capability, processors)):
+    tiles = [c for c in tiles if c.invalid(mode, K, capability, weight_bits) is None]
+    if M <= 16 and (few := few_tokens(mode, N, K, capability, processors, weight_bits)):
         return few
     if M <= 64:
         config = next(c for c in tiles if c.block_m >= M)

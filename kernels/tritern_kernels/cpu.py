@@ -19,14 +19,17 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .formats import unpack
+from .formats import LARGEST_CODE, unpack, weight_bits
 from .reference import ONE_127TH, SMALLEST_ABSMAX
 
 ROWS = 1024
 """Tokens at a time: temporaries stay at a few MB, and larger pieces are no faster."""
 
-LARGEST_EXACT_K = 2**24 // 127
-"""Up to this K every partial sum of int8 activations times codes is an integer that float32 holds."""
+
+def largest_exact_k(bits: int) -> int:
+    """Up to this K every partial sum of int8 activations times codes is an integer that float32 holds."""
+    return 2**24 // (127 * LARGEST_CODE[bits])
+
 
 _127 = torch.tensor(127.0, dtype=torch.float32, device="cpu")
 """A tensor, because torch divides a number by a tensor with a rounded reciprocal."""
@@ -83,7 +86,7 @@ def _with_fbgemm(pack: Callable[[], Any]) -> Any:
 
 PRODUCTS = {
     "oneDNN int8": Product(lambda codes: codes, _int_mm, torch.int8, 1),
-    "FBGEMM int8": Product(  # x + 128 as uint8; no pair of products with codes -1, 0, 1 exceeds int16
+    "FBGEMM int8": Product(  # x + 128 as uint8; no pair of products with codes from -7 to 7 exceeds int16
         _pack_fbgemm,
         lambda x, kept: torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, 128, kept),
         torch.float32,
@@ -151,9 +154,9 @@ def _form_if_right(product: Product, rows: Tensor, codes: Tensor) -> Any:
     return form if torch.equal(sums.float(), _mm(rows, codes.float())) else None
 
 
-def product_for(activation_bits: int, K: int) -> str:
-    """Name of the product for K features on this processor."""
-    if activation_bits == 8 and K > LARGEST_EXACT_K:
+def product_for(activation_bits: int, K: int, bits: int = 2) -> str:
+    """Name of the product for K features and weights of ``bits`` bits on this processor."""
+    if activation_bits == 8 and K > largest_exact_k(bits):
         return "oneDNN int8"  # the others give the sums in float32
     return fastest(activation_bits)[0]
 
@@ -227,7 +230,7 @@ def remember(packed: Tensor, codes: Tensor) -> None:
 
 def linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, activation_bits: int) -> Tensor:
     """y [M, N] in x's dtype for x [M, K]."""
-    name = product_for(activation_bits, x.shape[1])
+    name = product_for(activation_bits, x.shape[1], weight_bits(packed, x.shape[1]))
     form = _form(packed, x.shape[1], name)
     y = x.new_empty((x.shape[0], packed.shape[0]))
     for out, part in _pieces(y, x):
@@ -250,7 +253,7 @@ def linear_int8(
     """
     K = x_q.shape[1]
     unpacked = (name for name in fastest(8) if not name.startswith("FBGEMM"))
-    name = "oneDNN int8" if K > LARGEST_EXACT_K else next(unpacked)
+    name = "oneDNN int8" if K > largest_exact_k(weight_bits(packed, K)) else next(unpacked)
     form = _form(packed, K, name)
     y = torch.empty((x_q.shape[0], packed.shape[0]), dtype=dtype)
     for out, part, part_scale in _pieces(y, x_q, scale_x[:, None]):

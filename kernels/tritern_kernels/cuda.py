@@ -17,7 +17,7 @@ from .config import KernelConfig, bucket
 from .device import gemm, gemm_few, norms
 from .device.quantize import quantize_kernel
 from .devices import check_device
-from .formats import padded_k
+from .formats import padded_k, weight_bits
 from .launch import ASM, launch
 from .tables import choose
 from .ternarize import expand
@@ -37,13 +37,15 @@ def _device(index: int) -> tuple[str, int, int]:
     return p.name, 10 * p.major + p.minor, p.multi_processor_count
 
 
-def configuration(activation_bits: int, M: int, N: int, K: int, device: torch.device) -> KernelConfig:
-    """The configuration for a product of x [M, K] and a weight [N, K] on a GPU.
+def configuration(
+    activation_bits: int, M: int, N: int, K: int, device: torch.device, bits: int = 2
+) -> KernelConfig:
+    """The configuration for a product of x [M, K] and a weight [N, K] of ``bits`` bits on a GPU.
 
     Raises:
         ValueError: the GPU has no kernels.
     """
-    return choose("int8" if activation_bits == 8 else "16bit", M, N, K, *_device(device.index))
+    return choose("int8" if activation_bits == 8 else "16bit", M, N, K, *_device(device.index), bits)
 
 
 # ---------------------------------------------------------------- a whole product
@@ -63,7 +65,7 @@ def linear(
     x = x if x.stride(1) == 1 else x.contiguous()
     M, N = x.shape[0], packed.shape[0]
     K = x.shape[1] // 2 if activation == "swiglu" else x.shape[1]
-    config = configuration(activation_bits, M, N, K, x.device)
+    config = configuration(activation_bits, M, N, K, x.device, weight_bits(packed, K))
     if activation_bits == 16:
         if x.dtype == torch.float32:
             return gemm_direct(x.bfloat16(), packed, scale, bias, config, x.dtype)
@@ -84,7 +86,7 @@ def linear_int8(
     """y [M, N] in ``dtype`` for int8 activations [M, K] from ``quantize``; M may be 0."""
     if x_q.shape[0] == 0:
         return x_q.new_empty((0, packed.shape[0]), dtype=dtype)
-    config = configuration(8, x_q.shape[0], packed.shape[0], K, x_q.device)
+    config = configuration(8, x_q.shape[0], packed.shape[0], K, x_q.device, weight_bits(packed, K))
     return gemm_int8(x_q, scale_x, packed, scale, bias, config, dtype)
 
 
@@ -135,13 +137,21 @@ def _int8(x: Tensor, K: int) -> tuple[Tensor, Tensor]:
     return q, torch.empty((x.shape[0],), dtype=torch.float32, device=x.device)
 
 
-def int8_kernel(config: KernelConfig, K_padded: int, has_bias: bool) -> tuple[Any, tuple[int | bool, ...]]:
+def int8_kernel(
+    config: KernelConfig, K_padded: int, has_bias: bool, bits: int = 2
+) -> tuple[Any, tuple[int | bool, ...]]:
     """A configuration's kernel for int8 activations, and its compile-time arguments but the last."""
-    tile, end = (config.block_m, config.block_n, config.block_k), (has_bias, ASM)
+    tile, end = (config.block_m, config.block_n, config.block_k), (has_bias, bits, ASM)
     if config.share_k:
         even = K_padded % (config.num_warps * config.block_k) == 0
-        return gemm_few.gemm_int8_few_kernel, (*tile, config.num_warps, even, config.lines(K_padded), *end)
-    return gemm.gemm_int8_kernel, (*tile, config.split_k, config.lines(K_padded), *end)
+        return gemm_few.gemm_int8_few_kernel, (
+            *tile,
+            config.num_warps,
+            even,
+            config.lines(K_padded, bits),
+            *end,
+        )
+    return gemm.gemm_int8_kernel, (*tile, config.split_k, config.lines(K_padded, bits), *end)
 
 
 def gemm_int8(
@@ -156,7 +166,7 @@ def gemm_int8(
     M, K_padded = x_q.shape
     N = packed.shape[0]
     y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
-    kernel, constants = int8_kernel(config, K_padded, bias is not None)
+    kernel, constants = int8_kernel(config, K_padded, bias is not None, weight_bits(packed, K_padded))
     workspace: tuple[Tensor, ...] = ()
     if kernel is gemm.gemm_int8_kernel:
         workspace = scale_x, scale_x  # unused without a split
@@ -187,14 +197,16 @@ def make_tickets(x: Tensor, N: int, config: KernelConfig) -> Tensor:
     return torch.empty(-(-tiles // 128) * 128, dtype=torch.int32, device=x.device)
 
 
-def direct_kernel(config: KernelConfig, K: int, has_bias: bool) -> tuple[Any, tuple[int | bool, ...]]:
+def direct_kernel(
+    config: KernelConfig, K: int, has_bias: bool, bits: int = 2
+) -> tuple[Any, tuple[int | bool, ...]]:
     """The kernel that takes unquantized activations, and its compile-time arguments but the last. It uses
     16-bit ones as they are, or (``quantizing``) quantizes them itself.
     """
-    tile, end = (config.block_m, config.block_n, config.block_k), (has_bias, ASM)
+    tile, end = (config.block_m, config.block_n, config.block_k), (has_bias, bits, ASM)
     if config.quantizing:
         return gemm_few.gemm_quantizing_kernel, (*tile, config.num_warps, *end)
-    loop = (K % config.step == 0, config.lines(padded_k(K)))
+    loop = (K % config.step == 0, config.lines(padded_k(K), bits))
     if config.share_k:
         return gemm_few.gemm_16bit_few_kernel, (*tile, config.num_warps, *loop, *end)
     return gemm.gemm_16bit_kernel, (*tile, *loop, *end)
@@ -210,7 +222,7 @@ def gemm_direct(
     (M, K), N = x.shape, packed.shape[0]
     weight = packed if config.quantizing else packed.view(torch.uint16)
     y = torch.empty((M, N), dtype=out_dtype, device=x.device)
-    kernel, constants = direct_kernel(config, K, bias is not None)
+    kernel, constants = direct_kernel(config, K, bias is not None, weight_bits(packed, K))
     launch(
         kernel,
         config.grid(M, N),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import cpu, reference
 from .devices import check_device, refuse
-from .formats import PackedTernary, check_packed, check_shape, pack, padded_k, to_packed_order
+from .formats import PackedWeight, check_packed, check_shape, pack, padded_k, to_packed_order
 from .reference import RULES, Rule
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -25,12 +25,12 @@ ACTIVATION_BITS = (8, 16)
 
 def linear(
     x: Tensor,
-    weight: PackedTernary,
+    weight: PackedWeight,
     bias: Tensor | None = None,
     *,
     activation_bits: int = 8,
 ) -> Tensor:
-    """Y = x W^T + bias for a packed ternary W.
+    """Y = x W^T + bias for a packed W of 2 or 4 bits.
 
     Args:
         x: [..., K] fp32, fp16 or bf16.
@@ -56,37 +56,52 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.tritern.quantize_activations(x)
 
 
-def ternarize_weight(weight: Tensor, rule: Rule = "mse") -> PackedTernary:
+def ternarize_weight(weight: Tensor, rule: Rule = "mse") -> PackedWeight:
     """Ternarize and pack a weight [N, K]; rules as in ``reference.ternarize``.
 
     Raises:
         TypeError: not fp32, fp16, bf16. ValueError: not a matrix, unknown rule, NaN or infinity, K beyond the
             bound, a device without kernels.
     """
-    if weight.dtype not in FLOATS:
-        raise TypeError(f"weight must be float32, float16 or bfloat16; received {weight.dtype}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be a matrix [N, K]; received shape {list(weight.shape)}")
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}; received {rule!r}")
-    N, K = weight.shape
-    check_shape(N, K)
-    check_device(weight.device)
-    weight = weight.detach()
-    if not torch.isfinite(weight).all():
-        row = int((~torch.isfinite(weight)).any(1).nonzero()[0])
-        raise ValueError(
-            f"weight holds NaN or infinity (first in row {row}); repair the checkpoint before ternarizing"
-        )
+    weight = _checked_weight(weight, 2)
     if weight.is_cuda:
         from .ternarize import ternarize
 
         return ternarize(weight, rule)
     codes, scale = reference.ternarize(weight, rule)
-    return PackedTernary(pack(codes), scale, (N, K))
+    return PackedWeight(pack(codes), scale, tuple(weight.shape))
+
+
+def round_to_int4(weight: Tensor) -> PackedWeight:
+    """Round a weight [N, K] to 4 bits and pack it (``reference.round_int4``).
+
+    Raises:
+        TypeError: not fp32, fp16, bf16. ValueError: not a matrix, NaN or infinity, K beyond the bound.
+    """
+    weight = _checked_weight(weight, 4)
+    codes, scale = reference.round_int4(weight)
+    return PackedWeight(pack(codes, 4), scale, tuple(weight.shape))
 
 
 # ---------------------------------------------------------------- checks
+
+
+def _checked_weight(weight: Tensor, bits: int) -> Tensor:
+    if weight.dtype not in FLOATS:
+        raise TypeError(f"weight must be float32, float16 or bfloat16; received {weight.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be a matrix [N, K]; received shape {list(weight.shape)}")
+    check_shape(*weight.shape, bits)
+    check_device(weight.device)
+    weight = weight.detach()
+    if not torch.isfinite(weight).all():
+        row = int((~torch.isfinite(weight)).any(1).nonzero()[0])
+        raise ValueError(
+            f"weight holds NaN or infinity (first in row {row}); repair the checkpoint before rounding it"
+        )
+    return weight
 
 
 def _check_linear(
@@ -186,7 +201,7 @@ def _dequantize_impl(packed: Tensor, scale: Tensor, in_features: int, dtype: tor
         from .ternarize import expand
 
         return expand(packed, scale, in_features, dtype)
-    return PackedTernary(packed, scale, (packed.shape[0], in_features)).dequantize(dtype)
+    return PackedWeight(packed, scale, (packed.shape[0], in_features)).dequantize(dtype)
 
 
 def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001

@@ -145,27 +145,35 @@ def _files() -> list[Path]:
 
 
 def nearest(
-    entries: tuple[TableEntry, ...], mode: Mode, M: int, N: int, K: int, capability: int
+    entries: tuple[TableEntry, ...], mode: Mode, M: int, N: int, K: int, capability: int, weight_bits: int = 2
 ) -> KernelConfig | None:
-    """The configuration of the closest shape (sum of distances in log2) that is valid for K."""
+    """The configuration of the closest shape (sum of distances in log2) that is valid for K and such weights.
+    Entries were measured with 2-bit weights.
+    """
 
     def distance(e: TableEntry) -> float:
         return abs(math.log2(e.M / M)) + abs(math.log2(e.N / N)) + abs(math.log2(e.K / K))
 
-    usable = [e for e in entries if e.mode == mode and e.config.invalid(mode, K, capability) is None]
+    usable = [
+        e for e in entries if e.mode == mode and e.config.invalid(mode, K, capability, weight_bits) is None
+    ]
     best = min(usable, key=distance, default=None)
     return best.config if best is not None and distance(best) <= 2.0 else None
 
 
 @lru_cache(maxsize=4096)
-def _choose(mode: Mode, M: int, N: int, K: int, gpu: str, capability: int, processors: int) -> KernelConfig:
-    found = nearest(table(gpu, capability, processors), mode, M, N, K, capability)
-    found = found or formula(mode, M, N, K, capability, processors)
+def _choose(
+    mode: Mode, M: int, N: int, K: int, gpu: str, capability: int, processors: int, weight_bits: int
+) -> KernelConfig:
+    found = nearest(table(gpu, capability, processors), mode, M, N, K, capability, weight_bits)
+    found = found or formula(mode, M, N, K, capability, processors, weight_bits)
     return replace(found, split_k=1) if M == MOST_TOKENS else found  # tickets are for M tokens at most
 
 
-def choose(mode: Mode, M: int, N: int, K: int, gpu: str, capability: int, processors: int) -> KernelConfig:
+def choose(
+    mode: Mode, M: int, N: int, K: int, gpu: str, capability: int, processors: int, weight_bits: int = 2
+) -> KernelConfig:
     """Configuration for M tokens. M is rounded up to a power of two from 16 to ``MOST_TOKENS``, so there are
     few kernels.
     """
-    return _choose(mode, bucket(M), N, K, gpu, capability, processors)
+    return _choose(mode, bucket(M), N, K, gpu, capability, processors, weight_bits)

@@ -9,14 +9,14 @@ import triton
 from torch import Tensor
 
 from .device import ternarize as device
-from .formats import ATOM, BYTES_PER_ATOM, PackedTernary, check_shape, padded_k
+from .formats import ATOM, PackedWeight, check_shape, packed_width, padded_k, weight_bits
 from .reference import RULES, Rule
 
 _expand_kernel: Any = device.expand_kernel  # Triton's types lack compile-time arguments
 _ternarize_kernel: Any = device.ternarize_kernel
 
 
-def ternarize(weight: Tensor, rule: Rule = "mse") -> PackedTernary:
+def ternarize(weight: Tensor, rule: Rule = "mse") -> PackedWeight:
     """Ternarize and pack a finite weight [N, K] (fp32, fp16, bf16).
 
     ``absmean`` and ``twn`` follow ``reference.ternarize``. ``mse`` searches the threshold on two grids of 32,
@@ -29,21 +29,21 @@ def ternarize(weight: Tensor, rule: Rule = "mse") -> PackedTernary:
     return _launch(weight, scale, given, rule)
 
 
-def ternarize_given(weight: Tensor, scale: Tensor) -> PackedTernary:
+def ternarize_given(weight: Tensor, scale: Tensor) -> PackedWeight:
     """Codes of a weight [N, K] for known scales float32 [N]: sign(w) where |w| > scale / 2."""
     return _launch(weight, scale, scale, "given")
 
 
-def _launch(weight: Tensor, scale: Tensor, given: Tensor, rule: str) -> PackedTernary:
+def _launch(weight: Tensor, scale: Tensor, given: Tensor, rule: str) -> PackedWeight:
     N, K = weight.shape
     check_shape(N, K)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    packed = torch.empty((N, padded_k(K) // ATOM * BYTES_PER_ATOM), dtype=torch.uint8, device=weight.device)
+    packed = torch.empty((N, packed_width(K)), dtype=torch.uint8, device=weight.device)
     with torch.cuda.device_of(weight):  # Triton launches on the current device
         _ternarize_kernel[(N,)](
             weight, packed, scale, given, K, weight.stride(0), packed.stride(0), RULE=rule
         )
-    return PackedTernary(packed, scale, (N, K))
+    return PackedWeight(packed, scale, (N, K))
 
 
 def expand(packed: Tensor, scale: Tensor, K: int, dtype: torch.dtype) -> Tensor:
@@ -53,6 +53,6 @@ def expand(packed: Tensor, scale: Tensor, K: int, dtype: torch.dtype) -> Tensor:
     atoms = min(16, triton.next_power_of_2(padded_k(K) // ATOM))
     with torch.cuda.device_of(packed):
         _expand_kernel[(N, triton.cdiv(padded_k(K) // ATOM, atoms))](
-            packed, scale, out, K, packed.stride(0), ATOMS=atoms
+            packed, scale, out, K, packed.stride(0), ATOMS=atoms, BITS=weight_bits(packed, K)
         )
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, get_args
 
 import torch
@@ -15,6 +16,7 @@ from tritern_kernels.device.attention import packed_attention_kernel
 from tritern_kernels.device.embedding import lookup_kernel
 from tritern_kernels.device.pooling import normalize_kernel, pool_kernel
 from tritern_kernels.device.ternarize import expand_kernel, ternarize_kernel
+from tritern_kernels.formats import WEIGHT_BITS
 from tritern_kernels.reference import RULES
 
 
@@ -37,14 +39,14 @@ class Job:
 
 def jobs(capability: int) -> Iterator[Job]:
     """All kernels in all configurations that ``tables.choose`` can return on sm_``capability``."""
-    for mode in ("int8", "16bit"):
+    for mode, bits in product(("int8", "16bit"), WEIGHT_BITS):
         found: dict[KernelConfig, None] = {}
         for tile in config.formula_tiles(mode, capability):
             for c in (tile, replace(tile, block_k=128)):
                 for split in (1, 2):
                     found[replace(c, split_k=split)] = None
         for N, K in ((384, 384), (384, 1536), (1024, 4096), (4096, 1024), (4096, 4096), (16384, 4096)):
-            if few := config.few_tokens(mode, N, K, capability, 132):
+            if few := config.few_tokens(mode, N, K, capability, 132, bits):
                 found[few] = None
         if capability == 90:  # the GPUs with tables
             measured = [e for path in tables.CONFIG_DIR.glob("*.json") for e in tables.load_table(path)]
@@ -52,8 +54,8 @@ def jobs(capability: int) -> Iterator[Job]:
                 found.setdefault(replace(c, split_k=min(c.split_k, 2), expand=False))
         for c in found:
             K = c.step if c.quantizing else 4096
-            if c.invalid(mode, K, capability) is None:
-                yield from _gemm_jobs(mode, c, K, capability)
+            if c.invalid(mode, K, capability, bits) is None:
+                yield from _gemm_jobs(mode, c, K, capability, bits)
     for K in (384, 768, 4096, 8192, 16384):
         blocks = cuda.quantize_blocks(K)
         types = {"q_ptr": "*i8"}
@@ -82,7 +84,10 @@ def jobs(capability: int) -> Iterator[Job]:
     for width in (384, 4096):
         block = 1 << (width - 1).bit_length()
         yield _job(f"normalize bf16 {width}", normalize_kernel, (block,), capability)
-    yield _job("expand bf16", expand_kernel, (16,), capability, {"out_ptr": "*bf16"}, last=())
+    for bits in WEIGHT_BITS:
+        yield _job(
+            f"expand bf16 {bits}", expand_kernel, (16, bits), capability, {"out_ptr": "*bf16"}, last=()
+        )
     for rule in (*RULES, "given"):
         yield _job(f"ternarize {rule}", ternarize_kernel, (rule,), capability, {"w_ptr": "*fp32"}, last=())
 
@@ -107,14 +112,14 @@ def _attention_jobs(capability: int) -> Iterator[Job]:
             yield _job(f"attention {name} {width}{what}", kernel, constants, capability, types, options)
 
 
-def _gemm_jobs(mode: config.Mode, c: KernelConfig, K: int, capability: int) -> Iterator[Job]:
+def _gemm_jobs(mode: config.Mode, c: KernelConfig, K: int, capability: int, bits: int) -> Iterator[Job]:
     tile = f"{c.block_m}t x {c.block_n}w x {c.block_k}k"
-    tile += " shared out" * c.share_k + " split" * (c.split_k > 1)
+    tile += " of 4 bits" * (bits == 4) + " shared out" * c.share_k + " split" * (c.split_k > 1)
     if mode == "int8" and not c.quantizing:
-        kernel, constants = cuda.int8_kernel(c, K, True)
+        kernel, constants = cuda.int8_kernel(c, K, True, bits)
         dtypes = {"int8": {"x_ptr": "*i8"}}
     else:
-        kernel, constants = cuda.direct_kernel(c, K, True)
+        kernel, constants = cuda.direct_kernel(c, K, True, bits)
         packed = "*u8" if c.quantizing else "*u16"
         kind = "quantizing " * c.quantizing
         dtypes = {kind + d: {"x_ptr": f"*{d}", "packed_ptr": packed} for d in ("fp16", "bf16")}

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tritern_kernels import cuda, devices, linear, ops, pack, ternarize_weight, training
-from tritern_kernels.formats import PackedTernary
+from tritern_kernels.formats import PackedWeight
 
 HOW = (
     "ternary layers run on a CPU and, with Triton, on NVIDIA GPUs of compute capability 8.0.*"
@@ -60,7 +60,7 @@ def test_no_device_is_left_to_torch(operator):
 def test_sparse_tensors_are_named():
     packed, scale = pack(torch.ones(4, 128, dtype=torch.int8)), torch.ones(4)
     with pytest.raises(ValueError, match=r"must be dense.*received sparse_coo, strided.*\.to_dense\(\)"):
-        linear(torch.eye(128).to_sparse(), PackedTernary(packed, scale, (4, 128)))
+        linear(torch.eye(128).to_sparse(), PackedWeight(packed, scale, (4, 128)))
 
 
 def test_weights_are_ternarized_on_devices_with_kernels_only():

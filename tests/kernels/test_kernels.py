@@ -5,9 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tritern_kernels import cuda, pack, padded_k, reference, tables
+from tritern_kernels import (
+    cuda,
+    linear,
+    pack,
+    padded_k,
+    reference,
+    round_to_int4,
+    tables,
+    ternarize_weight,
+)
 from tritern_kernels.config import KernelConfig, formula_tiles
-from tritern_kernels.formats import from_packed_order, to_packed_order
+from tritern_kernels.formats import LARGEST_CODE, WEIGHT_BITS, from_packed_order, to_packed_order
 from tritern_kernels.ternarize import expand, ternarize
 from tritern_kernels.tune import describe
 
@@ -21,11 +30,15 @@ FEW = replace(SMALL, share_k=True)
 FLOATS = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 
-def operands(M, N, K, device):
-    x_q = torch.randint(-127, 128, (M, K), dtype=torch.int8)
-    codes = torch.randint(-1, 2, (N, K), dtype=torch.int8)
+def random_codes(N, K, bits=2):
+    most = LARGEST_CODE[bits]
+    return torch.randint(-most, most + 1, (N, K), dtype=torch.int8)
+
+
+def operands(M, N, K, device, bits=2):
+    x_q, codes = torch.randint(-127, 128, (M, K), dtype=torch.int8), random_codes(N, K, bits)
     padded = torch.nn.functional.pad(x_q, (0, padded_k(K) - K))
-    return x_q, codes, to_packed_order(padded).to(device), pack(codes).to(device)
+    return x_q, codes, to_packed_order(padded).to(device), pack(codes, bits).to(device)
 
 
 def sums(x_packed, packed, config):
@@ -38,41 +51,47 @@ def sums(x_packed, packed, config):
 @pytest.mark.parametrize("config", [SMALL, FEW], ids=["tiles", "share_k"])
 @pytest.mark.parametrize("M", TOKENS)
 @pytest.mark.parametrize(("N", "K"), SHAPES)
-def test_int8_sums_are_exact(config, M, N, K, device):
-    x_q, codes, x_packed, packed = operands(M, N, K, device)
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_int8_sums_are_exact(config, M, N, K, bits, device):
+    x_q, codes, x_packed, packed = operands(M, N, K, device, bits)
     config = replace(config, block_m=64, block_n=64) if M > 64 and not config.share_k else config
     assert torch.equal(sums(x_packed, packed, config).to(torch.int32), reference.int8_sums(x_q, codes))
 
 
 @pytest.mark.parametrize("split", [2, 3, 5])
 @pytest.mark.parametrize("M", [1, 17, 63])
-def test_split_k_is_exact(M, split, device):
-    x_q, codes, x_packed, packed = operands(M, 130, 5 * 128 - 7, device)
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_split_k_is_exact(M, split, bits, device):
+    x_q, codes, x_packed, packed = operands(M, 130, 5 * 128 - 7, device, bits)
     got = sums(x_packed, packed, replace(SMALL, split_k=split))
     assert torch.equal(got.to(torch.int32), reference.int8_sums(x_q, codes))
 
 
-def test_sums_at_the_extremes(device):
-    K = 1024
-    x_q, codes = torch.full((2, K), 127, dtype=torch.int8), torch.ones(2, K, dtype=torch.int8)
-    x_q[1], codes[1] = -127, -1
-    got = sums(to_packed_order(x_q).to(device), pack(codes).to(device), SMALL)
-    assert got.tolist() == [[127.0 * K, -127.0 * K], [-127.0 * K, 127.0 * K]]
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_sums_at_the_extremes(bits, device):
+    K, most = 1024, LARGEST_CODE[bits]
+    x_q, codes = torch.full((2, K), 127, dtype=torch.int8), torch.full((2, K), most, dtype=torch.int8)
+    x_q[1], codes[1] = -127, -most
+    got = sums(to_packed_order(x_q).to(device), pack(codes, bits).to(device), SMALL)
+    largest = 127.0 * K * most
+    assert got.tolist() == [[largest, -largest], [-largest, largest]]
 
 
-def test_one_hot_tokens_read_out_columns(device):
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_one_hot_tokens_read_out_columns(bits, device):
     K = 200
-    codes = torch.randint(-1, 2, (37, K), dtype=torch.int8)
+    codes = random_codes(37, K, bits)
     x_q = torch.nn.functional.pad(torch.eye(K, dtype=torch.int8), (0, padded_k(K) - K))
-    got = sums(to_packed_order(x_q).to(device), pack(codes).to(device), SMALL)
+    got = sums(to_packed_order(x_q).to(device), pack(codes, bits).to(device), SMALL)
     assert torch.equal(got.to(torch.int8), codes.T)
 
 
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("out", [torch.float32, torch.float16])
-def test_int8_epilogue(split, out, device):
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_int8_epilogue(split, out, bits, device):
     M, N, K = 17, 70, 384
-    x_q, codes, x_packed, packed = operands(M, N, K, device)
+    x_q, codes, x_packed, packed = operands(M, N, K, device, bits)
     scale_x, scale, bias = torch.rand(M) / 100, torch.rand(N), torch.randn(N)
     config = replace(SMALL, split_k=split)
     got = cuda.gemm_int8(
@@ -87,11 +106,12 @@ def test_int8_epilogue(split, out, device):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("M", TOKENS)
 @pytest.mark.parametrize(("N", "K"), SHAPES)
-def test_16bit_is_within_torchs_own_error(config, dtype, M, N, K, device):
-    x, codes = torch.randn(M, K).to(dtype), torch.randint(-1, 2, (N, K), dtype=torch.int8)
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_16bit_is_within_torchs_own_error(config, dtype, M, N, K, bits, device):
+    x, codes = torch.randn(M, K).to(dtype), random_codes(N, K, bits)
     scale, bias = torch.rand(N), torch.randn(N).to(dtype)
     got = cuda.gemm_direct(
-        x.to(device), pack(codes).to(device), scale.to(device), bias.to(device), config, dtype
+        x.to(device), pack(codes, bits).to(device), scale.to(device), bias.to(device), config, dtype
     ).cpu()
     exact = reference.epilogue(x.double() @ codes.double().T, None, scale, bias)
     torchs = torch.nn.functional.linear(x, (codes * scale[:, None]).to(dtype), bias)
@@ -245,10 +265,11 @@ def test_quantize_isolates_bad_tokens(K, device):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("M", [1, 17])
 @pytest.mark.parametrize(("N", "K"), [(70, 63), (33, 384), (130, 500)])
-def test_quantizing_on_the_way_gives_the_same_bits(dtype, M, N, K, device):
-    x, codes = torch.randn(M, K).to(dtype).to(device), torch.randint(-1, 2, (N, K), dtype=torch.int8)
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_quantizing_on_the_way_gives_the_same_bits(dtype, M, N, K, bits, device):
+    x, codes = torch.randn(M, K).to(dtype).to(device), random_codes(N, K, bits)
     x[0, 0] = float("nan") if M > 1 else 3.0
-    packed, scale, bias = pack(codes).to(device), torch.rand(N).to(device), torch.randn(N).to(device)
+    packed, scale, bias = pack(codes, bits).to(device), torch.rand(N).to(device), torch.randn(N).to(device)
     config = replace(FEW, quantizing=True)
     got = cuda.gemm_direct(x, packed, scale, bias, config, dtype)
     apart = cuda.gemm_int8(*cuda.quantize(x), packed, scale, bias, SMALL, dtype)
@@ -289,12 +310,11 @@ def test_ternarize_takes_strided_weights(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["int8", "16bit"])
 @pytest.mark.parametrize("M", [1, 33, 64, 100, 700, 3000])
-def test_dispatch_on_the_gpu(mode, M):
-    from tritern_kernels import linear, ternarize_weight
-
+@pytest.mark.parametrize("rounded", [ternarize_weight, round_to_int4])
+def test_dispatch_on_the_gpu(mode, M, rounded):
     bits = 8 if mode == "int8" else 16
     for N, K in [(384, 384), (1536, 384), (384, 1536), (1000, 130), (4096, 1024)]:
-        weight = ternarize_weight(torch.randn(N, K, device="cuda"))
+        weight = rounded(torch.randn(N, K, device="cuda"))
         x, bias = torch.randn(M, K, device="cuda", dtype=torch.float16), torch.randn(N, device="cuda").half()
         exact = reference.linear(x, weight.codes(), weight.scale, bias, bits)
         got = linear(x, weight, bias, activation_bits=bits).double()
@@ -304,14 +324,15 @@ def test_dispatch_on_the_gpu(mode, M):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("M", [1, 128, 4096])
-def test_every_tile_on_the_gpu(M):
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_every_tile_on_the_gpu(M, bits):
     capability = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-    x_q, codes, x_packed, packed = operands(M, 520, 1024, "cuda")
+    x_q, codes, x_packed, packed = operands(M, 520, 1024, "cuda", bits)
     exact = reference.int8_sums(x_q, codes)
     for tile in formula_tiles("int8", capability):
         for split in (1, 2, 4):
             config = replace(tile, split_k=split)
-            if config.invalid("int8", 1024, capability) is None:
+            if config.invalid("int8", 1024, capability, bits) is None:
                 assert torch.equal(sums(x_packed, packed, config).to(torch.int32), exact), config
 
 
@@ -321,24 +342,29 @@ TABLED = list(dict.fromkeys((e.mode, replace(e.config, expand=False)) for e in T
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("mode", "config"), TABLED, ids=[f"{m} {describe(c)}" for m, c in TABLED])
-def test_every_tables_configuration_on_the_gpu(mode, config):
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_every_tables_configuration_on_the_gpu(mode, config, bits):
+    capability = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     K = config.step if config.quantizing else 4096
     M, N = config.block_m + 3, 520
-    codes = torch.randint(-1, 2, (N, K), dtype=torch.int8, device="cuda")
-    scale = torch.rand(N, device="cuda")
+    if config.invalid(mode, K, capability, bits):
+        assert bits == 4  # for which it is not chosen
+        return
+    codes, scale = random_codes(N, K, bits).to("cuda"), torch.rand(N, device="cuda")
     if mode == "16bit" or config.quantizing:
         x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
-        got = cuda.gemm_direct(x, pack(codes), scale, None, config, torch.bfloat16)
+        got = cuda.gemm_direct(x, pack(codes, bits), scale, None, config, torch.bfloat16)
         exact = reference.linear(x, codes, scale, None, 16 if mode == "16bit" else 8)
         assert (got.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
     if mode == "int8":
-        x_q, codes, x_packed, packed = operands(M, N, K, "cuda")
+        x_q, codes, x_packed, packed = operands(M, N, K, "cuda", bits)
         assert torch.equal(sums(x_packed, packed, config).to(torch.int32), reference.int8_sums(x_q, codes))
 
 
 @pytest.mark.parametrize(("N", "K"), [*SHAPES, (5, 128 * 19 + 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_expand_equals_the_reference(N, K, dtype, device):
-    codes, scale = torch.randint(-1, 2, (N, K), dtype=torch.int8), torch.rand(N)
-    got = expand(pack(codes).to(device), scale.to(device), K, dtype)
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_expand_equals_the_reference(N, K, dtype, bits, device):
+    codes, scale = random_codes(N, K, bits), torch.rand(N)
+    got = expand(pack(codes, bits).to(device), scale.to(device), K, dtype)
     assert torch.equal(got.cpu(), (codes * scale[:, None]).to(dtype))

@@ -7,7 +7,7 @@ import torch
 
 from tritern_kernels import (
     MAX_K,
-    PackedTernary,
+    PackedWeight,
     cpu,
     linear,
     pack,
@@ -15,12 +15,13 @@ from tritern_kernels import (
     reference,
     ternarize_weight,
 )
-from tritern_kernels.formats import from_packed_order
+from tritern_kernels.formats import LARGEST_CODE, from_packed_order
 
 
-def weight(N, K, device="cpu"):
-    codes = torch.randint(-1, 2, (N, K), dtype=torch.int8)
-    return PackedTernary(pack(codes).to(device), (torch.rand(N) + 0.1).to(device), (N, K))
+def weight(N, K, device="cpu", bits=2):
+    most = LARGEST_CODE[bits]
+    codes = torch.randint(-most, most + 1, (N, K), dtype=torch.int8)
+    return PackedWeight(pack(codes, bits).to(device), (torch.rand(N) + 0.1).to(device), (N, K))
 
 
 def fake_quantized(x, w, bias):
@@ -33,11 +34,12 @@ def fake_quantized(x, w, bias):
 
 @pytest.mark.parametrize("M", [1, 17, 130])
 @pytest.mark.parametrize(("N", "K"), [(130, 300), (1, 1), (64, 128), (7, 2050)])
-def test_cpu_sums_equal_the_reference(M, N, K):
-    w = weight(N, K)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_cpu_sums_equal_the_reference(M, N, K, bits):
+    w = weight(N, K, bits=bits)
     x = torch.randint(-127, 128, (M, K)).float()
     x[:, 0] = 127.0  # the scale of every token is 1
-    w = PackedTernary(w.packed, torch.ones(N), (N, K))
+    w = PackedWeight(w.packed, torch.ones(N), (N, K))
     expected = reference.int8_sums(x.to(torch.int8), w.codes())
     assert torch.allclose(linear(x, w), expected.float(), rtol=1e-6, atol=0)
     q, _ = quantize_activations(x)
@@ -57,13 +59,15 @@ def test_every_process_takes_the_same_product_for_16_bit_activations(monkeypatch
 
 
 @pytest.mark.parametrize("name", ["oneDNN int8", "FBGEMM int8", "float32"])
-@pytest.mark.parametrize("K", [1, 300, 4096, cpu.LARGEST_EXACT_K])
-def test_int8_products_give_the_same_sums(name, K):
+@pytest.mark.parametrize(
+    ("K", "most"), [(1, 1), (300, 7), (4096, 1), (cpu.largest_exact_k(2), 1), (cpu.largest_exact_k(4), 7)]
+)
+def test_int8_products_give_the_same_sums(name, K, most):
     """Also where they are the largest and odd, so that float32 could not hold the next one."""
     if name not in cpu.fastest(8):
         pytest.skip(f"this build of torch has no {name}")
-    codes = torch.randint(-1, 2, (5, K), dtype=torch.int8)
-    codes[0], codes[1] = 1, -1
+    codes = torch.randint(-most, most + 1, (5, K), dtype=torch.int8)
+    codes[0], codes[1] = most, -most
     x_q = torch.randint(-127, 128, (7, K), dtype=torch.int8)
     x_q[0], x_q[1] = 127, -127
     product = cpu.PRODUCTS[name]
@@ -71,20 +75,22 @@ def test_int8_products_give_the_same_sums(name, K):
     assert torch.equal(sums.to(torch.int32), reference.int8_sums(x_q, codes))
 
 
-@pytest.mark.parametrize("K", [300, cpu.LARGEST_EXACT_K, cpu.LARGEST_EXACT_K + 1])
-def test_outputs_do_not_depend_on_the_product(monkeypatch, K):
-    w, x = weight(3, K), torch.randn(2000, K) if K == 300 else torch.randn(5, K)
-    w.packed[0] = pack(torch.ones(1, K, dtype=torch.int8))
+@pytest.mark.parametrize("extra", [None, 0, 1])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_outputs_do_not_depend_on_the_product(monkeypatch, extra, bits):
+    K = 300 if extra is None else cpu.largest_exact_k(bits) + extra
+    w, x = weight(3, K, bits=bits), torch.randn(2000 if K == 300 else 5, K)
+    w.packed[0] = pack(torch.full((1, K), LARGEST_CODE[bits], dtype=torch.int8), bits)
     x[:2] = 1.0
     x[2, 0] = torch.nan
     results, taken = [], []
     for name in cpu.fastest(8):
         monkeypatch.setattr(cpu, "fastest", lambda bits, name=name: (name,))
         results.append(linear(x, w))
-        taken.append(cpu.product_for(8, K))
+        taken.append(cpu.product_for(8, K, bits))
     assert all(torch.equal(y.nan_to_num(7.0), results[0].nan_to_num(7.0)) for y in results)
     assert results[0].isnan().any(1).nonzero().tolist() == [[2]]
-    assert len(set(taken)) == (1 if K > cpu.LARGEST_EXACT_K else len(taken))
+    assert len(set(taken)) == (1 if extra == 1 else len(taken))
 
 
 def test_training_does_not_pack_weights_that_change_with_every_step(monkeypatch):
@@ -236,7 +242,7 @@ def test_a_change_in_place_is_noticed():
     assert linear(x, w).count_nonzero() > 0
     with torch.inference_mode():
         made_inside = pack(torch.ones(8, 128, dtype=torch.int8))
-        twin = PackedTernary(made_inside, w.scale.clone(), (8, 128))
+        twin = PackedWeight(made_inside, w.scale.clone(), (8, 128))
         assert linear(x, twin).count_nonzero() > 0
         made_inside.zero_()
         assert linear(x, twin).count_nonzero() == 0

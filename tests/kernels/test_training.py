@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tritern_kernels import PackedTernary, linear, pack, reference, ternarize_weight, unpack
+from tritern_kernels import PackedWeight, linear, pack, reference, ternarize_weight, unpack
 from tritern_kernels.ternarize import ternarize_given as ternarize_given_kernel
 from tritern_kernels.training import Codes, blended_weight, ternarize_given, ternary_linear
 
@@ -62,7 +62,7 @@ def test_forward_is_the_inference_product_to_the_bit(dtype, activation_bits, dev
     for M in (1, 33, 1030):
         x, weight, scale, bias = problem(M, dtype=dtype, device=device)
         codes = ternarize_given(weight, scale)
-        packed = PackedTernary(codes.packed, scale.detach(), tuple(weight.shape))
+        packed = PackedWeight(codes.packed, scale.detach(), tuple(weight.shape))
         expected = linear(x.detach(), packed, bias.detach(), activation_bits=activation_bits)
         got = ternary_linear(x, weight, scale, bias, codes, activation_bits=activation_bits)
         assert torch.equal(got, expected)

@@ -11,7 +11,7 @@ from tritern import Int8Embedding, TernaryLinear, TriternError
 from tritern.calibration import codes as codes_module
 from tritern.calibration import fitting
 from tritern.calibration.codes import descend, search
-from tritern.calibration.fitting import _measure, _token_weights
+from tritern.calibration.fitting import _token_weights, measure
 from tritern.calibration.stream import Group, Stream, trace
 
 
@@ -61,6 +61,7 @@ def quadratic():
 
 def test_descent_ends_where_no_single_code_and_no_scale_can_be_better(quadratic, monkeypatch):
     monkeypatch.setattr(codes_module, "SWEEPS", 100)
+    monkeypatch.setattr(codes_module, "PAYS", 0)
     start, H, C = quadratic
     codes, scale = descend(start, torch.ones(20), H, C)
     assert set(codes.unique().tolist()) <= {-1.0, 0.0, 1.0} and (scale > 0).all()
@@ -113,10 +114,13 @@ def test_what_is_summed(tiny, sentences):
     other[0].auto_model.encoder.layer[0].output.dense.weight.data *= 0.5
     with torch.no_grad():
         for group in (groups[4], groups[5]):
-            moments = _measure(Stream(tiny, batches), Stream(other, batches), group)
+            original = Stream(tiny, batches)
+            targets = [original.calls(i, [group])[0] for i in range(len(batches))]
+            moments = measure(targets, Stream(other, batches).inputs(group), batches)
+            assert moments is not None
             expected, product = 0.0, 0.0
             for text in sentences[:16]:
-                a, b = (Stream(m, batches_of(tiny, [text])).calls(0, group)[0] for m in (tiny, other))
+                a, b = (Stream(m, batches_of(tiny, [text])).calls(0, [group])[0][0] for m in (tiny, other))
                 x = torch.cat([b.input[0], torch.ones(b.input.shape[1], 1)], 1)
                 y = a.outputs[group.names[-1]][0]
                 if group.added:
@@ -137,8 +141,10 @@ def test_the_residual_stream_is_what_the_block_adds(tiny, sentences):
     batches = batches_of(tiny.eval(), sentences[:8])
     groups = trace(tiny, names_of(tiny), batches[0])
     with torch.no_grad():
-        (block,) = Stream(tiny, batches).calls(0, groups[0])
-        (call,) = Stream(tiny, batches).calls(0, groups[1])
+        (block,), (call,) = Stream(tiny, batches).calls(0, groups[:2])
+        ((short,),) = Stream(tiny, batches).calls(0, groups[1:2], inputs_alone=True)
+        assert torch.equal(short.input, call.input) and torch.equal(short.added, call.added)
+        assert not short.outputs and "forward" not in vars(tiny.get_submodule(groups[1].names[0]))
         assert groups[1].names[0].endswith("attention.output.dense") and torch.equal(call.added, block.input)
 
 
@@ -160,7 +166,7 @@ def test_an_addition_in_place_is_seen_as_it_was_before(in_place):
     model, batch = Block(), {"x": torch.randn(3, 4)}
     with torch.no_grad():
         (group,) = trace(model, ["linear"], batch)
-        (call,) = Stream(model, [batch]).calls(0, group)
+        ((call,),) = Stream(model, [batch]).calls(0, [group])
     assert group.added and torch.equal(call.added, 2 * batch["x"])
 
 
@@ -195,12 +201,12 @@ def test_finished_blocks_are_not_run_again_where_they_form_a_chain(chain):
     batches = [{"x": torch.randn(3, 8)} for _ in range(2)]
     group = Group(["layers.2.0"], 1, added=False)
     with torch.no_grad():
-        expected = [Stream(model, batches).calls(i, group)[0] for i in range(2)]
+        expected = [Stream(model, batches).calls(i, [group])[0][0] for i in range(2)]
         stream = Stream(model, batches)
         stream.advance("layers.1.0")
         stream.advance("layers.2.0")
         model.layers[0][0].weight.zero_()  # so that a pass from the start would give something else
-        found = [stream.calls(i, group)[0] for i in range(2)]
+        found = [stream.calls(i, [group])[0][0] for i in range(2)]
     same = [torch.equal(a.outputs["layers.2.0"], b.outputs["layers.2.0"]) for a, b in zip(expected, found)]
     assert same == [chain, chain]
     assert not any("forward" in vars(m) or m._forward_hooks for m in model.modules())
@@ -265,7 +271,7 @@ def test_other_inputs_of_the_model_are_taken(tiny, sentences):
 
 
 def test_a_calibration_that_fails_half_way_leaves_the_model_as_it_was(tiny, sentences, monkeypatch):
-    def fit(*arguments, fit=fitting._fit, calls=[]):  # noqa: B006
+    def fit(*arguments, fit=fitting._fit_alike, calls=[]):  # noqa: B006
         calls.append(arguments)
         return fit(*arguments) if len(calls) < 5 else 1 / 0
 
@@ -273,7 +279,7 @@ def test_a_calibration_that_fails_half_way_leaves_the_model_as_it_was(tiny, sent
     vectors = tiny.encode(sentences[:9])
     tiny.train()
     before = {n: (id(m), m.training, dict(vars(m))) for n, m in tiny.named_modules()}
-    monkeypatch.setattr(fitting, "_fit", fit)
+    monkeypatch.setattr(fitting, "_fit_alike", fit)
     with pytest.raises(ZeroDivisionError):
         tritern.patch(tiny, calibration_texts=sentences[:20], embedding_bits=8)
     after = {n: (id(m), m.training, dict(vars(m))) for n, m in tiny.named_modules()}
@@ -321,10 +327,10 @@ def test_blocks_that_are_not_run_or_run_in_another_order():
             [f"{n}.linear"] for n in ("early.0", "early.1", "late.0", "late.1")
         ]
         stream = Stream(model, batches)
-        expected = stream.calls(0, groups[3])[0].input
+        expected = stream.calls(0, [groups[3]])[0][0].input
         stream.advance("late.1.linear")
         assert len(stream.finished) == 3
-        assert torch.equal(stream.calls(0, groups[3])[0].input, expected)
+        assert torch.equal(stream.calls(0, [groups[3]])[0][0].input, expected)
 
 
 def test_a_forward_of_an_instances_own_stays():
@@ -334,7 +340,7 @@ def test_a_forward_of_an_instances_own_stays():
     stream = Stream(model, [{"x": torch.randn(3, 8)}])
     with torch.no_grad():
         stream.advance("layers.2.0")
-        stream.calls(0, Group(["layers.2.0"], 1, added=False))
+        stream.calls(0, [Group(["layers.2.0"], 1, added=False)])
     assert vars(model.layers[0])["forward"] is own and "forward" not in vars(model.layers[1])
 
 
@@ -353,7 +359,10 @@ def test_runs_with_other_rows_do_not_match(tiny, sentences):
     short, long = ([dict(tiny.preprocess(sentences[:n]))] for n in (4, 5))
     group = trace(tiny, names_of(tiny), short[0])[0]
     with torch.no_grad():
-        assert _measure(Stream(tiny, short), Stream(tiny, long), group) is None
+        assert (
+            measure([Stream(tiny, short).calls(0, [group])[0]], Stream(tiny, long).inputs(group), long)
+            is None
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -25,23 +25,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritern_kernels import PackedTernary
-from tritern_kernels.formats import pack
+from tritern_kernels import PackedWeight
+from tritern_kernels.formats import LARGEST_CODE, pack
 
 from ..config import TernaryConfig
 from ..errors import TriternError
 from ..inputs import check_texts, many
-from ..modes import evaluating
+from ..modes import evaluating, quick_products
 from ..nn.embedding import embedding_of
-from ..nn.linear import TernaryLinear
+from ..nn.linear import TernaryLinear, linear_of
 from ..progress import bar
 from .codes import search
-from .stream import Batch, Group, Stream, trace
+from .store import Store
+from .stream import Batch, Call, Group, Stream, trace
 
 LEAST_TEXTS = 16
 """Fewer texts say too little about the inputs of a layer."""
 
-DAMPING, SCARCITY = 0.01, 0.3
+DAMPING, SCARCITY = 0.2, 0.3
 """Share of the inputs' mean square to add to the diagonal of H, and a further share per in_features / tokens.
 Directions that the texts hardly use then keep the original's weights.
 """
@@ -91,6 +92,7 @@ def calibrate(
     tables: Sequence[tuple[str, ...]],
     inputs: Sequence[Any],
     config: TernaryConfig,
+    store: Store | None = None,
 ) -> dict[str, TernaryLinear]:
     """Ternary layers fitted to the outputs of a model's linear layers. The model is not changed.
 
@@ -103,6 +105,7 @@ def calibrate(
         tables: all names of each ``nn.Embedding`` to be rounded; layers compensate that error, too.
         inputs: from ``checked``.
         config: its ``rule`` gives the scales by which the first codes are rounded.
+        store: takes each group of layers when it is fitted, and gives those of an earlier run.
 
     Returns:
         The layers by their first names.
@@ -110,38 +113,72 @@ def calibrate(
     Raises:
         TriternError: not a model that takes texts, or one that does not take these.
     """
-    batches = _batches(model, inputs)
-    student = copy.deepcopy(model).eval()
+    batches = batches_of(model, inputs)
+    student = copy_around(model)
     for names in tables:
         table = student.get_submodule(names[0])
         assert isinstance(table, nn.Embedding)
-        _put(student, names, embedding_of(config.embedding_bits).from_embedding(table))
+        put(student, names, embedding_of(config.embedding_bits).from_embedding(table))
     all_names = {names[0]: names for names in layers}
     fitted: dict[str, TernaryLinear] = {}
-    with evaluating(model):
+    with evaluating(model), quick_products():
         groups = trace(model, list(all_names), batches[0])
-        original, ternary = Stream(model, batches), Stream(student, batches)
-        for group in bar(groups, desc="Calibrating", unit="step", delay=2, leave=False):
-            original.advance(group.names[0])
-            ternary.advance(group.names[0])
-            # a shared layer's own first runs change the inputs of its later runs, so those are not fitted
-            moments = _measure(original, original if group.times > 1 else ternary, group)
-            if moments is None:
-                continue
-            for name in group.names:
-                layer = _fit(model.get_submodule(name), name, moments, config)
-                if layer is not None:
-                    fitted[name] = layer
-                    _put(student, all_names[name], layer)
+        original, ternary = Stream(model, batches), Stream(student.eval(), batches)
+        with bar(total=len(groups), desc="Calibrating", unit="step", delay=2, leave=False) as progress:
+            done = 0
+            for block in original.by_block(groups):
+                numbers, bits = range(done, done + len(block)), config.activation_bits
+                known = [None if store is None else store.layers(n, model, bits) for n in numbers]
+                if None in known:
+                    original.advance(block[0].names[0])
+                    ternary.advance(block[0].names[0])
+                    wanted = [_kept(original.calls(i, block), block) for i in range(len(batches))]
+                for i, group in enumerate(block):
+                    found = known[i]
+                    if found is None:
+                        targets = [calls[i] for calls in wanted]
+                        # a shared layer's first runs change the inputs of its later ones: they do not count
+                        given = targets if group.times > 1 else ternary.inputs(group)
+                        found = dict(fit(model, group, measure(targets, given, batches), all_names, config))
+                        if store is not None:
+                            store.keep(done, found)
+                    for name, layer in found.items():
+                        fitted[name] = layer
+                        put(student, all_names[name], layer)
+                    done += 1
+                    progress.update()
     return fitted
 
 
-def _put(model: nn.Module, names: Sequence[str], module: nn.Module) -> None:
+def copy_around(model: nn.Module) -> Any:
+    """A copy of the model with modules of its own around the same tensors."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+def _kept(calls: list[list[Call]], groups: Sequence[Group]) -> list[list[Call]]:
+    """What is needed of the original's runs, in half the memory: rounding to bf16 adds far less error than is
+    left. The inputs of layers that run once are those of the ternary model; only their shape counts.
+    """
+
+    def half(x: Tensor | None) -> Tensor | None:
+        return x.bfloat16() if x is not None and x.dtype == torch.float32 else x
+
+    for runs, group in zip(calls, groups):
+        for call in runs:
+            if group.times == 1:
+                call.input = call.input.to("meta")
+            call.outputs = {name: half(y) for name, y in call.outputs.items()}  # pyright: ignore
+            call.added = half(call.added)
+    return calls
+
+
+def put(model: nn.Module, names: Sequence[str], module: nn.Module) -> None:
+    """Put a module in the place of the one with these names."""
     for name in names:
         model.set_submodule(name, module)
 
 
-def _batches(model: Any, inputs: Sequence[Any], size: int = 32) -> list[Batch]:
+def batches_of(model: Any, inputs: Sequence[Any], size: int = 32) -> list[Batch]:
     """Preprocessed batches, the shortest first. The model's prompts, if any, are put before texts in turn."""
     if not hasattr(model, "preprocess"):
         raise TriternError(
@@ -175,30 +212,39 @@ class Moments:
     tokens: int
 
 
-def _measure(original: Stream, ternary: Stream, group: Group) -> Moments | None:
-    """Moments of a group's outputs in one stream and its inputs in the other; None if runs do not match."""
+def measure(
+    targets: Sequence[list[Call]], given: Iterable[list[Call]], batches: Sequence[Batch]
+) -> Moments | None:
+    """Moments of a group's wanted outputs and its inputs; None if runs do not match.
+
+    Args:
+        targets: the runs in the original, for each batch.
+        given: the runs in the model that the layers are fitted for, for each batch.
+        batches: the batches.
+    """
     found: Moments | None = None
-    for i, batch in enumerate(original.batches):
-        wanted, given = original.calls(i, group), ternary.calls(i, group)
-        if [c.input.shape for c in wanted] != [c.input.shape for c in given]:
+    for batch, wanted, runs in zip(batches, targets, given):
+        if [c.input.shape for c in wanted] != [c.input.shape for c in runs]:
             return None
-        for target, call in zip(wanted, given):
+        for target, call in zip(wanted, runs):
             weights = _token_weights(batch, call.input)
-            rows = call.input.reshape(len(weights), -1).float()
+            keep = weights > 0
+            weights = weights[keep]
+            rows = call.input.reshape(len(keep), -1)[keep].float()
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
             weighted = rows * weights[:, None]
+            added = None if target.added is None or call.added is None else target.added - call.added
             products: dict[str, Tensor] = {}
             for name, y in target.outputs.items():
-                y = y.float()
-                if target.added is not None and call.added is not None:
-                    y = y + (target.added.float() - call.added.float())
-                products[name] = (y.reshape(len(rows), -1).T @ weighted).double()
-            squares, tokens = (weighted.T @ rows).double(), int(weights.count_nonzero())
+                y = (y if added is None else y + added).reshape(len(keep), -1)[keep].float()
+                products[name] = (y.T @ weighted).double()
+            squares, tokens = (weighted.T @ rows).double(), len(rows)
             if found is None:
                 found = Moments(squares, products, tokens)
             else:
                 found.squares += squares
-                found.products = {name: found.products[name] + p for name, p in products.items()}
+                for name, product in products.items():
+                    found.products[name] += product
                 found.tokens += tokens
     return found
 
@@ -219,24 +265,58 @@ def _token_weights(batch: Batch, x: Tensor) -> Tensor:
     return torch.full((rows,), len(mask) / rows, dtype=torch.float32, device=x.device)
 
 
-def _fit(layer: Any, name: str, moments: Moments, config: TernaryConfig) -> TernaryLinear | None:
-    """The ternary layer for these moments; None if they say nothing."""
-    total, squares, product = moments.squares[-1, -1], moments.squares, moments.products[name]
+def fit(
+    model: nn.Module,
+    group: Group,
+    moments: Moments | None,
+    all_names: dict[str, tuple[str, ...]],
+    config: TernaryConfig,
+    quick: bool = False,
+) -> Iterator[tuple[str, TernaryLinear]]:
+    """The layers of a group, fitted to these moments, with their names; none if the moments say nothing.
+    ``quick``: as of ``search``.
+    """
+    if moments is None:
+        return
+    alike: dict[tuple[int, bool], list[str]] = {}
+    for name in group.names:
+        layer: Any = model.get_submodule(name)
+        alike.setdefault((config.bits_of(all_names[name]), layer.bias is not None), []).append(name)
+    for (bits, _), names in alike.items():
+        layers = [model.get_submodule(name) for name in names]
+        products = [moments.products[n] for n in names]
+        yield from zip(names, _fit_alike(layers, products, moments, bits, config, quick))
+
+
+def _fit_alike(
+    layers: list[Any], products: list[Tensor], moments: Moments, bits: int, config: TernaryConfig, quick: bool
+) -> list[TernaryLinear]:
+    """Layers with the same input, all with a bias or all without, fitted in one search."""
+    total, squares, product = moments.squares[-1, -1], moments.squares, torch.cat(products)
     mean, given = squares[-1, :-1] / total, product[:, -1] / total
     H, C = squares[:-1, :-1] / total, product[:, :-1] / total
-    if layer.bias is not None:
+    if layers[0].bias is not None:
         H, C = H - torch.outer(mean, mean), C - torch.outer(given, mean)
     damping = (DAMPING + SCARCITY * len(H) / max(moments.tokens, 1)) * H.diagonal().mean()
     if not (damping > 0 and torch.isfinite(H).all() and torch.isfinite(C).all()):
-        return None
+        return []
     H = H + damping * torch.eye(len(H), dtype=H.dtype, device=H.device)
-    C = C + damping * layer.weight.double()
-    start = TernaryLinear.from_linear(layer, rule=config.rule, activation_bits=config.activation_bits)
-    codes, scale = search(start.weight_scale, H, C)
-    bias = layer.bias
-    if bias is not None:
-        bias = nn.Parameter((given - scale * (codes.double() @ mean)).to(bias.dtype), bias.requires_grad)
-    if not (torch.isfinite(scale).all() and (bias is None or torch.isfinite(bias).all())):
-        return None
-    packed = PackedTernary(pack(codes.to(torch.int8)), scale, start.packed().shape)
-    return TernaryLinear.from_packed(packed, bias, activation_bits=config.activation_bits)
+    C = C + damping * torch.cat([layer.weight for layer in layers]).double()
+    kind = linear_of(bits)
+    starts = [kind.from_linear(layer, rule=config.rule) for layer in layers]
+    codes, scale = search(
+        torch.cat([start.weight_scale for start in starts]), H, C, LARGEST_CODE[bits], quick
+    )
+    bias = given - scale * (codes.double() @ mean)
+    if not (torch.isfinite(scale).all() and torch.isfinite(bias).all()):
+        return []
+    fitted, row = [], 0
+    for layer in layers:
+        rows = slice(row, row := row + layer.out_features)
+        own = layer.bias
+        if own is not None:
+            own = nn.Parameter(bias[rows].to(own.dtype), own.requires_grad)
+        shape = (layer.out_features, layer.in_features)
+        packed = PackedWeight(pack(codes[rows].to(torch.int8), bits), scale[rows].clone(), shape)
+        fitted.append(TernaryLinear.from_packed(packed, own, activation_bits=config.activation_bits))
+    return fitted

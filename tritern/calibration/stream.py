@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -95,20 +95,14 @@ class Stream:
         if len(set(ran)) == len(ran):  # in the order in which they run, and each once
             self.blocks = {name: known[name] for name in ran}
 
-    def run(self, i: int) -> None:
-        """One pass over batch ``i``, until a hook throws ``_Done``."""
-        before = [(block, vars(block).get("forward")) for block in self.finished]
-        try:
+    def run(self, i: int) -> Any:
+        """One pass over batch ``i`` and the model's output; None if a hook throws ``_Done`` before."""
+        with ExitStack() as stack:
             for block in self.finished:
-                block.forward = lambda *_, **__: _copy(self.kept[i])
-            self.model(dict(self.batches[i]))
-        except _Done:
-            pass
-        finally:
-            for block, forward in before:
-                vars(block).pop("forward", None)
-                if forward is not None:  # for example a hook of accelerate
-                    block.forward = forward
+                stack.enter_context(_own_forward(block, lambda *_, **__: _copy(self.kept[i])))
+            with suppress(_Done):
+                return self.model(dict(self.batches[i]))
+        return None
 
     def advance(self, layer: str) -> None:
         """Finish the blocks before the block with ``layer``."""
@@ -123,33 +117,71 @@ class Stream:
         if not _equal(self._output(0, blocks[here]), expected):
             self.blocks, self.finished = {}, []
 
-    def calls(self, i: int, group: Group) -> list[Call]:
-        """The runs of a group of layers in one pass over batch ``i``."""
-        found: list[Call] = []
+    def by_block(self, groups: Sequence[Group]) -> list[list[Group]]:
+        """The groups, those of one block together; each alone where blocks do not form a chain."""
+        found: list[list[Group]] = []
+        last = ""
+        for group in groups:
+            block = next((n for n in self.blocks if group.names[0].startswith(f"{n}.")), "")
+            if block and block == last:
+                found[-1].append(group)
+            else:
+                found.append([group])
+            last = block
+        return found
 
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            found.append(Call(_input_of(args, kwargs)))
+    def inputs(self, group: Group) -> Iterator[list[Call]]:
+        """The runs of a group for each batch, without outputs."""
+        return (self.calls(i, [group], inputs_alone=True)[0] for i in range(len(self.batches)))
 
-        def leave(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-            found[-1].outputs[name] = output
+    def calls(self, i: int, groups: Sequence[Group], inputs_alone: bool = False) -> list[list[Call]]:
+        """The runs of each of these groups of layers in one pass over batch ``i``, which ends with the last.
+
+        With ``inputs_alone`` no layer's output is kept, and layers that a residual stream is added to are not
+        computed: they give zeros.
+        """
+        found: list[list[Call]] = [[] for _ in groups]
+        open_groups = set(range(len(groups)))
+
+        def ended(number: int) -> None:
+            open_groups.discard(number)
+            if not open_groups:
+                raise _Done
+
+        def enter(number: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+            group, calls = groups[number], found[number]
+            calls.append(Call(_input_of(args, kwargs)))
+            if inputs_alone and not group.added and len(calls) == group.times:
+                ended(number)
+
+        def leave(number: int, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+            group, calls = groups[number], found[number]
+            if not inputs_alone:
+                calls[-1].outputs[name] = output
             if group.added:
                 additions.watch(output)
-            elif len(found) == group.times and len(found[-1].outputs) == len(group.names):
-                raise _Done
+                watched[output.data_ptr()] = number
+            elif len(calls) == group.times and len(calls[-1].outputs) == len(group.names):
+                ended(number)
 
         def seen(output: Tensor, other: Tensor) -> None:
-            found[-1].added = other
-            if len(found) == group.times:
-                raise _Done
+            number = watched[output.data_ptr()]
+            found[number][-1].added = other
+            if len(found[number]) == groups[number].times:
+                ended(number)
 
-        additions = _Additions(seen)
+        additions, watched = _Additions(seen), {}
         with ExitStack() as stack:
-            first = self.model.get_submodule(group.names[0])
-            stack.callback(first.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            for name in group.names:
-                hook = self.model.get_submodule(name).register_forward_hook(partial(leave, name))
+            for number, group in enumerate(groups):
+                first = self.model.get_submodule(group.names[0])
+                hook = first.register_forward_pre_hook(partial(enter, number), with_kwargs=True)
                 stack.callback(hook.remove)
-            if group.added:
+                for name in group.names:
+                    layer: Any = self.model.get_submodule(name)
+                    if inputs_alone and group.added:
+                        stack.enter_context(_own_forward(layer, partial(_zeros, layer)))
+                    stack.callback(layer.register_forward_hook(partial(leave, number, name)).remove)
+            if any(group.added for group in groups):
                 stack.enter_context(additions)
             self.run(i)
         return found
@@ -194,6 +226,23 @@ class _Additions(TorchDispatchMode):
                         self.seen(known, other.clone())  # add_ may be about to change it
                         break
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another ``forward`` for one module while the context lasts."""
+    before = vars(module).get("forward")  # for example a hook of accelerate
+    module.forward = forward
+    try:
+        yield
+    finally:
+        vars(module).pop("forward", None)
+        if before is not None:
+            module.forward = before
+
+
+def _zeros(layer: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002, nn.Linear's name
+    return input.new_zeros((*input.shape[:-1], layer.out_features))
 
 
 def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

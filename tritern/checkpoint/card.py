@@ -28,6 +28,16 @@ def kind_of(model: Any) -> str:
     return next(kinds, "SentenceTransformer")
 
 
+def _weights(two: int, four: int, rule: str) -> str:
+    """The model card's words for so many layers of two and of four bits."""
+    row = "one scale per output row"
+    ternary = f"hold weights in {{-1, 0, +1}}, two bits each, {row}\n(rule `{rule}`)"
+    wide = f"hold weights from -7 to 7, four bits each, {row}"
+    if not four:
+        return f"{two} linear layers {ternary}"
+    return f"{two} linear layers {ternary};\n{four} {wide}" if two else f"{four} linear layers {wide}"
+
+
 def model_card(model: Any, config: Any, calibrated_on: int = 0, tables_alone: bool = False) -> str:
     """README.md of a sentence-transformers model that was patched and not trained.
 
@@ -37,7 +47,8 @@ def model_card(model: Any, config: Any, calibrated_on: int = 0, tables_alone: bo
         calibrated_on: number of texts that the weights were fitted to.
         tables_alone: the model was ternary before; only its embedding tables changed.
     """
-    layers = sum(isinstance(m, TernaryLinear) for m in model.modules())
+    found = [m.weight_bits for m in model.modules() if isinstance(m, TernaryLinear)]
+    layers, wide = found.count(2), found.count(4)
     tables = next((m.bits for m in model.modules() if isinstance(m, QuantizedEmbedding)), 16)
     data = model.model_card_data
     base = data.base_model or data.model_id or "a sentence-transformers model"
@@ -54,8 +65,8 @@ tags: [sentence-transformers, tritern, ternary]
 
 # Ternary version of {base}
 
-{layers} linear layers hold weights in {{-1, 0, +1}}, two bits each, one scale per output row
-(rule `{config.rule}`); activations are {"int8 per token" if config.activation_bits == 8 else "16-bit"},
+{_weights(layers, wide, config.rule)};
+activations are {"int8 per token" if config.activation_bits == 8 else "16-bit"},
 word embeddings {"not rounded" if tables == 16 else ROUNDED_TABLES[tables]}.
 {made}
 Scores published for the original do not hold for this model.

@@ -13,7 +13,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 
 from tritern_kernels.devices import unsupported
-from tritern_kernels.formats import check_codes, check_scale
+from tritern_kernels.formats import check_codes, check_scale, packed_width
 
 from ..config import TernaryConfig
 from ..conversion import convert
@@ -21,7 +21,7 @@ from ..engine import encoder
 from ..engine.fused import fuse_what_fits
 from ..errors import CheckpointError, TriternError
 from ..nn.embedding import Int4Embedding, QuantizedEmbedding, embedding_of, multiplier
-from ..nn.linear import TernaryLinear
+from ..nn.linear import TernaryLinear, linear_of
 from ..nn.replace import is_ternary, replace_by_plain
 from .card import model_card
 from .digest import DIGEST_KEY, digest, verify, verify_files
@@ -76,13 +76,14 @@ class TernaryHfQuantizer(HfQuantizer):
         settings = self.quantization_config
         assert isinstance(settings, TernaryQuantizationConfig)
         names_now = _names_now(model, [*settings.modules, *settings.embeddings])
+        int4 = set(settings.int4_modules)
         for name in settings.modules:
             old = _submodule(model, names_now[name])
             if type(old) is not nn.Linear:  # a subclass may compute something else
                 raise CheckpointError(
                     f"config.json names the ternary layer {name!r}, but the model has no nn.Linear there"
                 )
-            new = TernaryLinear(
+            new = linear_of(4 if name in int4 else 2)(
                 old.in_features, old.out_features, old.bias is not None,
                 activation_bits=settings.activation_bits, norm_eps=settings.norms.get(name), device="meta",
                 dtype=old.weight.dtype,
@@ -262,8 +263,10 @@ def _described(model: PreTrainedModel, made_by: Any = None) -> TernaryQuantizati
             f"embedding tables of a model that is saved must have the same bits; they are {tables}"
         )
     table_bits = next(iter(tables.values()), 16)
-    names = [n for n, _ in layers]
-    return TernaryQuantizationConfig(names, bits, made_by.rule, made_by.skip, list(tables), table_bits, norms)
+    names, int4 = [n for n, _ in layers], [n for n, m in layers if m.weight_bits == 4]
+    return TernaryQuantizationConfig(
+        names, bits, made_by.rule, made_by.skip, list(tables), table_bits, norms, int4
+    )
 
 
 def _check_loaded(name: str, layer: TernaryLinear | QuantizedEmbedding) -> None:
@@ -280,8 +283,15 @@ def _check_loaded(name: str, layer: TernaryLinear | QuantizedEmbedding) -> None:
         return  # offloaded by accelerate
     try:
         if isinstance(layer, TernaryLinear):
-            for part in _parts(layer.packed().packed):
-                check_codes(part)
+            packed = layer.packed()
+            if packed.bits != layer.weight_bits:
+                wanted = [layer.out_features, packed_width(layer.in_features, layer.weight_bits)]
+                received = list(layer.weight.shape)
+                raise ValueError(
+                    f"weight must have shape {wanted} in {layer.weight_bits} bits; received {received}"
+                )
+            for part in _parts(packed.packed):
+                check_codes(part, packed.bits)
         elif layer.weight.dtype != (wanted := torch.uint8 if layer.bits == 4 else torch.int8):
             raise TypeError(f"the table must be {wanted}; received {layer.weight.dtype}")
         signed = isinstance(layer, Int4Embedding)

@@ -25,6 +25,7 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         embeddings: names of the rounded embedding tables.
         embedding_bits: bits of their values, 8 or 4; 16 if there are none. Older models have 8 and no entry.
         norms: the eps of the RMSNorm of each ternary layer that has one, by the layer's name.
+        int4_modules: names of those of ``modules`` whose weights have 4 bits.
         format_version: of the packed layout; a newer one is refused.
 
     Raises:
@@ -40,6 +41,7 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         embeddings: list[str] | None = None,
         embedding_bits: int = 8,
         norms: dict[str, float] | None = None,
+        int4_modules: list[str] | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
@@ -66,4 +68,5 @@ class TernaryQuantizationConfig(QuantizationConfigMixin):
         self.embeddings = list(embeddings or [])
         self.embedding_bits = embedding_bits
         self.norms = dict(norms or {})
+        self.int4_modules = list(int4_modules or [])
         self.format_version = format_version

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tritern_kernels import PackedTernary, ternarize_weight
+from tritern_kernels import PackedWeight, ternarize_weight
 from tritern_kernels.reference import Rule
 from tritern_kernels.training import Codes, blended_weight, ternarize_given, ternary_linear, transpose
 
@@ -106,7 +106,7 @@ class TrainableTernaryLinear(nn.Module):
         """
         if not torch.isfinite(self.weight).all() or not torch.isfinite(self.weight_scale).all():
             raise TriternError("latent weights hold NaN or infinity; go back to an earlier checkpoint")
-        packed = PackedTernary(
+        packed = PackedWeight(
             self.refresh().packed, self.weight_scale.detach(), (self.out_features, self.in_features)
         )
         layer = TernaryLinear.from_packed(packed, self.bias, activation_bits=self.activation_bits)

@@ -43,6 +43,8 @@ def make_trainable(
     Raises:
         TriternError: as ``patch``.
     """
+    if config.weight_bits != 2:
+        raise TriternError(f"training makes two-bit weights; received weight_bits={config.weight_bits!r}")
     linears, tables = selected(model, config)
     first: dict[int, TrainableTernaryLinear] = {}
     for choice in linears:
@@ -77,6 +79,10 @@ def reopen(model: nn.Module, latent: float) -> tuple[TernaryConfig, dict[str, Te
     """
     named = dict(model.named_modules(remove_duplicate=False))
     layers = {name: m for name, m in named.items() if isinstance(m, TernaryLinear)}
+    if wide := [name for name, m in layers.items() if m.weight_bits != 2]:
+        raise TriternError(
+            f"only two-bit weights can be trained on; {wide[0]} and {len(wide) - 1} more have 4 bits"
+        )
     tables = {name: m.bits for name, m in named.items() if isinstance(m, QuantizedEmbedding)}
     names = {*layers, *tables}
     bits, table_bits = {m.activation_bits for m in layers.values()}, set(tables.values())

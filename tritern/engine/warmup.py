@@ -55,7 +55,9 @@ def warmup(
         if isinstance(layer, TernaryLinear) and layer.weight.is_cuda:
             bias = None if layer.bias is None else layer.bias.dtype
             size = layer.out_features, layer.in_features
-            kinds.setdefault((*size, bias, layer.activation_bits, layer.weight.device), layer)
+            kinds.setdefault(
+                (*size, bias, layer.activation_bits, layer.weight_bits, layer.weight.device), layer
+            )
     blocks: dict[tuple, Fused] = {}  # the first of each kind: another block follows it
     for block in fused_blocks(model):
         if (kind := kind_of(block))[1].type == "cuda":

@@ -14,7 +14,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from tritern_kernels import PackedTernary, ternarize_weight
+from tritern_kernels import PackedWeight, ternarize_weight
 from tritern_kernels.formats import pack
 
 from ..errors import CheckpointError
@@ -125,7 +125,7 @@ class StoredLinear(nn.Module):
         if self.settings.online:
             packed = ternarize_weight(self.weight.detach(), "absmean")
         else:
-            packed = PackedTernary(pack(self._codes()), self._scale(), self.shape)
+            packed = PackedWeight(pack(self._codes()), self._scale(), self.shape)
         norm = getattr(self, self.settings.norm_name, None)
         return TernaryLinear.from_packed(packed, self.bias, norm=norm).train(self.training)
 

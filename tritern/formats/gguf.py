@@ -186,7 +186,7 @@ def _ternary(gguf: ModuleType, name: str, layer: TernaryLinear) -> tuple[np.ndar
     codes = layer.packed().codes().cpu().numpy()
     scale = _half(f"{name}.weight_scale", layer.weight_scale)[:, None]
     values = codes * scale.astype(np.float32)
-    if K % 256 == 0:
+    if K % 256 == 0 and layer.weight_bits == 2:
         return gguf.quants.quantize(values, types.TQ2_0), types.TQ2_0
     if K % 32 == 0:  # the gguf library's own Q4_0 scales keep only one sign exact
         nibbles = (codes + 8).astype(np.uint8).reshape(len(codes), K // 32, 2, 16)

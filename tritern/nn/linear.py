@@ -1,16 +1,16 @@
-"""``TernaryLinear``: a drop-in for ``nn.Linear`` with two-bit weights."""
+"""``TernaryLinear``: a drop-in for ``nn.Linear`` with two-bit weights; ``Int4Linear``: with four bits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tritern_kernels import PackedTernary, padded_k, ternarize_weight
-from tritern_kernels.formats import check_shape
+from tritern_kernels import PackedWeight, round_to_int4, ternarize_weight
+from tritern_kernels.formats import check_shape, packed_width
 from tritern_kernels.internals import recorded
 from tritern_kernels.ops import FLOATS, linear_unchecked
 from tritern_kernels.reference import Rule
@@ -69,13 +69,14 @@ class TernaryLinear(nn.Module):
     exactly in int32; 16 uses the activations as they are. ``tritern_kernels.linear`` has the details.
 
     Attributes:
-        weight: buffer, uint8 [out_features, padded_k(in_features) / 4], the packed codes.
+        weight_bits: class attribute, bits of a code: 2.
+        weight: buffer, uint8 [out_features, padded_k(in_features) * weight_bits / 8], the packed codes.
         weight_scale: buffer, float32 [out_features]; stays float32 when the module is cast.
         bias: parameter [out_features] or None.
         norm: an ``RMSNorm`` applied to x before quantization, or None.
 
     Args:
-        in_features: K, from 1 to ``tritern_kernels.MAX_K``.
+        in_features: K, from 1 to ``tritern_kernels.max_k(weight_bits)``.
         out_features: N.
         bias: whether there is a bias.
         activation_bits: 8 or 16.
@@ -87,6 +88,7 @@ class TernaryLinear(nn.Module):
         TriternError: an argument out of its range.
     """
 
+    weight_bits: ClassVar[int] = 2
     weight: Tensor
     weight_scale: Tensor
 
@@ -105,13 +107,13 @@ class TernaryLinear(nn.Module):
         in_features = whole_number(in_features, "in_features", 1)
         out_features = whole_number(out_features, "out_features", 1)
         try:
-            check_shape(out_features, in_features)
+            check_shape(out_features, in_features, self.weight_bits)
         except ValueError as error:
             raise TriternError(str(error)) from None
         self.in_features = in_features
         self.out_features = out_features
         self.activation_bits = bits(activation_bits, "activation_bits")
-        packed_shape = (out_features, padded_k(in_features) // 4)
+        packed_shape = (out_features, packed_width(in_features, self.weight_bits))
         self.register_buffer("weight", torch.zeros(packed_shape, dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float32, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
@@ -119,8 +121,8 @@ class TernaryLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, rule: Rule = "mse", activation_bits: int = 8) -> TernaryLinear:
-        """Ternarize a linear layer; ``rule`` as in ``TernaryConfig``. The bias parameter is shared, not
-        copied.
+        """Round a linear layer; ``rule`` as in ``TernaryConfig`` (4 bits have one rule). The bias parameter
+        is shared, not copied.
 
         Raises:
             TriternError: not an ``nn.Linear``; weights on the meta device, of another dtype, or with NaN or
@@ -131,40 +133,46 @@ class TernaryLinear(nn.Module):
         if linear.weight.is_meta:
             raise TriternError("the layer's weights are on the meta device; load them before ternarizing")
         try:
-            packed = ternarize_weight(linear.weight, rule)
+            packed = cls._round(linear.weight, rule)
         except (TypeError, ValueError) as error:
             raise TriternError(str(error)) from None
         return cls.from_packed(packed, linear.bias, activation_bits=activation_bits).train(linear.training)
 
+    @staticmethod
+    def _round(weight: Tensor, rule: Rule) -> PackedWeight:
+        return ternarize_weight(weight, rule)
+
     @classmethod
     def from_packed(
         cls,
-        packed: PackedTernary,
+        packed: PackedWeight,
         bias: nn.Parameter | None = None,
         *,
         activation_bits: int = 8,
         norm: RMSNorm | None = None,
     ) -> TernaryLinear:
-        """A layer around packed weights; tensors and the norm are shared, not copied."""
+        """A layer around packed weights, of the class for their bits; tensors and the norm are shared, not
+        copied.
+        """
         N, K = packed.shape
-        layer = cls(K, N, bias=False, activation_bits=activation_bits, device="meta")
+        layer = linear_of(packed.bits)(K, N, bias=False, activation_bits=activation_bits, device="meta")
         layer.weight, layer.weight_scale, layer.bias = packed.packed, packed.scale, bias
         layer.norm = norm
         return layer
 
-    def packed(self) -> PackedTernary:
+    def packed(self) -> PackedWeight:
         """The weights with their shape; shares this layer's tensors."""
-        return PackedTernary(self.weight, self.weight_scale, (self.out_features, self.in_features))
+        return PackedWeight(self.weight, self.weight_scale, (self.out_features, self.in_features))
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """The ``nn.Linear`` with the same ternary weights in ``dtype``; its parameters can be trained.
+        """The ``nn.Linear`` with the same rounded weights in ``dtype``; its parameters can be trained.
 
         Raises:
             TriternError: the layer has a norm; an ``nn.Linear`` cannot hold one.
         """
         if self.norm is not None:
             raise TriternError(
-                "a TernaryLinear with an RMSNorm cannot be written as an nn.Linear; "
+                f"a {type(self).__name__} with an RMSNorm cannot be written as an nn.Linear; "
                 "use `layer.norm` and `layer.packed().dequantize()` one after the other"
             )
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
@@ -209,9 +217,9 @@ class TernaryLinear(nn.Module):
         """Refuse True: packed codes have no gradient."""
         if requires_grad:
             raise TriternError(
-                "the codes of a TernaryLinear are constants and cannot be trained. Train `layer.to_linear()` "
-                "and ternarize it again with TernaryLinear.from_linear(); the bias alone trains with "
-                "`layer.bias.requires_grad_()`."
+                f"the codes of a {type(self).__name__} are constants and cannot be trained. Train "
+                f"`layer.to_linear()` and round it again with {type(self).__name__}.from_linear(); the bias "
+                "alone trains with `layer.bias.requires_grad_()`."
             )
         return super().requires_grad_(False)
 
@@ -240,3 +248,22 @@ class TernaryLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+class Int4Linear(TernaryLinear):
+    """A ``TernaryLinear`` with codes from -7 to 7 in four bits, for layers that lose too much in two.
+
+    Everything else is the same: one scale per output row, the same int8 activations, exact int32 sums, the
+    same arguments, attributes and errors. ``reference.round_int4`` says how weights are rounded.
+    """
+
+    weight_bits = 4
+
+    @staticmethod
+    def _round(weight: Tensor, rule: Rule) -> PackedWeight:
+        return round_to_int4(weight)
+
+
+def linear_of(bits: int) -> type[TernaryLinear]:
+    """The class of layers with weights of 2 or 4 bits."""
+    return Int4Linear if bits == 4 else TernaryLinear

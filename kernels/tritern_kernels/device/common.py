@@ -7,8 +7,19 @@ import triton.language as tl
 
 
 @triton.jit
-def unpack8(w, ASM: tl.constexpr):
-    """uint8 [BN, BYTES] -> int8 [BN, 4 * BYTES] of 64 * code: atom by atom, slab by slab."""
+def unpack8(w, BITS: tl.constexpr, ASM: tl.constexpr):
+    """uint8 [BN, BYTES] -> int8 [BN, BYTES * 8 / BITS]: atom by atom, slab by slab. The values are 64 * code
+    for 2 bits and 16 * code for 4.
+    """
+    if BITS == 4:
+        codes = _unpack8_int4(w, ASM)
+    else:
+        codes = _unpack8_ternary(w, ASM)
+    return codes
+
+
+@triton.jit
+def _unpack8_ternary(w, ASM: tl.constexpr):
     if ASM:
         w0, w1, w2, w3 = tl.inline_asm_elementwise(
             """{ .reg .b32 t0, t1, t2;
@@ -32,10 +43,38 @@ def unpack8(w, ASM: tl.constexpr):
 
 
 @triton.jit
-def unpack16(w, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """uint16 [BN, WORDS] -> fp16 or bf16 [BN, 8 * WORDS] of 2.0 * code: 0x4000 is 2.0 and 0xC000 is -2.0 in
-    both.
+def _unpack8_int4(w, ASM: tl.constexpr):
+    if ASM:
+        w0, w1 = tl.inline_asm_elementwise(
+            """{ .reg .b32 t0;
+            shl.b32 t0, $2, 4; and.b32 $0, t0, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0; }""",
+            "=&r,=&r,r",
+            [w],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        w0 = ((w << 4) & 0xF0).to(tl.uint8).to(tl.int8, bitcast=True)
+        w1 = (w & 0xF0).to(tl.uint8).to(tl.int8, bitcast=True)
+    c = tl.reshape(tl.join(w0, w1), (w.shape[0], w.shape[1] // 64, 64, 2))
+    return tl.reshape(tl.permute(c, (0, 1, 3, 2)), (w.shape[0], w.shape[1] * 2))
+
+
+@triton.jit
+def unpack16(w, DTYPE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """uint16 [BN, WORDS] -> fp16 or bf16 [BN, WORDS * 16 / BITS] in natural order. The values are 2.0 * code
+    for 2 bits (0x4000 is 2.0 and 0xC000 is -2.0 in both dtypes), and the codes for 4.
     """
+    if BITS == 4:
+        codes = _unpack16_int4(w, DTYPE, ASM)
+    else:
+        codes = _unpack16_ternary(w, DTYPE, ASM)
+    return codes
+
+
+@triton.jit
+def _unpack16_ternary(w, DTYPE: tl.constexpr, ASM: tl.constexpr):
     if ASM:
         w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
             """{ .reg .b32 t0, t1, t2, t3, t4, t5, t6;
@@ -63,6 +102,41 @@ def unpack16(w, DTYPE: tl.constexpr, ASM: tl.constexpr):
     c = tl.reshape(c, (c.shape[0], c.shape[1] // 16, 16, 2, 2, 2))  # [BN, atom, word, slab bits 2, 1, 0]
     c = tl.reshape(tl.permute(c, (0, 1, 3, 4, 5, 2)), (c.shape[0], c.shape[1] * 128))
     return c.to(DTYPE, bitcast=True)
+
+
+_NIBBLES = """{ .reg .b32 t0, t1, t2;
+shr.b32 t0, $4, 4; shr.b32 t1, $4, 8; shr.b32 t2, $4, 12;
+lop3.b32 $0, $4, 0x000F000F, BASE, 0x6A; lop3.b32 $1, t0, 0x000F000F, BASE, 0x6A;
+lop3.b32 $2, t1, 0x000F000F, BASE, 0x6A; lop3.b32 $3, t2, 0x000F000F, BASE, 0x6A; }"""  # (w & F) ^ BASE
+_NIBBLES_FP16 = tl.constexpr(_NIBBLES.replace("BASE", "0x64086408"))
+_NIBBLES_BF16 = tl.constexpr(_NIBBLES.replace("BASE", "0x43084308"))
+
+
+@triton.jit
+def _unpack16_int4(w, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """A nibble with its top bit flipped is code + 8. Below the bits of 1024 (fp16) or 128 (bf16) it makes the
+    number 1024 + 8 + code or 128 + 8 + code; one subtraction is left.
+    """
+    BASE: tl.constexpr = 0x6408 if DTYPE == tl.float16 else 0x4308
+    OFFSET: tl.constexpr = -1032.0 if DTYPE == tl.float16 else -136.0
+    if ASM:
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            _NIBBLES_FP16 if DTYPE == tl.float16 else _NIBBLES_BF16,
+            "=&r,=&r,=&r,=&r,r",
+            [w],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        w0 = ((w & 0xF) ^ BASE).to(tl.int16)
+        w1 = (((w >> 4) & 0xF) ^ BASE).to(tl.int16)
+        w2 = (((w >> 8) & 0xF) ^ BASE).to(tl.int16)
+        w3 = (((w >> 12) & 0xF) ^ BASE).to(tl.int16)
+    c = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BN, WORDS, high, low], nibble = 2 * high + low
+    c = tl.reshape(c, (w.shape[0], w.shape[1] // 32, 32, 2, 2))
+    c = tl.reshape(tl.permute(c, (0, 1, 3, 4, 2)), (w.shape[0], w.shape[1] * 4))
+    return c.to(DTYPE, bitcast=True) + tl.full((), OFFSET, DTYPE)
 
 
 @triton.jit

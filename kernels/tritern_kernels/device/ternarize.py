@@ -85,18 +85,21 @@ def ternarize_kernel(
 
 
 @triton.jit
-def expand_kernel(packed_ptr, scale_ptr, out_ptr, K, stride_p, ATOMS: tl.constexpr):
+def expand_kernel(packed_ptr, scale_ptr, out_ptr, K, stride_p, ATOMS: tl.constexpr, BITS: tl.constexpr):
     """ATOMS atoms of one row: scale * code, in natural order."""
     row = tl.program_id(0).to(tl.int64)
     atom = tl.program_id(1) * ATOMS + tl.arange(0, ATOMS)
     inside = atom * 128 < K
     byte = tl.load(
-        packed_ptr + row * stride_p + atom[:, None] * 32 + tl.arange(0, 32)[None, :],
+        packed_ptr + row * stride_p + atom[:, None] * (16 * BITS) + tl.arange(0, 16 * BITS)[None, :],
         mask=inside[:, None],
         other=0,
     ).to(tl.int32)
-    codes = (byte[:, :, None] << (30 - 2 * tl.arange(0, 4))[None, None, :]) >> 30
-    codes = tl.permute(tl.reshape(codes, (ATOMS, 16, 2, 4)), (0, 2, 3, 1))  # [atom, h, j, w]: see formats
+    SLABS: tl.constexpr = 8 // BITS
+    shifts = 32 - BITS - BITS * tl.arange(0, SLABS)
+    codes = (byte[:, :, None] << shifts[None, None, :]) >> (32 - BITS)
+    codes = tl.reshape(codes, (ATOMS, 4 // SLABS, 16, 2, SLABS))  # see formats
+    codes = tl.permute(codes, (0, 3, 4, 1, 2))  # [atom, h, slab, 32 bytes, w]
     value = tl.reshape(codes, (ATOMS * 128,)).to(tl.float32) * tl.load(scale_ptr + row)
     k = tl.program_id(1) * (ATOMS * 128) + tl.arange(0, ATOMS * 128)
     tl.store(out_ptr + row * K + k, value.to(out_ptr.dtype.element_ty), mask=k < K)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tritern_kernels.internals import changed, recorded
 
-from ...nn.linear import TernaryLinear
+from ...nn.linear import Int4Linear, TernaryLinear
 from ..extended import Extended
 
 Tensors = tuple[Tensor, ...]
@@ -21,6 +21,7 @@ Weights = tuple[Tensor, Tensor, Tensor | None]
 Int8 = tuple[Tensor, Tensor]
 """Activations between kernels: int8 in packed order, and scales."""
 Layers = tuple[TernaryLinear, ...]
+KINDS = (TernaryLinear, Int4Linear)
 LONGEST_ROW = 8192
 """Most hidden features of a fused block: a row of them fits into a GPU's registers."""
 _merging = threading.Lock()
@@ -49,8 +50,8 @@ class Parts(NamedTuple):
         """Whether the kernels take all layers, and the layers of each group are alike."""
         layers = self.layers
         return (
-            all(type(x) is TernaryLinear and x.activation_bits == 8 and x.norm is None for x in layers)
-            and all(len({x.bias is None for x in group}) == 1 for group in self.groups)
+            all(type(x) in KINDS and x.activation_bits == 8 and x.norm is None for x in layers)
+            and all(len({(type(x), x.bias is None) for x in group}) == 1 for group in self.groups)
             and len({x.weight.device for x in layers}) == 1
         )
 
