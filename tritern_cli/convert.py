@@ -23,12 +23,13 @@ EXAMPLES = """**Examples**
 
     tritern convert all-MiniLM-L6-v2 minilm-ternary
     tritern convert BAAI/bge-base-en-v1.5 bge-ternary --calibrate texts.txt
+    tritern convert BAAI/bge-base-en-v1.5 bge-ternary --calibrate texts.txt --bits 2.5
     tritern convert minilm-ternary minilm-dense --format dense
     tritern convert BAAI/bge-base-en-v1.5 bge.gguf --format gguf --skip "*.layer.0.*"
 
 The loss of quality depends on the model: measure it with `tritern eval`, regain it with `tritern distill`."""
 
-SAMPLE = 256
+SAMPLE = 1024
 """Default of --calibrate-texts."""
 
 
@@ -42,6 +43,15 @@ def convert(
     embedding_bits: Annotated[
         Literal[4, 8, 16] | None,
         typer.Option(help="Word embeddings: 8 (int8, the default), 4 (4 bits) or 16 (unchanged)."),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            min=2,
+            max=4,
+            help="Bits of a weight: 2 (ternary, the default) or 4. Between them, with --calibrate: an average; "
+            "layers that lose most get 4.",
+        ),
     ] = None,
     skip: Skip = None,
     calibrate: Annotated[
@@ -70,6 +80,8 @@ def convert(
     """
     if not calibrate and (column or calibrate_texts):
         raise typer.BadParameter("--column and --calibrate-texts say how to read the file of --calibrate")
+    if bits not in (None, 2, 4) and not calibrate:
+        raise typer.BadParameter("--bits between 2 and 4 goes with --calibrate: texts show what layers lose")
     _check_output(output, format, force)
     texts = loading.sample(calibrate, SAMPLE, first=calibrate_texts, column=column) if calibrate else None
     loaded = loading.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -78,8 +90,10 @@ def convert(
     from tritern.nn.replace import is_ternary
 
     settings = dict(rule=rule, activation_bits=activation_bits, embedding_bits=embedding_bits, skip=skip)
+    if bits is not None:
+        settings |= {"weight_bits": int(bits)} if bits in (2, 4) else {"bits": bits}
     settings = {name: value for name, value in {**settings, "calibration_texts": texts}.items() if value}
-    preview = not is_ternary(loaded) and not texts
+    preview = not is_ternary(loaded) and not texts and bits != 4
     if not is_ternary(loaded):
         with _without_warnings("tritern.patch"):  # the last line says the same
             tritern.patch(loaded, **settings)

@@ -55,9 +55,23 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration-texts",
         type=int,
-        default=512,
+        default=1024,
         metavar="N",
-        help="from the head of FILE; 30 %% of them are several lines joined (default: 512)",
+        help="from the head of FILE; 30 %% of them are several lines joined (default: 1024)",
+    )
+    parser.add_argument(
+        "--calibration-folder",
+        type=Path,
+        metavar="DIR",
+        help="keep calibrations here; a later run with the same texts and settings takes them",
+    )
+    parser.add_argument(
+        "--bits",
+        nargs="+",
+        type=float,
+        default=[2.0],
+        metavar="B",
+        help="bits of a weight in patched and calibrated models: 2, 4, or calibrated between (default: 2)",
     )
     parser.add_argument(
         "--embedding-bits", type=int, default=8, choices=(4, 8, 16), help="of patched models (default: 8)"

@@ -4,6 +4,7 @@
     python benchmarks/quality/scores.py --mteb STSBenchmark SciFact   tasks of the mteb package, from the hub
 
 Rows: the teacher, 'patched, RULE' for each of --rules (no training), with --calibrate 'calibrated, RULE' too,
+both with ', B bits' for each of --bits but 2;
 'rounded, FORMAT' for each of --rounded, and each saved model named by --ternary.
 Columns, all x 100: Spearman's correlation on STS sets, nDCG@10 with graded gains on retrieval sets, accuracy
 of a logistic regression on classification sets, v-measure of k-means on clustering sets; then the mean of
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -87,6 +89,7 @@ class Arm:
     rule: str | None = None
     calibrated: bool = False
     rounded: str | None = None
+    bits: float = 2
 
 
 def load_model(arm: Arm, options: argparse.Namespace, texts: Sequence[str] | None) -> tuple[Any, int]:
@@ -97,8 +100,14 @@ def load_model(arm: Arm, options: argparse.Namespace, texts: Sequence[str] | Non
 
     model, bits = SentenceTransformer(arm.path, device=options.device), options.activation_bits
     if arm.rule:
-        settings = {"rule": arm.rule, "activation_bits": bits, "embedding_bits": options.embedding_bits}
-        tritern.patch(model, calibration_texts=texts if arm.calibrated else None, **settings)
+        settings: dict[str, Any] = {"rule": arm.rule, "activation_bits": bits}
+        settings["embedding_bits"] = options.embedding_bits
+        settings |= {"weight_bits": int(arm.bits)} if arm.bits in (2, 4) else {"bits": arm.bits}
+        if arm.calibrated:
+            settings["calibration_texts"] = texts
+            if options.calibration_folder:
+                settings["calibration_folder"] = options.calibration_folder / f"{arm.rule}-{arm.bits:g}"
+        tritern.patch(model, **settings)
     size = round_weights(model, arm.rounded) if arm.rounded else weight_bytes(model)
     for module in model.modules():
         if bits and isinstance(module, tritern.TernaryLinear):
@@ -183,9 +192,16 @@ def main() -> None:
     if options.mteb:
         os.environ.setdefault("HF_HUB_OFFLINE", "0")  # which the packaged model would set to 1
     teacher = options.model or packaged_model()
-    rows = [("teacher", Arm(teacher))] + [(f"patched, {r}", Arm(teacher, r)) for r in options.rules]
-    if options.calibrate:
-        rows += [(f"calibrated, {r}", Arm(teacher, r, calibrated=True)) for r in options.rules]
+    rows = [("teacher", Arm(teacher))]
+    for bits in options.bits:
+        more = "" if bits == 2 else f", {bits:g} bits"
+        if bits in (2, 4):
+            rows += [(f"patched, {r}{more}", Arm(teacher, r, bits=bits)) for r in options.rules]
+        elif not options.calibrate:
+            parser.error(f"--bits {bits:g} needs --calibrate: it chooses layers by what they lose on texts")
+        if options.calibrate:
+            arms_of = ((r, Arm(teacher, r, calibrated=True, bits=bits)) for r in options.rules)
+            rows += [(f"calibrated, {r}{more}", arm) for r, arm in arms_of]
     rows += [(f"rounded, {f}", Arm(teacher, rounded=f)) for f in options.rounded]
     rows += [(label, Arm(path)) for label, path in options.ternary]
     arms: dict[str, Arm] = {}
@@ -227,6 +243,7 @@ def main() -> None:
         if arm.calibrated:
             details["calibration_texts"] = len(calibration_texts or [])
             details["calibration_seconds"] = time.perf_counter() - start
+            details["process_peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if label in dict(options.ternary):
             files = [f.relative_to(path) for f in Path(path).rglob("*") if f.is_file()]
             own = [f for f in files if not f.parts[0].startswith("checkpoint-")]

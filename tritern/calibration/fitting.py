@@ -125,18 +125,18 @@ def calibrate(
         groups = trace(model, list(all_names), batches[0])
         original, ternary = Stream(model, batches), Stream(student.eval(), batches)
         with bar(total=len(groups), desc="Calibrating", unit="step", delay=2, leave=False) as progress:
-            done = 0
+            done, wanted, targets = 0, [], []
             for block in original.by_block(groups):
                 numbers, bits = range(done, done + len(block)), config.activation_bits
                 known = [None if store is None else store.layers(n, model, bits) for n in numbers]
                 if None in known:
                     original.advance(block[0].names[0])
                     ternary.advance(block[0].names[0])
-                    wanted = [_kept(original.calls(i, block), block) for i in range(len(batches))]
+                    wanted = targets_of(original, block)
                 for i, group in enumerate(block):
                     found = known[i]
                     if found is None:
-                        targets = [calls[i] for calls in wanted]
+                        targets = wanted[i]
                         # a shared layer's first runs change the inputs of its later ones: they do not count
                         given = targets if group.times > 1 else ternary.inputs(group)
                         found = dict(fit(model, group, measure(targets, given, batches), all_names, config))
@@ -147,6 +147,7 @@ def calibrate(
                         put(student, all_names[name], layer)
                     done += 1
                     progress.update()
+                wanted = targets = []  # before those of the next block are made
     return fitted
 
 
@@ -155,21 +156,27 @@ def copy_around(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
-def _kept(calls: list[list[Call]], groups: Sequence[Group]) -> list[list[Call]]:
-    """What is needed of the original's runs, in half the memory: rounding to bf16 adds far less error than is
-    left. The inputs of layers that run once are those of the ternary model; only their shape counts.
+def targets_of(stream: Stream, groups: Sequence[Group]) -> list[list[list[Call]]]:
+    """The runs of each group in the original, for each batch, ready to be fitted to.
+
+    Outputs are those of tokens, not of padding, with what a residual stream adds. They are kept in half the
+    memory: rounding to bf16 adds far less error than is left. Inputs of layers that run once are those of the
+    ternary model; only their shape counts here. Layers that run several times are fitted to the original's own
+    inputs, so nothing added differs.
     """
-
-    def half(x: Tensor | None) -> Tensor | None:
-        return x.bfloat16() if x is not None and x.dtype == torch.float32 else x
-
-    for runs, group in zip(calls, groups):
-        for call in runs:
-            if group.times == 1:
-                call.input = call.input.to("meta")
-            call.outputs = {name: half(y) for name, y in call.outputs.items()}  # pyright: ignore
-            call.added = half(call.added)
-    return calls
+    found: list[list[list[Call]]] = [[] for _ in groups]
+    for i, batch in enumerate(stream.batches):
+        for group, calls, kept in zip(groups, stream.calls(i, groups), found):
+            for call in calls:
+                tokens = _token_weights(batch, call.input) > 0
+                for name, y in call.outputs.items():
+                    y = y if call.added is None or group.times > 1 else y + call.added
+                    y = y.reshape(len(tokens), -1)[tokens]
+                    call.outputs[name] = y.bfloat16() if y.dtype == torch.float32 else y
+                call.added = None
+                call.input = call.input.to("meta") if group.times == 1 else call.input
+            kept.append(calls)
+    return found
 
 
 def put(model: nn.Module, names: Sequence[str], module: nn.Module) -> None:
@@ -218,7 +225,7 @@ def measure(
     """Moments of a group's wanted outputs and its inputs; None if runs do not match.
 
     Args:
-        targets: the runs in the original, for each batch.
+        targets: from ``targets_of``.
         given: the runs in the model that the layers are fitted for, for each batch.
         batches: the batches.
     """
@@ -233,10 +240,10 @@ def measure(
             rows = call.input.reshape(len(keep), -1)[keep].float()
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
             weighted = rows * weights[:, None]
-            added = None if target.added is None or call.added is None else target.added - call.added
+            added = None if call.added is None else call.added.reshape(len(keep), -1)[keep].float()
             products: dict[str, Tensor] = {}
             for name, y in target.outputs.items():
-                y = (y if added is None else y + added).reshape(len(keep), -1)[keep].float()
+                y = y.float() if added is None else y.float() - added
                 products[name] = (y.T @ weighted).double()
             squares, tokens = (weighted.T @ rows).double(), len(rows)
             if found is None:

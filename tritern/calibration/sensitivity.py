@@ -19,7 +19,7 @@ from ..inputs import number
 from ..modes import evaluating, quick_products
 from ..nn.linear import TernaryLinear
 from ..progress import bar
-from .fitting import batches_of, copy_around, fit, measure, put
+from .fitting import batches_of, copy_around, fit, measure, put, targets_of
 from .stream import Group, Stream, trace
 
 TEXTS = 48
@@ -106,8 +106,9 @@ def _changes(
 def _fitted(
     model: Any, stream: Stream, group: Group, all_names: dict[str, tuple[str, ...]], config: TernaryConfig
 ) -> dict[str, TernaryLinear]:
-    targets = [stream.calls(i, [group])[0] for i in range(len(stream.batches))]
-    return dict(fit(model, group, measure(targets, targets, stream.batches), all_names, config, quick=True))
+    (targets,) = targets_of(stream, [group])
+    given = targets if group.times > 1 else stream.inputs(group)
+    return dict(fit(model, group, measure(targets, given, stream.batches), all_names, config, quick=True))
 
 
 def _output(stream: Stream, i: int) -> Tensor:
