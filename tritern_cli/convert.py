@@ -49,8 +49,8 @@ def convert(
         typer.Option(
             min=2,
             max=4,
-            help="Bits of a weight: 2 (ternary, the default) or 4. Between them, with --calibrate: an average; "
-            "layers that lose most get 4.",
+            help="Bits of a weight: 2 (ternary, the default) or 4. Between them, with --calibrate: an "
+            "average; layers that lose most get 4.",
         ),
     ] = None,
     skip: Skip = None,

@@ -95,7 +95,8 @@ def equal_to(model, path, names):
             scale = module.weight_scale.half().float()
             assert torch.equal(value, scale[:, None] * module.packed().codes())
             K = module.in_features
-            kind = "TQ2_0" if K % 256 == 0 else "Q4_0" if K % 32 == 0 else "F16"
+            wide = module.weight_bits == 4
+            kind = "TQ2_0" if K % 256 == 0 and not wide else "Q4_0" if K % 32 == 0 else "F16"
             assert stored[f"{name}.weight"].tensor_type.name == kind
         elif isinstance(module, Int8Embedding):
             assert torch.equal(value, module.weight_scale.half().float()[:, None] * module.weight)
@@ -169,6 +170,12 @@ def test_a_file_that_is_there_stays_until_the_new_one_is_whole(tmp_path, monkeyp
 @pytest.mark.parametrize("embedding_bits", [4, 8, 16])
 def test_bert_weights(tmp_path, embedding_bits):
     model = tritern.patch(bert(tmp_path), embedding_bits=embedding_bits)
+    export_gguf(model, tmp_path / "model.gguf")
+    equal_to(model, tmp_path / "model.gguf", names_of(BERT_LAYER, "encoder.layer", BERT_NAMES))
+
+
+def test_weights_of_four_bits(tmp_path):
+    model = tritern.patch(bert(tmp_path), weight_bits=4)
     export_gguf(model, tmp_path / "model.gguf")
     equal_to(model, tmp_path / "model.gguf", names_of(BERT_LAYER, "encoder.layer", BERT_NAMES))
 

@@ -161,8 +161,8 @@ def targets_of(stream: Stream, groups: Sequence[Group]) -> list[list[list[Call]]
 
     Outputs are those of tokens, not of padding, with what a residual stream adds. They are kept in half the
     memory: rounding to bf16 adds far less error than is left. Inputs of layers that run once are those of the
-    ternary model; only their shape counts here. Layers that run several times are fitted to the original's own
-    inputs, so nothing added differs.
+    ternary model; only their shape counts here. Layers that run several times are fitted to the original's
+    own inputs, so nothing added differs.
     """
     found: list[list[list[Call]]] = [[] for _ in groups]
     for i, batch in enumerate(stream.batches):
