@@ -16,7 +16,7 @@ Reading the table:
   rms    RMS error against float64 of the contestant's own operands, over the RMS of the exact result
 
 "tritern int8" and "gemlite A8W158" include the quantization of bf16 activations; "tritern int8 gemm" and the
-other 8-bit rows multiply operands quantized beforehand. gemlite tunes itself on each shape for minutes, so
+other 8-bit rows multiply operands quantized beforehand. "4 bits": weights of 4 bits instead of 2. gemlite tunes itself on each shape for minutes, so
 --quick leaves it out. Exits with 1 when a tritern row has no time. Without a CUDA GPU nothing is timed: all
 kernel configurations are compiled for sm_80, sm_89 and sm_90 (--quick: sm_90) and listed with registers,
 shared memory and instructions.
@@ -50,6 +50,7 @@ from tritern_kernels import (
     padded_k,
     quantize_activations,
     reference,
+    round_to_int4,
     tables,
     tune,
 )
@@ -64,16 +65,20 @@ COMPILE_CHECK = Path(__file__).parents[1] / "tests" / "kernels" / "compile_check
 # ---------------------------------------------------------------- contestants
 
 
-def _config(mode: Mode, case: Case) -> KernelConfig:
+def _config(mode: Mode, case: Case, weight_bits: int = 2) -> KernelConfig:
     p = torch.cuda.get_device_properties(case.x.device)
-    return tables.choose(mode, *case.shape, p.name, 10 * p.major + p.minor, p.multi_processor_count)
+    gpu = p.name, 10 * p.major + p.minor, p.multi_processor_count
+    return tables.choose(mode, *case.shape, *gpu, weight_bits)
 
 
-def tritern_linear(case: Case, bits: int) -> Entry:
+def tritern_linear(case: Case, bits: int, weight_bits: int = 2) -> Entry:
     """The public operation: with 8 bits it quantizes the activations itself."""
     w, mode = case.weight, "int8" if bits == 8 else "16bit"
-    operands = case.int8() if bits == 8 else Operands(case.x, case.codes, None, w.scale)
-    note = tune.describe(_config(mode, case))
+    if weight_bits == 4:
+        w = round_to_int4(case.dense)
+    x, scale_x = reference.quantize_activations(case.x) if bits == 8 else (case.x, None)
+    operands = Operands(x, w.codes(), scale_x, w.scale)
+    note = tune.describe(_config(mode, case, weight_bits))
 
     def call(weights: tuple[Tensor, Tensor]) -> Tensor:
         return linear(case.x, PackedWeight(*weights, w.shape), activation_bits=bits)
@@ -224,6 +229,8 @@ CONTESTANTS: cases.Contestants = {
     "tritern int8": lambda case: tritern_linear(case, 8),
     "tritern int8 gemm": tritern_gemm,
     "tritern bf16": lambda case: tritern_linear(case, 16),
+    "tritern int8, 4 bits": lambda case: tritern_linear(case, 8, weight_bits=4),
+    "tritern bf16, 4 bits": lambda case: tritern_linear(case, 16, weight_bits=4),
     "F.linear bf16": lambda case: dense_16bit(case, torch.bfloat16),
     "F.linear fp16": lambda case: dense_16bit(case, torch.float16),
     "torch._int_mm int8": dense_int8,

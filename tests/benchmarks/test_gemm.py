@@ -28,7 +28,13 @@ from quality import ablation
 from tritern_kernels import cpu
 from tritern_kernels.config import formula
 
-CPU_CONTESTANTS = ["tritern int8", "F.linear bf16", "F.linear fp16", "torch._int_mm int8"]
+CPU_CONTESTANTS = [
+    "tritern int8",
+    "tritern int8, 4 bits",
+    "F.linear bf16",
+    "F.linear fp16",
+    "torch._int_mm int8",
+]
 
 
 def test_shapes():
@@ -48,7 +54,7 @@ def case():
 
 @pytest.mark.parametrize("name", CPU_CONTESTANTS)
 def test_the_check_passes_the_right_result_and_no_other(name, case, monkeypatch):
-    monkeypatch.setattr(race, "_config", lambda mode, case: formula(mode, 17, 40, 300, 90, 132))
+    monkeypatch.setattr(race, "_config", lambda mode, case, bits=2: formula(mode, 17, 40, 300, 90, 132, bits))
     entry = race.CONTESTANTS[name](case)
     out = entry.call(entry.weights)
     assert cases.check("first call", out, entry)[1] == ""
