@@ -16,10 +16,10 @@ Reading the table:
   rms    RMS error against float64 of the contestant's own operands, over the RMS of the exact result
 
 "tritern int8" and "gemlite A8W158" include the quantization of bf16 activations; "tritern int8 gemm" and the
-other 8-bit rows multiply operands quantized beforehand. "4 bits": weights of 4 bits instead of 2. gemlite tunes itself on each shape for minutes, so
---quick leaves it out. Exits with 1 when a tritern row has no time. Without a CUDA GPU nothing is timed: all
-kernel configurations are compiled for sm_80, sm_89 and sm_90 (--quick: sm_90) and listed with registers,
-shared memory and instructions.
+other 8-bit rows multiply operands quantized beforehand. "4 bits": weights of 4 bits instead of 2. gemlite
+tunes itself on each shape for minutes, so --quick leaves it out. Exits with 1 when a tritern row has no time.
+Without a CUDA GPU nothing is timed: all kernel configurations are compiled for sm_80, sm_89 and sm_90
+(--quick: sm_90) and listed with registers, shared memory and instructions.
 """
 
 from __future__ import annotations
