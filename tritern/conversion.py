@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +27,8 @@ from .nn.linear import TernaryLinear, linear_of
 from .nn.replace import put
 from .progress import bar
 from .selection import Selection, common_name, matrices_of, others, select_linears, select_tables, starred
+
+_logger = logging.getLogger(__name__)
 
 
 def convert(
@@ -71,6 +74,12 @@ def convert(
                     store.keep_bits(chosen)
             config = replace(config, weight_bits=chosen)
         fitted = calibrate(model, own, table_names, texts, config, store)
+        if left := [names[0] for names in own if names[0] not in fitted]:
+            _logger.warning(
+                f"{len(left)} of {len(own)} layers could not be fitted to the calibration texts: these do not reach "
+                f"them, or their inputs are zero, NaN or infinite. They are rounded by the rule: {', '.join(left[:5])}"
+                + (" ..." if len(left) > 5 else "")
+            )
     del linears, tables  # each full-precision weight is freed when its layer is replaced
 
     for names, source in bar(sources, desc="Ternarizing", unit="layer", delay=2, leave=False):

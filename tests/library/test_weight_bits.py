@@ -205,3 +205,17 @@ def test_training_refuses_four_bits(tiny, sentences):
 
     with pytest.raises(TriternError, match="only two-bit weights can be trained on"):
         reopen(tritern.patch(tiny, weight_bits=4), 0.9)
+
+
+def test_texts_and_layers_that_do_not_fit_are_named(tiny, sentences, caplog):
+    tritern.patch(copy.deepcopy(tiny), calibration_texts=sentences[:32])
+    assert not caplog.records
+    strange = [f"{text} zzz qqq xxx" for text in sentences[:32]]
+    tritern.patch(copy.deepcopy(tiny), calibration_texts=strange)
+    assert "are unknown to the model's tokenizer: the texts may be in a language" in caplog.text
+    caplog.clear()
+    damaged = copy.deepcopy(tiny)
+    damaged[0].auto_model.encoder.layer[0].attention.output.LayerNorm.bias.data[0] = float("nan")
+    tritern.patch(damaged, calibration_texts=sentences[:32])
+    assert "8 of 12 layers could not be fitted" in caplog.text and "NaN" in caplog.text
+    assert "intermediate.dense" in caplog.text

@@ -18,6 +18,7 @@ GPTAQ (arXiv:2504.02692). GPTQ rounds each weight once; this descent revises cod
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,10 @@ Directions that the texts hardly use then keep the original's weights.
 """
 
 
+MOST_UNKNOWN = 0.1
+"""Share of unknown tokens from which on the texts do not fit the model."""
+
+_logger = logging.getLogger(__name__)
 _NO_INPUTS = (bytes, bytearray, int, float, type(None))
 """Types that no model takes as an input: a text is missing or was not decoded."""
 
@@ -114,6 +119,7 @@ def calibrate(
         TriternError: not a model that takes texts, or one that does not take these.
     """
     batches = batches_of(model, inputs)
+    _warn_of_unknown_words(model, batches)
     student = copy_around(model)
     for names in tables:
         table = student.get_submodule(names[0])
@@ -149,6 +155,22 @@ def calibrate(
                     progress.update()
                 wanted = targets = []  # before those of the next block are made
     return fitted
+
+
+def _warn_of_unknown_words(model: Any, batches: Sequence[Batch]) -> None:
+    """Say if the texts hold many words that the tokenizer does not know, as those of another language."""
+    unknown = getattr(getattr(model, "tokenizer", None), "unk_token_id", None)
+    ids = [
+        b["input_ids"][b["attention_mask"].bool()] for b in batches if {"input_ids", "attention_mask"} <= {*b}
+    ]
+    if unknown is None or not ids:
+        return
+    share = sum(int((i == unknown).sum()) for i in ids) / max(1, sum(map(len, ids)))
+    if share > MOST_UNKNOWN:
+        _logger.warning(
+            f"{share:.0%} of the calibration texts' tokens are unknown to the model's tokenizer: the texts may be "
+            "in a language that the model was not made for. Calibrate on texts like those that it will embed."
+        )
 
 
 def copy_around(model: nn.Module) -> Any:
