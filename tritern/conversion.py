@@ -75,10 +75,10 @@ def convert(
             config = replace(config, weight_bits=chosen)
         fitted = calibrate(model, own, table_names, texts, config, store)
         if left := [names[0] for names in own if names[0] not in fitted]:
+            names = ", ".join(left[:5]) + (" ..." if len(left) > 5 else "")
             _logger.warning(
-                f"{len(left)} of {len(own)} layers could not be fitted to the calibration texts: these do not reach "
-                f"them, or their inputs are zero, NaN or infinite. They are rounded by the rule: {', '.join(left[:5])}"
-                + (" ..." if len(left) > 5 else "")
+                f"{len(left)} of {len(own)} layers could not be fitted to the calibration texts: these do not "
+                f"reach them, or their inputs are zero, NaN or infinite. The rule rounds them: {names}"
             )
     del linears, tables  # each full-precision weight is freed when its layer is replaced
 

@@ -65,9 +65,13 @@ def patch(
     ``skip`` names. ``tritern.summary(model)`` lists them with their reasons. Layers are converted one by one:
     memory stays near the model's own.
 
-    Calibration fits weights and biases, layer by layer, to a few hundred texts of the kind that will be
-    embedded (``tritern.calibration``). It trains nothing and takes minutes on a CPU for a small model. The
-    vectors come far closer to the original's. It holds a second copy of the model in memory.
+    Calibration fits weights and biases, layer by layer, to texts of the kind that will be embedded, a
+    thousand or so (``tritern.calibration``). It trains nothing and takes a minute for a small model and
+    minutes for a base model on a CPU. The vectors come far closer to the original's. It holds the outputs
+    of one block for all texts in memory.
+
+    Layers that lose too much in two bits can have four: all (``weight_bits=4``), those that patterns name, or
+    with ``bits=2.5`` those that lose most on the calibration texts.
 
     Word-embedding tables (every ``nn.Embedding`` of at least 1,024 rows) become int8 by default. These stay:
     tables with max_norm, tables in sentence-transformers' own modules, weights shared with another module

@@ -160,16 +160,15 @@ def calibrate(
 def _warn_of_unknown_words(model: Any, batches: Sequence[Batch]) -> None:
     """Say if the texts hold many words that the tokenizer does not know, as those of another language."""
     unknown = getattr(getattr(model, "tokenizer", None), "unk_token_id", None)
-    ids = [
-        b["input_ids"][b["attention_mask"].bool()] for b in batches if {"input_ids", "attention_mask"} <= {*b}
-    ]
+    tokenized = [b for b in batches if {"input_ids", "attention_mask"} <= {*b}]
+    ids = [b["input_ids"][b["attention_mask"].bool()] for b in tokenized]
     if unknown is None or not ids:
         return
     share = sum(int((i == unknown).sum()) for i in ids) / max(1, sum(map(len, ids)))
     if share > MOST_UNKNOWN:
         _logger.warning(
-            f"{share:.0%} of the calibration texts' tokens are unknown to the model's tokenizer: the texts may be "
-            "in a language that the model was not made for. Calibrate on texts like those that it will embed."
+            f"{share:.0%} of the calibration texts' tokens are unknown to the model's tokenizer: the texts may "
+            "be in a language that it was not made for. Calibrate on texts like those that it will embed."
         )
 
 
