@@ -77,8 +77,8 @@ def convert(
         if left := [names[0] for names in own if names[0] not in fitted]:
             names = ", ".join(left[:5]) + (" ..." if len(left) > 5 else "")
             _logger.warning(
-                f"{len(left)} of {len(own)} layers could not be fitted to the calibration texts: these do not "
-                f"reach them, or their inputs are zero, NaN or infinite. The rule rounds them: {names}"
+                f"{len(left)} of {len(own)} layers could not be fitted to the calibration texts: texts do "
+                f"not reach them, or inputs are zero, NaN or infinite. The rule rounds them: {names}"
             )
     del linears, tables  # each full-precision weight is freed when its layer is replaced
 

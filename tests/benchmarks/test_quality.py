@@ -287,6 +287,20 @@ def test_calibrated_rows(run, tmp_path):
     assert rows["calibrated, mse"]["fidelity"]["cosine"] > rows["patched, mse"]["fidelity"]["cosine"] + 10
     assert rows["calibrated, mse"]["calibration_texts"] == 40
     assert rows["calibrated, mse"]["calibration_seconds"] > 0
+    more = ("--bits", 4, 3, "--calibration-folder", tmp_path / "kept")
+    other = run(*options, *more)["rows"]
+    assert list(other) == [
+        "teacher",
+        "patched, mse, 4 bits",
+        "calibrated, mse, 4 bits",
+        "calibrated, mse, 3 bits",
+    ]
+    sizes = [rows["patched, mse"]["bytes"], other["calibrated, mse, 3 bits"]["bytes"]]
+    assert sizes[0] < sizes[1] < other["patched, mse, 4 bits"]["bytes"]
+    assert {f.name for f in (tmp_path / "kept").iterdir()} == {"mse-4", "mse-3"}
+    assert other["calibrated, mse, 4 bits"]["process_peak_bytes"] > 1e8
+    with pytest.raises(SystemExit, match="2"):
+        run("--bits", 2.5, "--tasks", "fidelity")
     plain = run("--embedding-bits", 16, "--tasks", "fidelity")["rows"]["patched, mse"]
     assert plain["fidelity"] != rows["patched, mse"]["fidelity"]  # tables of 16 bits
 

@@ -206,6 +206,16 @@ def test_convert_with_calibration(tiny, tiny_path, texts_file, tmp_path, sentenc
     assert "at least 16" in few
 
 
+def test_convert_with_other_bits(tiny_path, tmp_path, sentences):
+    (four,) = answer("convert", tiny_path, tmp_path / "four", "--bits", 4)
+    assert {layer["bits"] for layer in four["summary"]["layers"]} == {4} and not four["preview"]
+    text = "\n".join(sentences[:40])
+    (mixed,) = answer("convert", tiny_path, tmp_path / "mixed", "--bits", 2.5, "--calibrate", "-", input=text)
+    assert {layer["bits"] for layer in mixed["summary"]["layers"]} == {2, 4}
+    assert "--bits between 2 and 4" in wrong_usage("convert", tiny_path, tmp_path / "a", "--bits", 2.5)
+    assert "5" in wrong_usage("convert", tiny_path, tmp_path / "a", "--bits", 5)
+
+
 def test_convert_to_an_ordinary_checkpoint(tiny_path, ternary_path, texts, tmp_path):
     (found,) = answer("convert", ternary_path, tmp_path / "dense", "--format", "dense")
     dense = load(tmp_path / "dense")

@@ -167,8 +167,8 @@ def _warn_of_unknown_words(model: Any, batches: Sequence[Batch]) -> None:
     share = sum(int((i == unknown).sum()) for i in ids) / max(1, sum(map(len, ids)))
     if share > MOST_UNKNOWN:
         _logger.warning(
-            f"{share:.0%} of the calibration texts' tokens are unknown to the model's tokenizer: the texts may "
-            "be in a language that it was not made for. Calibrate on texts like those that it will embed."
+            f"{share:.0%} of the calibration texts' tokens are unknown to the model's tokenizer: the texts "
+            "may be in a language that it was not made for. Calibrate on texts like those that it will embed."
         )
 
 
