@@ -108,7 +108,7 @@ def untrained() -> str:
         size = f"{tested['teacher']['bytes'] / 1e6:.1f}"
         scores = [f"{rows['teacher']['scores'].get(n, 0):.2f}".replace("0.00", "") for rows, n in sets]
         lines.append(f"| **{title}**, float32 | {size} | {' | '.join(scores)} | 1 | |")
-        for arm in arms:
+        for arm in (a for a in arms if a in tested):
             row = tested[arm]
             cells = [_kept(rows[arm], n) for rows, n in sets]
             label = arm.replace(", mse", "") + ("" if "bits" in arm else ", 2 bits")
