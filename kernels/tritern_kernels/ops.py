@@ -71,7 +71,7 @@ def ternarize_weight(weight: Tensor, rule: Rule = "mse") -> PackedWeight:
 
         return ternarize(weight, rule)
     codes, scale = reference.ternarize(weight, rule)
-    return PackedWeight(pack(codes), scale, tuple(weight.shape))
+    return PackedWeight(pack(codes), scale, (weight.shape[0], weight.shape[1]))
 
 
 def round_to_int4(weight: Tensor) -> PackedWeight:
@@ -82,7 +82,7 @@ def round_to_int4(weight: Tensor) -> PackedWeight:
     """
     weight = _checked_weight(weight, 4)
     codes, scale = reference.round_int4(weight)
-    return PackedWeight(pack(codes, 4), scale, tuple(weight.shape))
+    return PackedWeight(pack(codes, 4), scale, (weight.shape[0], weight.shape[1]))
 
 
 # ---------------------------------------------------------------- checks
@@ -93,7 +93,8 @@ def _checked_weight(weight: Tensor, bits: int) -> Tensor:
         raise TypeError(f"weight must be float32, float16 or bfloat16; received {weight.dtype}")
     if weight.dim() != 2:
         raise ValueError(f"weight must be a matrix [N, K]; received shape {list(weight.shape)}")
-    check_shape(*weight.shape, bits)
+    N, K = weight.shape
+    check_shape(N, K, bits)
     check_device(weight.device)
     weight = weight.detach()
     if not torch.isfinite(weight).all():
