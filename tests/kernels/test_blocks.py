@@ -23,7 +23,7 @@ WAYS = {
 def way(request, monkeypatch):
     """Configures products: a way that K or the activations do not allow is left for plain tiles."""
 
-    def configuration(activation_bits, M, N, K, device):
+    def configuration(activation_bits, M, N, K, device, bits=2):
         config = replace(TILE, **WAYS[request.param])
         return TILE if config.invalid("int8", K, 90) else config
 

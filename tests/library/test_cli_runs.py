@@ -28,6 +28,7 @@ def test_distill(tiny_path, sentences, tmp_path):
         "prefixes": ["ba ", "da "], "joined_ratio": 0,
     }  # fmt: skip
     config = {"rule": "twn", "activation_bits": 16, "embedding_bits": 8, "skip": ["*.layer.0.*"]}
+    config["weight_bits"] = 2
     assert record["config"] == config and len(found["summary"]["layers"]) == 6
     assert record["settings"]["group_by_length"] is False
     assert is_ternary(load(tmp_path / "out"))

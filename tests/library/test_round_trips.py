@@ -72,7 +72,7 @@ def test_the_card_of_a_model_patched_while_loading_is_its_own(tiny_path, tmp_pat
     SentenceTransformer(tiny_path, device="cpu", model_kwargs=options).save_pretrained(str(tmp_path))
     card = (tmp_path / "README.md").read_text()
     assert (
-        "Scores published for the original do not hold" in card and "`twn`); activations are 16-bit" in card
+        "Scores published for the original do not hold" in card and "`twn`);\nactivations are 16-bit" in card
     )
 
 

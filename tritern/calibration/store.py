@@ -98,7 +98,9 @@ class Store:
             for name, layer in layers.items()
             for key, value in layer.state_dict().items()
         }
-        tensors = tensors or {"none": torch.zeros(1)}  # a file must hold something
+        tensors = tensors or {
+            "none": torch.zeros(1, dtype=torch.uint8, device="cpu")
+        }  # a file must hold something
         partial = self.folder / f"{number}.partial"
         save_file(tensors, partial, {"layers": json.dumps(list(layers))})
         os.replace(partial, self.folder / f"{number}.safetensors")
