@@ -102,7 +102,7 @@ def untrained() -> str:
         + " | cosine | calibration |",
         "|" + " --- |" * (len(TEST_SETS) + 6),
     ]
-    for name, title in (("minilm", "all-MiniLM-L6-v2"),):
+    for name, title in (("minilm", "all-MiniLM-L6-v2"), ("mpnet", "all-mpnet-base-v2")):
         chosen, tested = (load(f"cpu-untrained-{name}{end}.json")["rows"] for end in ("-development", ""))
         sets = [(chosen, n) for n in ("STS-B", "perspectrum")] + [(tested, n) for n in TEST_SETS]
         size = f"{tested['teacher']['bytes'] / 1e6:.1f}"
