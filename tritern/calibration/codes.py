@@ -7,7 +7,7 @@ from torch import Tensor
 
 FIRST_SCALE, KICKS = 0.8, (0.8, 1.2)
 """Factors of the rule's scales for rounding the first codes, and of the best scales for each restart.
-Together they give a tenth less squared error than one descent from the rule's codes (MiniLM).
+Each restart lowers the squared error a little more (benchmarks/NOTES.md).
 """
 COLUMNS, FEW_COLUMNS = 128, 16
 """The codes of this many inputs are revised before the rest of the row is updated, in two levels."""
